@@ -1,0 +1,155 @@
+"""Write train.jsonl and eval.jsonl beside this file: order e-mails, each with the order as JSON.
+
+    python examples/orders/generate.py
+
+The same seed gives the same bytes. No customer occurs twice, so the 40 held-out e-mails are from people whom training
+has not seen.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+SEED = 20261
+TRAINING_ROWS, HELD_OUT_ROWS = 480, 40
+SYSTEM = "Turn the e-mail into an order as JSON."
+
+FIRST_NAMES = (
+    "Ada Aisha Amir Ana Ben Bruno Carla Chen Clara Daniel Diego Elena Emil Eva Farid Fatima Felix Grace Hana Hugo Ines "
+    "Ivan Jamal Jonas Kofi Laura Leo Lucia Maria Marta Mei Nadia Nina Omar Oscar Paula Priya Ravi Rosa Sara Sven Tom "
+    "Vera Yuki Zoe"
+).split()
+LAST_NAMES = (
+    "Adams Alonso Baker Bauer Brown Cohen Costa Diaz Eriksen Fischer Ford Garcia Gruber Haddad Hansen Ito Jensen Jones "
+    "Kaya Keller King Kim Lopez Mensah Meyer Moreau Mori Novak Okoye Olsen Patel Reyes Rossi Sato Shah Silva Singh "
+    "Smith Tanaka Vargas Weber Wilson Wong Young"
+).split()
+CITIES = (
+    "Amsterdam Athens Berlin Boston Cairo Chicago Copenhagen Dallas Denver Dublin Geneva Hamburg Helsinki Istanbul "
+    "Lagos Lima Lisbon London Madrid Milan Montreal Munich Nairobi Oslo Paris Prague Rome Seattle Seoul Stockholm "
+    "Sydney Tokyo Toronto Vienna Warsaw Zurich"
+).split()
+PRODUCTS = {
+    "backpack": "backpacks",
+    "bookshelf": "bookshelves",
+    "coffee mug": "coffee mugs",
+    "desk": "desks",
+    "desk lamp": "desk lamps",
+    "headset": "headsets",
+    "keyboard": "keyboards",
+    "laptop stand": "laptop stands",
+    "monitor": "monitors",
+    "mouse": "mice",
+    "notebook": "notebooks",
+    "office chair": "office chairs",
+    "printer": "printers",
+    "projector": "projectors",
+    "table": "tables",
+    "USB cable": "USB cables",
+    "water bottle": "water bottles",
+    "webcam": "webcams",
+    "whiteboard": "whiteboards",
+}
+NUMBER_WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
+LARGE_QUANTITIES = (15, 20, 25, 30, 40, 50, 60, 75, 100)
+
+GREETINGS = ("", "", "Hello,\n", "Hi,\n", "Hi there,\n", "Good morning,\n", "Dear team,\n")
+INTRODUCTIONS = ("This is {}. ", "My name is {}. ", "{} here. ", "I'm {}. ")
+SIGNATURES = ("Thanks, {}", "Best regards,\n{}", "Cheers, {}", "Many thanks\n{}", "{}", "Yours, {}")
+REQUESTS = (
+    "Please send {items} to {city}.",
+    "Could you ship {items} to our office in {city}?",
+    "I would like to order {items}. They go to {city}.",
+    "We need {items} in {city}.",
+    "Our {city} branch is short of {items}.",
+    "I'm setting up a shop in {city} and need {items}.",
+    "Can I get {items}? I live in {city}.",
+    "The new team in {city} is waiting for {items}.",
+)
+EXPRESS = (
+    "Please use express delivery.",
+    "Send it express.",
+    "It is urgent: express, please.",
+    "Express shipping, please.",
+    "We need this fast, so by express.",
+)
+STANDARD = ("", "", "No rush.", "Standard shipping is fine.", "Next month is early enough.", "Take your time.")
+ASIDES = (
+    "",
+    "",
+    "",
+    "The last parcel arrived safely.",
+    "Invoice as usual.",
+    "We spoke at the fair.",
+    "Nice new website!",
+    "Your colleague was very helpful.",
+    "Call me if anything is unclear.",
+    "The samples were great.",
+    "Say hello to Peter.",
+    "It rains a lot here.",
+)
+
+
+def main() -> None:
+    here = Path(__file__).parent
+    for name, lines in generate().items():
+        (here / name).write_text("".join(lines), encoding="utf-8")
+
+
+def generate() -> dict[str, list[str]]:
+    """The lines of each file, by file name."""
+    rng = random.Random(SEED)
+    customers = rng.sample([f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES], k=520)
+    lines = [json.dumps(conversation(rng, customer), ensure_ascii=False) + "\n" for customer in customers]
+    return {"train.jsonl": lines[:TRAINING_ROWS], "eval.jsonl": lines[TRAINING_ROWS:]}
+
+
+def conversation(rng: random.Random, customer: str) -> dict[str, Any]:
+    order = random_order(rng, customer)
+    return {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": email(rng, order)},
+            {"role": "assistant", "content": json.dumps(order, separators=(",", ":"))},
+        ]
+    }
+
+
+def random_order(rng: random.Random, customer: str) -> dict[str, Any]:
+    count = rng.choices((1, 2, 3), weights=(5, 5, 2))[0]
+    items = [{"product": name, "quantity": random_quantity(rng)} for name in rng.sample(list(PRODUCTS), k=count)]
+    return {"customer": customer, "city": rng.choice(CITIES), "items": items, "express": rng.random() < 0.4}
+
+
+def random_quantity(rng: random.Random) -> int:
+    return rng.choice(LARGE_QUANTITIES) if rng.random() < 0.25 else rng.randint(1, len(NUMBER_WORDS))
+
+
+def email(rng: random.Random, order: dict[str, Any]) -> str:
+    """The order as a person might write it: who, what, where and how fast, in one of many orders and phrasings."""
+    items = enumerate_words([written_item(rng, **item) for item in order["items"]])
+    request = rng.choice(REQUESTS).format(items=items, city=order["city"])
+    sentences = [request, rng.choice(EXPRESS if order["express"] else STANDARD)]
+    sentences.insert(rng.choice((0, 1, 2)), rng.choice(ASIDES))
+    if rng.random() < 0.4:
+        opening, ending = rng.choice(INTRODUCTIONS).format(order["customer"]), ""
+    else:
+        opening, ending = rng.choice(GREETINGS), "\n" + rng.choice(SIGNATURES).format(order["customer"])
+    return opening + " ".join(sentence for sentence in sentences if sentence) + ending
+
+
+def written_item(rng: random.Random, *, product: str, quantity: int) -> str:
+    noun = product if quantity == 1 else PRODUCTS[product]
+    if quantity <= len(NUMBER_WORDS) and rng.random() < 0.5:
+        return f"{NUMBER_WORDS[quantity - 1]} {noun}"
+    return f"{quantity} {noun}"
+
+
+def enumerate_words(words: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Ask a base model with a trained adapter one question, with plain transformers and peft: nothing of this project.
+
+    python examples/try_adapter.py MODEL ADAPTER ["e-mail text"]
+
+MODEL is the base model's directory or hub name, ADAPTER the directory that the job wrote. Without a text, one of the
+demo's held-out e-mails is asked. Answers are greedy.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+HELD_OUT = Path(__file__).parent / "orders" / "eval.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="base model: a directory or a hub name")
+    parser.add_argument("adapter", type=Path, help="directory with adapter_model.safetensors")
+    parser.add_argument("text", nargs="?", help="the e-mail; default: a held-out one")
+    arguments = parser.parse_args()
+    system, user, _ = json.loads(HELD_OUT.read_text(encoding="utf-8").splitlines()[0])["messages"]
+    if arguments.text:
+        user = {"role": "user", "content": arguments.text}
+    else:
+        print(user["content"], end="\n\n")
+    print(answer(arguments.model, arguments.adapter, [system, user]))
+
+
+def answer(model_name: str, adapter: Path, messages: list[dict[str, str]]) -> str:
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    model = AutoModelForCausalLM.from_pretrained(model_name, device_map="auto" if torch.cuda.is_available() else None)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=200, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The process edge: subcommand, signals, exit code, termination message. The only place that ends the process."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import NoReturn
+
+from job.errors import Stop
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    raise Stop(signal.Signals(number).name)
+
+
+signal.signal(signal.SIGTERM, _stop)
+signal.signal(signal.SIGINT, _stop)
+
+import argparse  # noqa: E402 - the handlers come before everything that takes time
+import json  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import structlog  # noqa: E402
+
+from job import env, logs, variables  # noqa: E402
+from job.errors import ConfigError, InterruptedError, JobError, StorageError  # noqa: E402, A004
+
+TERMINATION_LOG = Path("/dev/termination-log")
+LONGEST_MESSAGE = 4000  # bytes; Kubernetes cuts at 4096
+NO_SPACE = (28, 122)  # ENOSPC, EDQUOT
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}.", remedy=self.format_usage().strip())
+
+
+def main(arguments: list[str]) -> int:
+    """Run a subcommand; the return value is the process's exit code (README, "Exit codes")."""
+    try:
+        chosen = _parse(arguments)
+        if chosen.command == "variables":
+            sys.stdout.write(variables.render(chosen.form))
+            return 0
+        if chosen.command == "demo":
+            from job import demo  # noqa: PLC0415 - the demo's needs are not those of a run
+
+            return demo.demo()
+        logs.configure(form=env.asked_log_format(), level="info", secrets=env.secrets())
+        return _train()
+    except SystemExit as asked:  # argparse's --help
+        return asked.code if isinstance(asked.code, int) else 0
+    except BaseException as error:  # noqa: BLE001 - every end of the process is reported here
+        logs.configure(form=env.asked_log_format(), level="info", secrets=env.secrets())
+        return _report(error)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="python -m job", description="Fine-tune a language model, configured by TUNE_* variables.")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands.add_parser("train", help="pull, train, publish (the default)")
+    table = commands.add_parser("variables", help="list the variables")
+    form = table.add_mutually_exclusive_group()
+    form.add_argument("--json", dest="form", action="store_const", const="json", default="text", help="as JSON")
+    form.add_argument(
+        "--markdown", dest="form", action="store_const", const="markdown", help="as the README shows them"
+    )
+    commands.add_parser("demo", help="train a small model on a small dataset against a local S3 server")
+    return parser.parse_args(arguments)
+
+
+def _train() -> int:
+    config = env.load()
+    logs.set_level(config.log_level)
+    from job import run  # noqa: PLC0415 - a bad environment is reported before anything heavy is imported
+
+    run.run(config)
+    return 0
+
+
+def _report(error: BaseException) -> int:
+    """Log how the run ended, tell Kubernetes, and choose the exit code."""
+    log = structlog.get_logger()
+    if isinstance(error, Stop):
+        ended: JobError = InterruptedError(f"{error.signal_name} asked the run to stop.", remedy="Start it again.")
+        log.warning("interrupted", signal=error.signal_name, exit_code=ended.exit_code)
+    elif isinstance(error, JobError):
+        ended = error
+        problems = {"problems": list(error.problems)} if isinstance(error, ConfigError) and error.problems else {}
+        log.error("run_failed", **_facts(error), **problems)
+    elif isinstance(error, OSError) and error.errno in NO_SPACE:
+        ended = StorageError(f"The disk is full: {error}.", remedy="Give the scratch directory (TMPDIR) more room.")
+        log.error("run_failed", **_facts(ended))
+    else:
+        ended = JobError(f"{type(error).__name__}: {error}", remedy="The log has the traceback.")
+        log.error("run_failed", **_facts(ended), exc_info=error)
+    _tell_kubernetes(ended)
+    return ended.exit_code
+
+
+def _facts(error: JobError) -> dict[str, Any]:
+    return {"kind": error.kind, "exit_code": error.exit_code, "message": error.message, "remedy": error.remedy}
+
+
+def _tell_kubernetes(error: JobError) -> None:
+    """One line of JSON where the kubelet looks for it."""
+    if not TERMINATION_LOG.exists():
+        return
+    facts = _facts(error) | {"message": str(error)}
+    while len(line := logs.redact(json.dumps(facts, ensure_ascii=False)).encode()) > LONGEST_MESSAGE:
+        facts["message"] = facts["message"][: len(facts["message"]) * 3 // 4]
+    try:
+        TERMINATION_LOG.write_bytes(line)
+    except OSError:
+        structlog.get_logger().warning("termination_log_not_written")
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    logs.close()
+    sys.stdout.flush()
+    # Not sys.exit: a thread or an exit handler of a library could hold the pod for ever.
+    os._exit(code)

@@ -1,0 +1,247 @@
+"""Many examples -> an Arrow file of token ids and labels on disk, and the counts that the report shows.
+
+Memory stays flat: a few hundred examples are in flight at a time. Templates run here, in Python; tokens are made
+meanwhile by another thread in compiled code, on all cores.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from job.encoding import Encoding
+from job.errors import DataError
+from job.examples import SHOWN, Example, InvalidRows, RowError
+from job.rendering import IGNORED, Rendered, Renderer, Text
+
+CHUNK = 256
+"""Examples that are tokenised at once."""
+IN_FLIGHT = 2
+"""Chunks that wait for their tokens while the next is rendered."""
+SCHEMA = pa.schema(
+    {"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "length": pa.int32()}  # what datasets reads
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noted:
+    """How many rows something happened to, and `file:line` of the first ten."""
+
+    count: int
+    first: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """What rendering did. Tokens and lengths are those of the sequences trained on."""
+
+    rows: int
+    """Valid rows read."""
+    sequences: int
+    """Sequences trained on."""
+    tokens: int
+    labelled_tokens: int
+    length_p50: int
+    length_p90: int
+    length_max: int
+    split: Noted
+    """Rows that became one sequence per assistant turn, because the template rewrites earlier turns."""
+    header_differs: Noted
+    """Rows whose answers the template opens otherwise than its generation prompt."""
+    truncated: Noted
+    dropped_overlong: Noted
+    """Sequences, not rows, as in the next: a split row may lose some."""
+    fully_masked: Noted
+    """Dropped because no label is left, usually since truncation cut the answer off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A training or evaluation set, in the order of its files."""
+
+    dataset: Any
+    """A memory-mapped `datasets.Dataset`: input_ids and labels (list of int32), length (int32)."""
+    counts: Counts
+
+
+def prepare(
+    examples: Iterable[Example], *, renderer: Renderer, directory: Path, name: str = "train", may_be_empty: bool = False
+) -> Prepared:
+    """Render all into `<directory>/<name>.arrow`, replacing an older file.
+
+    Raises DataError for rows that the template refuses or that are too long under `fail` (the first ten in words, all
+    in number), and if nothing is left to train on, unless `may_be_empty` (for an evaluation set).
+    """
+    from datasets import Dataset  # noqa: PLC0415 - in a run it is imported after job.tuning
+
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.arrow"
+    tally = _Tally()
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        for chunk in _rendered(examples, renderer, tally):
+            for sequence in chunk:
+                tally.add(sequence)
+            writer.write_batch(_batch([sequence for sequence in chunk if sequence.trained]))
+    tally.invalid.raise_if_any(tally.rows + tally.invalid.total)
+    counts = tally.counts()
+    if not (counts.sequences or may_be_empty):
+        raise _nothing_left(counts, renderer)
+    return Prepared(dataset=Dataset.from_file(str(path)), counts=counts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Chunk:
+    """Texts whose tokens are being made."""
+
+    texts: list[Text]
+    plain: Future[list[Encoding]]
+    """For the pieces without stand-ins, in order."""
+
+
+def _rendered(examples: Iterable[Example], renderer: Renderer, tally: _Tally) -> Iterator[list[Rendered]]:
+    source = iter(examples)
+    waiting: deque[_Chunk] = deque()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as thread:
+        while part := list(islice(source, CHUNK)):
+            texts = [text for example in part if (text := _text(example, renderer, tally))]
+            plain = [piece.text for text in texts if not text.disarmed for piece in text.pieces]
+            waiting.append(_Chunk(texts=texts, plain=thread.submit(renderer.tokenizer.encode_batch, plain)))
+            if len(waiting) > IN_FLIGHT:
+                yield _labelled(waiting.popleft(), renderer, tally)
+        while waiting:
+            yield _labelled(waiting.popleft(), renderer, tally)
+
+
+def _text(example: Example, renderer: Renderer, tally: _Tally) -> Text | None:
+    try:
+        text = renderer.text(example)
+    except RowError as error:
+        tally.invalid.add(error)
+        return None
+    tally.rows += 1
+    return text
+
+
+def _labelled(chunk: _Chunk, renderer: Renderer, tally: _Tally) -> list[Rendered]:
+    plain = iter(chunk.plain.result())
+    done: list[Rendered] = []
+    for text in chunk.texts:
+        encodings = renderer.encoded(text) if text.disarmed else list(islice(plain, len(text.pieces)))
+        try:
+            done += renderer.labelled(text, encodings)
+        except RowError as error:
+            tally.rows -= 1
+            tally.invalid.add(error)
+    return done
+
+
+def _batch(sequences: list[Rendered]) -> pa.RecordBatch:
+    lengths = [len(sequence.input_ids) for sequence in sequences]
+    borders = array("i", [0])
+    for length in lengths:
+        borders.append(borders[-1] + length)
+    columns = [
+        _lists(borders, (sequence.input_ids for sequence in sequences)),
+        _lists(borders, (sequence.labels for sequence in sequences)),
+        pa.array(lengths, pa.int32()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def _lists(borders: array[int], values: Iterable[list[int]]) -> pa.ListArray:
+    flat = array("i")
+    for one in values:
+        flat.fromlist(one)
+    return pa.ListArray.from_arrays(_int32(borders), _int32(flat))
+
+
+def _int32(values: array[int]) -> pa.Array:
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
+
+
+@dataclass(kw_only=True)
+class _Places:
+    """Counts rows or sequences and keeps the first ten places."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, sequence: Rendered) -> None:
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(f"{sequence.source}:{sequence.line}")
+
+    def noted(self) -> Noted:
+        return Noted(count=self.count, first=tuple(self.first))
+
+
+@dataclass(kw_only=True)
+class _Tally:
+    """Counts while the sequences pass by."""
+
+    rows: int = 0
+    invalid: InvalidRows = field(default_factory=InvalidRows)
+    lengths: array[int] = field(default_factory=lambda: array("i"))
+    labelled: int = 0
+    split: _Places = field(default_factory=_Places)
+    header_differs: _Places = field(default_factory=_Places)
+    truncated: _Places = field(default_factory=_Places)
+    overlong: _Places = field(default_factory=_Places)
+    masked: _Places = field(default_factory=_Places)
+
+    def add(self, sequence: Rendered) -> None:
+        if sequence.part == 0:
+            self._add_row(sequence)
+        if sequence.outcome != "kept":
+            {"truncated": self.truncated, "overlong": self.overlong, "masked": self.masked}[sequence.outcome].add(
+                sequence
+            )
+        if sequence.trained:
+            self.lengths.append(len(sequence.input_ids))
+            self.labelled += len(sequence.labels) - sequence.labels.count(IGNORED)
+
+    def _add_row(self, sequence: Rendered) -> None:
+        if sequence.parts > 1:
+            self.split.add(sequence)
+        if sequence.header_differs:
+            self.header_differs.add(sequence)
+
+    def counts(self) -> Counts:
+        ordered = sorted(self.lengths)
+        return Counts(
+            rows=self.rows,
+            sequences=len(ordered),
+            tokens=sum(ordered),
+            labelled_tokens=self.labelled,
+            length_p50=_percentile(ordered, 50),
+            length_p90=_percentile(ordered, 90),
+            length_max=ordered[-1] if ordered else 0,
+            split=self.split.noted(),
+            header_differs=self.header_differs.noted(),
+            truncated=self.truncated.noted(),
+            dropped_overlong=self.overlong.noted(),
+            fully_masked=self.masked.noted(),
+        )
+
+
+def _percentile(ordered: list[int], percent: int) -> int:
+    """Nearest rank."""
+    return ordered[max(-(-len(ordered) * percent // 100) - 1, 0)] if ordered else 0
+
+
+def _nothing_left(counts: Counts, renderer: Renderer) -> DataError:
+    masked, overlong = counts.fully_masked, counts.dropped_overlong
+    places = ", ".join((masked.first + overlong.first)[:SHOWN])
+    return DataError(
+        f"Nothing to train on: of {counts.rows:,} rows, {masked.count:,} sequences have no label left within "
+        f"TUNE_MAX_LENGTH={renderer.max_length}, {overlong.count:,} were dropped as too long ({places or 'no rows'}).",
+        remedy="Raise TUNE_MAX_LENGTH; if the answers are short, check TUNE_CHAT_TEMPLATE and TUNE_TRAIN_ON.",
+    )

@@ -1,0 +1,88 @@
+"""The model card: what the adapter is, in the format that the Hugging Face hub reads (YAML header, Markdown).
+
+It holds no clock and no host, so that two attempts that finish the same run write the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """The facts of a model card."""
+
+    base: str
+    base_revision: str | None
+    base_hashes: Mapping[str, str]
+    """SHA-256 by file name."""
+    data: Sequence[Mapping[str, Any]]
+    """name, rows, format and sha256 of each data file."""
+    settings: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    versions: Mapping[str, str]
+    template: str
+
+    def text(self) -> str:
+        """The whole card."""
+        return "\n".join([*self._header(), *self._body()]) + "\n"
+
+    def _header(self) -> list[str]:
+        on_hub = "://" not in self.base and not self.base.startswith("/")
+        name = [f"base_model: {json.dumps(self.base.partition('@')[0])}"] if on_hub else []
+        return ["---", "library_name: peft", "pipeline_tag: text-generation", *name, "tags: [lora]", "---", ""]
+
+    def _body(self) -> list[str]:
+        revision = f" at revision `{self.base_revision}`" if self.base_revision else ""
+        return [
+            f"# LoRA adapter for {self.base.rpartition('/')[2]}",
+            "",
+            f"Trained by finetune-job on `{self.base}`{revision}.",
+            "",
+            "## Use",
+            "",
+            "```python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'base = AutoModelForCausalLM.from_pretrained("{self.base}")  # the base model named above',
+            'model = PeftModel.from_pretrained(base, "path/of/this/directory")',
+            'tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")',
+            "```",
+            "",
+            "## Results",
+            "",
+            *_table(("metric", "value"), self.metrics.items()),
+            "## Data",
+            "",
+            *_table(
+                ("file", "rows", "format", "sha256"),
+                [(f["name"], f["rows"], f["format"], f"`{f['sha256']}`") for f in self.data],
+            ),
+            "## Base model files",
+            "",
+            *_table(("file", "sha256"), [(name, f"`{digest}`") for name, digest in sorted(self.base_hashes.items())]),
+            f"Chat template: {self.template}.",
+            "",
+            "## Training",
+            "",
+            *_table(("setting", "value"), [*self.plan.items(), *self.settings.items()]),
+            "## Versions",
+            "",
+            *_table(("package", "version"), self.versions.items()),
+        ]
+
+
+def _table(head: Sequence[str], rows: Any) -> list[str]:
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    lines += [" | ".join(_cell(cell) for cell in row) for row in rows]
+    return [*(f"| {line} |" for line in lines), ""]
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else ", ".join(value) if isinstance(value, tuple) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,206 @@
+"""Files -> examples -> splits.
+
+Knows which files count, which format each has, which rows are invalid, and which side of the split a row is on.
+Nothing of file types (rows), columns (formats), tokens or storage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import xxhash
+
+from job.errors import DataError
+from job.examples import Example, InvalidRows, RowError, content_key
+from job.formats import FORMATS, InvalidError, columns_of, detect, example
+from job.rows import CODECS, TYPES, Row, file_type, rows
+
+LOOK_AHEAD = 100
+"""Rows whose columns decide a file's format."""
+UNREADABLE = 1000
+"""Rows without one object among them after which a file is given up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One local file and the name under which the user knows it."""
+
+    name: str
+    """E.g. `s3://bucket/data/a.jsonl`; its suffix decides the file's type."""
+    path: Path
+    named: bool = True
+    """Whether the user named this very file; one that was found under a prefix is skipped if its suffix is unknown."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileFacts:
+    """What one file turned out to be."""
+
+    name: str
+    format: str
+    """Empty for a file without rows."""
+    rows: int
+    bytes: int
+    """As stored, before decompression."""
+    sha256: str
+    """Of the file as stored."""
+    empty_answers: int
+    """Rows whose last turn is an assistant's that says nothing. They are kept, and teach to say nothing."""
+
+
+class Reading:
+    """The examples of several files, in order. To be iterated once; after that `facts` is complete."""
+
+    def __init__(self, sources: Sequence[Source], *, format: str) -> None:  # noqa: A002 - the variable is TUNE_FORMAT
+        self._sources = [source for source in sources if source.named or file_type(source.name).type]
+        self._format = format
+        self._invalid = InvalidRows()
+        self._rows = 0
+        self.skipped: tuple[str, ...] = tuple(source.name for source in sources if source not in self._sources)
+        """Files under a prefix that are no data, by their suffix."""
+        self.facts: tuple[FileFacts, ...] = ()
+        """One for each file read to its end."""
+
+    def __iter__(self) -> Iterator[Example]:
+        for source in self._sources:
+            yield from self._file(source)
+        self._invalid.raise_if_any(self._rows)
+        if not self._rows:
+            raise DataError(
+                f"The dataset has no rows ({len(self._sources)} data files, {len(self.skipped)} others).",
+                remedy=f"Give files that end in {', '.join(TYPES)}, also with {' or '.join(CODECS)}.",
+            )
+
+    def _file(self, source: Source) -> Iterator[Example]:
+        if not file_type(source.name).type:
+            raise DataError(
+                f"{source.name} is of no known type.",
+                remedy=f"The name must end in {', '.join(TYPES)}, also with {' or '.join(CODECS)}.",
+            )
+        found, empty, before = self._format, 0, self._rows
+        stream = rows(source.name, source.path)
+        if found == "auto":
+            head = self._head(source, stream)
+            columns = set[str]().union(*(columns_of(row.value) for row in head))
+            found, stream = detect(source.name, columns) if head else "", chain(head, stream)
+        for row in stream:
+            self._rows += 1
+            if read_row := self._row(source, row, found):
+                empty += _is_empty(read_row)
+                yield read_row
+        self.facts += (_facts(source, found if self._rows > before else "", self._rows - before, empty),)
+
+    def _head(self, source: Source, stream: Iterator[Row]) -> list[Row]:
+        """The rows up to the hundredth object; raises DataError if the first thousand hold none at all."""
+        head: list[Row] = []
+        objects = 0
+        for row in stream:
+            head.append(row)
+            objects += isinstance(row.value, dict)
+            if objects == LOOK_AHEAD or (not objects and len(head) == UNREADABLE):
+                break
+        if head and not objects:
+            self._give_up(source, head)
+        return head
+
+    def _give_up(self, source: Source, head: list[Row]) -> None:
+        for row in head:
+            self._row(source, row, next(iter(FORMATS)))
+        self._invalid.raise_if_any(self._rows + len(head))
+
+    def _row(self, source: Source, row: Row, found: str) -> Example | None:
+        reason = row.problem
+        if not reason:
+            try:
+                return example(row.value, format=found, source=source.name, line=row.line)
+            except InvalidError as error:
+                reason = str(error)
+        self._invalid.add(RowError(source=source.name, line=row.line, reason=reason))
+        return None
+
+
+def read(sources: Sequence[Source], *, format: str = "auto") -> Reading:  # noqa: A002 - the variable is TUNE_FORMAT
+    """Read all files; `format` is `auto` (found out for each file) or one of `job.formats.FORMATS`.
+
+    Iterating raises DataError: at once for a file that cannot be read or whose format is unclear, at the end for
+    invalid rows (the first ten in words, all in number), and if there are no rows.
+    """
+    return Reading(sources, format=format)
+
+
+def _is_empty(read_row: Example) -> bool:
+    if not read_row.turns:
+        return False
+    last = read_row.turns[-1]
+    return last.role == "assistant" and not (last.content.strip() or last.tool_calls)
+
+
+def _facts(source: Source, found: str, count: int, empty: int) -> FileFacts:
+    with source.path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    size = source.path.stat().st_size
+    return FileFacts(name=source.name, format=found, rows=count, bytes=size, sha256=digest, empty_answers=empty)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Training and evaluation side, each in the order of the files."""
+
+    train: tuple[Example, ...]
+    evaluation: tuple[Example, ...]
+    duplicates: int
+    """Training rows that repeat an earlier training row exactly; they stay."""
+    shared: int
+    """Evaluation rows that also occur in training: 0 after `split`, possible with an evaluation file of its own."""
+    note: str
+    """Why there is no evaluation side although one was asked for; else empty."""
+
+
+def split(examples: Iterable[Example], *, fraction: float) -> Split:
+    """Put a row on the evaluation side if and only if its content's hash, as a number in [0, 1), is below `fraction`.
+
+    So exact duplicates are on one side, and a row stays where it is when others are added. If one side came out
+    empty, all rows are trained on and the note says so.
+    """
+    train: list[Example] = []
+    evaluation: list[Example] = []
+    train_keys: set[str] = set()
+    for one in examples:
+        key = content_key(one)
+        if is_evaluation(key, fraction):
+            evaluation.append(one)
+        else:
+            train.append(one)
+            train_keys.add(key)
+    if fraction > 0 and not (train and evaluation):
+        return _all_trained(train + evaluation, fraction)
+    return Split(
+        train=tuple(train),
+        evaluation=tuple(evaluation),
+        duplicates=len(train) - len(train_keys),
+        shared=0,
+        note="",
+    )
+
+
+def _all_trained(examples: list[Example], fraction: float) -> Split:
+    note = f"no evaluation: {fraction:.3g} of {len(examples)} rows leaves one side empty"
+    duplicates = len(examples) - len({content_key(one) for one in examples})
+    return Split(train=tuple(examples), evaluation=(), duplicates=duplicates, shared=0, note=note)
+
+
+def is_evaluation(key: str, fraction: float) -> bool:
+    """The split's rule, for one `content_key`."""
+    return bool(xxhash.xxh3_64_intdigest(key.encode()) < fraction * 2**64)
+
+
+def given(train: Iterable[Example], evaluation: Iterable[Example]) -> Split:
+    """The split that the user made with files of their own; rows that both sides share are counted, not moved."""
+    trained, evaluated = tuple(train), tuple(evaluation)
+    keys = {content_key(one) for one in trained}
+    shared = sum(content_key(one) in keys for one in evaluated)
+    return Split(train=trained, evaluation=evaluated, duplicates=len(trained) - len(keys), shared=shared, note="")

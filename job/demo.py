@@ -1,0 +1,395 @@
+"""The demo: a small model learns to turn order e-mails into JSON, in one run of the real job against a local S3 server.
+
+It does what a user does: puts a model and a dataset into a bucket, starts the job with nothing but environment
+variables, follows its log, and reads the results from the bucket. It shows them to a person and judges them; it knows
+nothing of how the job works inside. It needs a checkout (`examples/`) and the packages of the extra `demo`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from job import env, local_s3
+from job.config import SETTINGS
+from job.errors import ConfigError, JobError
+
+ROOT = Path(__file__).resolve().parent.parent
+ORDERS = ROOT / "examples" / "orders"
+BUCKET = "demo"
+MODEL, DATA, RUNS, RUN = "models/smollm2-135m", "data/orders", "runs", "first"
+SETTINGS_OF_THE_RUN = {
+    "TUNE_MODEL": f"s3://{BUCKET}/{MODEL}",
+    "TUNE_DATASET": f"s3://{BUCKET}/{DATA}/train.jsonl",
+    "TUNE_EVAL_DATASET": f"s3://{BUCKET}/{DATA}/eval.jsonl",
+    "TUNE_OUTPUT": f"s3://{BUCKET}/{RUNS}",
+    "TUNE_RUN_ID": RUN,
+    "TUNE_MAX_STEPS": "60",
+    "TUNE_LEARNING_RATE": "1e-3",
+    "TUNE_LORA_R": "8",
+    "TUNE_LORA_ALPHA": "8",
+    "TUNE_MAX_LENGTH": "256",
+    "TUNE_EVAL_STEPS": "30",
+    "TUNE_SAMPLES": "20",
+    "TUNE_STORAGE_PATIENCE_MINUTES": "1",
+}
+MOST_RIGHT_BEFORE, LEAST_RIGHT_AFTER = 0.1, 0.9
+SHOWN_ROWS = 4
+SHOWN_CHARACTERS = 220
+PLAIN_STEPS = 10  # without a terminal, one line every so many steps
+STOP_SECONDS = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One held-out e-mail and what the model made of it."""
+
+    email: str
+    reference: str
+    before: str
+    after: str
+
+
+def demo(*, directory: Path = ROOT / ".demo") -> int:
+    """Run the demo and show it on stdout.
+
+    Args:
+        directory: where the converted model (kept for the next time), the log and the trained adapter go.
+
+    Returns:
+        0 if the job succeeded and the model learned the task; otherwise the job's exit code, or 1.
+
+    Raises:
+        ConfigError: this is no checkout.
+        JobError: the model could not be converted, or the run left no record.
+    """
+    started = time.monotonic()
+    if not ORDERS.is_dir():
+        raise ConfigError(f"The demo needs {ORDERS}.", remedy="Run it from a checkout of the repository: make demo.")
+    console = Console(highlight=False)
+    directory.mkdir(parents=True, exist_ok=True)
+    console.print("[bold]finetune-job demo[/]: SmolLM2-135M learns to turn order e-mails into JSON.\n")
+    _convert(console, directory / "model")
+    with local_s3.serve(log=directory / "s3.log") as endpoint:
+        bucket = Bucket(endpoint)
+        _fill(console, bucket, directory / "model")
+        code = _run(console, endpoint, log=directory / "run.log")
+        if code:
+            console.print(f"[bold red]The job ended with exit code {code}.[/] Its log: {directory / 'run.log'}")
+            return code if code > 0 else 1
+        samples = _samples(bucket)
+        _download_adapter(bucket, directory / "adapter")
+    _show(console, samples)
+    learned = _judge(console, samples)
+    console.print(f"Adapter: s3://{BUCKET}/{RUNS}/{RUN}/adapter/, downloaded to {_shown(directory / 'adapter')}")
+    console.print(f"Log:     {_shown(directory / 'run.log')}")
+    console.print(f"Time:    {time.monotonic() - started:.0f} s in all\n")
+    console.print(f"Try it:  {_try_it(directory, samples[0].email)}", soft_wrap=True, markup=False)
+    return 0 if learned else 1
+
+
+def _convert(console: Console, model: Path) -> None:
+    started = time.monotonic()
+    command = [sys.executable, str(ROOT / "examples" / "smollm2.py"), str(model)]
+    with console.status("converting SmolLM2-135M-Instruct to safetensors"):
+        done = subprocess.run(
+            command,
+            env=env.child_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise JobError(
+            f"The model could not be converted:\n{done.stdout.strip()}", remedy="Install requirements-dev.lock."
+        )
+    console.print(f"[green]✓[/] base model as safetensors in {_shown(model)} ({time.monotonic() - started:.1f} s)")
+
+
+class Bucket:
+    """A new bucket of the local server, by plain HTTP, since that server checks no signatures.
+
+    `job.storage` takes the endpoint and the credentials from its process's environment, and this process leaves its
+    environment as the user set it.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        self._address = urlsplit(endpoint).netloc
+        self._request("PUT", "")
+
+    def put(self, key: str, path: Path) -> None:
+        """Store a file."""
+        with path.open("rb") as body:
+            self._request("PUT", f"/{key}", body=body, headers={"Content-Length": str(path.stat().st_size)})
+
+    def get(self, key: str) -> bytes:
+        """An object's content.
+
+        Raises:
+            JobError: there is none.
+        """
+        return self._request("GET", f"/{key}")
+
+    def _request(self, method: str, path: str, **content: Any) -> bytes:
+        connection = http.client.HTTPConnection(self._address, blocksize=1 << 20)
+        with contextlib.closing(connection):
+            connection.request(method, f"/{BUCKET}{path}", **content)
+            reply = connection.getresponse()
+            body = reply.read()
+        if reply.status != http.HTTPStatus.OK:
+            raise JobError(f"The local S3 server answered {reply.status} to {method} s3://{BUCKET}{path}.")
+        return body
+
+
+def _fill(console: Console, bucket: Bucket, model: Path) -> None:
+    started = time.monotonic()
+    with console.status("uploading"):
+        for path in sorted(path for path in model.iterdir() if path.is_file()):
+            bucket.put(f"{MODEL}/{path.name}", path)
+        for name in ("train.jsonl", "eval.jsonl"):
+            bucket.put(f"{DATA}/{name}", ORDERS / name)
+    console.print(f"[green]✓[/] a local S3 server with model and data ({time.monotonic() - started:.1f} s)")
+
+
+def _run(console: Console, endpoint: str, *, log: Path) -> int:
+    """Run the job as a container would and follow its log; returns its exit code."""
+    console.print("[green]✓[/] starting [bold]python -m job[/] with these variables:")
+    given = SETTINGS_OF_THE_RUN | {"AWS_ENDPOINT_URL_S3": endpoint}
+    for name, value in given.items():
+        console.print(f"    [dim]{name}={value}[/]")
+    with (
+        tempfile.TemporaryDirectory(prefix="tmp-", dir=log.parent) as scratch,
+        log.open("w", encoding="utf-8") as record,
+        _child(_environment(endpoint, scratch)) as child,
+        View(console) as view,
+    ):
+        for line in child.stdout or ():
+            record.write(line)
+            with contextlib.suppress(json.JSONDecodeError):  # a crash dump of the interpreter is not JSON
+                view.event(json.loads(line))
+        return child.wait()
+
+
+def _environment(endpoint: str, scratch: str) -> dict[str, str]:
+    """The user's environment without anything that would lead the job elsewhere."""
+    unset: dict[str, str | None] = {
+        name: None for setting in SETTINGS for name in (setting.variable, setting.variable + env.FILE_SUFFIX)
+    }
+    unset |= dict.fromkeys(("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"))
+    local = {
+        "AWS_ENDPOINT_URL_S3": endpoint,
+        "AWS_ACCESS_KEY_ID": "demo",
+        "AWS_SECRET_ACCESS_KEY": "demo",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        "TMPDIR": scratch,
+    }
+    return env.child_environment(**(unset | SETTINGS_OF_THE_RUN | local))
+
+
+@contextlib.contextmanager
+def _child(environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """The job's process; it ends with the block, also when Ctrl-C leaves it early."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "job"],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            try:
+                child.wait(timeout=STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+LINES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "run_started": lambda e: f"run started: {e['uri']}",
+    "dataset_ready": lambda e: (
+        f"dataset ready: {e['sequences']} conversations of {e['length_p50']} tokens (median),"
+        f" {e['labelled_tokens']:,} of {e['tokens']:,} tokens to learn, {e['eval_rows']} e-mails held out"
+    ),
+    "model_loaded": lambda e: (
+        f"model loaded in {e['precision']} on {e['device_name']}: {e['parameters'] / 1e6:.0f} M parameters frozen,"
+        f" {e['trainable_parameters'] / 1e6:.1f} M in the adapter"
+    ),
+    "evaluated": lambda e: f"step {e['step']}: loss on the held-out e-mails {e['eval_loss']:.3f}",
+    "checkpoint_committed": lambda e: (
+        f"step {e['step']}: checkpoint committed to S3 ({e['bytes'] / 1e6:.0f} MB, training waited"
+        f" {e['stall_seconds']:.1f} s)"
+    ),
+    "artifact_uploaded": lambda e: f"{e['name']} uploaded: {e['files']} files, {e['bytes'] / 1e6:.0f} MB",
+    "run_complete": lambda e: f"run complete in {e['seconds']:.0f} s",
+    "interrupted": lambda e: f"interrupted by {e['signal']}",
+    "run_failed": lambda e: " ".join(str(e[name]) for name in ("message", "remedy", "problems") if e.get(name)),
+}
+WAITS = {
+    "run_started": "downloading model and data from S3, importing the training libraries",
+    "dataset_ready": "loading the model",
+    "model_loaded": "measuring the loss before training",
+    "evaluated": "answering held-out e-mails",
+    "sample": "working",
+    "artifact_uploaded": "publishing the record",
+}
+"""What the job does after an event, until the next."""
+
+
+class View:
+    """What a person sees while the job runs: a line a phase and a bar; without a terminal, plain lines."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("starting", total=None)
+
+    def __enter__(self) -> View:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Show one line of the job's log, if a person wants to see it."""
+        name = event.get("event", "")
+        if name == "train_progress":
+            self._step(event)
+        if name in LINES:
+            style = "bold red" if name in {"run_failed", "interrupted"} else ""
+            self._console.print(f"  {event.get('timestamp', '')[11:19]}  {escape(LINES[name](event))}", style=style)
+        if name in WAITS:
+            self._progress.update(self._task, description=WAITS[name])
+
+    def _step(self, event: dict[str, Any]) -> None:
+        step, steps = event["step"], event["max_steps"]
+        text = f"step {step}/{steps}  loss {event['loss']:.3f}  about {event['eta_seconds']:.0f} s left"
+        self._progress.update(self._task, description=text, completed=step, total=steps)
+        if not self._console.is_terminal and (step == 1 or step % PLAIN_STEPS == 0):
+            self._console.print(f"  {event['timestamp'][11:19]}  {text}")
+
+
+def _samples(bucket: Bucket) -> list[Sample]:
+    """The answers before and after, from the run's record in the bucket.
+
+    Raises:
+        JobError: the record has none.
+    """
+    lines = bucket.get(f"{RUNS}/{RUN}/metrics.jsonl").decode().splitlines()
+    entries = [entry for entry in map(json.loads, lines) if entry["event"] == "sample"]
+    emails = {}
+    for row in (ORDERS / "eval.jsonl").read_text(encoding="utf-8").splitlines():
+        *_, question, answer = json.loads(row)["messages"]
+        emails[answer["content"]] = question["content"]
+    after = {entry["index"]: entry["answer"] for entry in entries if entry["phase"] == "after"}
+    samples = [
+        Sample(
+            email=emails[entry["reference"]],
+            reference=entry["reference"],
+            before=entry["answer"],
+            after=after[entry["index"]],
+        )
+        for entry in entries
+        if entry["phase"] == "before"
+    ]
+    if not samples:
+        raise JobError(f"s3://{BUCKET}/{RUNS}/{RUN}/metrics.jsonl holds no samples.")
+    return samples
+
+
+def _download_adapter(bucket: Bucket, directory: Path) -> None:
+    """What `done.json` lists, each file checked against the hash that stands there."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    for file in json.loads(bucket.get(f"{RUNS}/{RUN}/done.json"))["artifacts"]:
+        content = bucket.get(f"{RUNS}/{RUN}/{file['name']}")
+        if hashlib.sha256(content).hexdigest() != file["sha256"]:
+            raise JobError(f"{file['name']} is not what done.json says.")
+        (directory / Path(file["name"]).name).write_bytes(content)
+
+
+def _show(console: Console, samples: list[Sample]) -> None:
+    table = Table(title="Held-out e-mails, answered before and after training", show_lines=True, expand=True)
+    for title in ("e-mail", "before", "after"):
+        table.add_column(title, ratio=1, overflow="fold")
+    for sample in samples[:SHOWN_ROWS]:
+        before, after = (_marked(answer, sample.reference) for answer in (sample.before, sample.after))
+        table.add_row(escape(_short(sample.email)), before, after)
+    console.print()
+    console.print(table)
+
+
+def _marked(answer: str, reference: str) -> str:
+    mark = "[green]✓[/]" if answer == reference else "[red]✗[/]"
+    return f"{mark} {escape(_short(answer))}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+
+
+def _judge(console: Console, samples: list[Sample]) -> bool:
+    """Say how many answers are exactly right, and whether the model learned its task."""
+    count = len(samples)
+    before = sum(sample.before == sample.reference for sample in samples)
+    after = sum(sample.after == sample.reference for sample in samples)
+    console.print(f"\nExactly right: before [bold]{before} of {count}[/], after [bold green]{after} of {count}[/]\n")
+    if before > MOST_RIGHT_BEFORE * count or after < LEAST_RIGHT_AFTER * count:
+        console.print(
+            f"[bold red]That is not what the demo should show[/]: expected at most {MOST_RIGHT_BEFORE:.0%} before"
+            f" and at least {LEAST_RIGHT_AFTER:.0%} after.\n"
+        )
+        return False
+    return True
+
+
+def _shown(path: Path) -> Path:
+    """Relative to where the user stands, if it is below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _try_it(directory: Path, email: str) -> str:
+    words = " ".join(email.split()).replace('"', "'")
+    script = _shown(ROOT / "examples" / "try_adapter.py")
+    model, adapter = _shown(directory / "model"), _shown(directory / "adapter")
+    return f'{_shown(Path(sys.executable))} {script} {model} {adapter} "{words}"'

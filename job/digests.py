@@ -1,0 +1,23 @@
+"""SHA-256 of files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HASH_THREADS = 4
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hashes(paths: Iterable[Path]) -> dict[Path, str]:
+    """SHA-256 of several files at once; hashing releases the interpreter, so threads help."""
+    listed = list(paths)
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return dict(zip(listed, pool.map(sha256, listed), strict=True))

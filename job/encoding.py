@@ -1,0 +1,79 @@
+"""Token ids and the characters that they cover.
+
+Knows the interface of `tokenizers.Encoding`, and nothing of the tokenizer that made it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+Offsets = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoding:
+    """A text's tokens, in the order of its characters."""
+
+    ids: list[int]
+    added: int
+    """How many of them, at the start, are no part of the text: BOS where the text did not bring it."""
+    raw: Any
+    """The `tokenizers.Encoding` without what was added; None for one that was stitched together."""
+    known_offsets: list[Offsets] | None
+    """For the stitched."""
+
+    @property
+    def offsets(self) -> list[Offsets]:
+        """For each token the characters [start, end) that it covers; (0, 0) for those added."""
+        own = self.raw.offsets if self.known_offsets is None else self.known_offsets
+        return [(0, 0)] * self.added + own
+
+    def inside(self, start: int, end: int) -> slice:
+        """The tokens that lie wholly inside the characters [start, end)."""
+        first = self._starting_from(start)
+        return slice(first, max(first, self._ending_by(end)))
+
+    def crosses(self, character: int) -> bool:
+        """Whether a token holds characters on both sides of the border before `character`."""
+        if self.raw is not None:
+            token = self.raw.char_to_token(character)
+            return token is not None and bool(self.raw.token_to_chars(token)[0] < character)
+        return any(start < character < end for start, end in self.offsets)
+
+    def _starting_from(self, character: int) -> int:
+        """The first token that starts at or behind a character."""
+        if self.raw is not None:  # two look-ups in compiled code; the list of offsets costs as much as all the rest
+            token = self.raw.char_to_token(character)
+            if token is not None and self.raw.token_to_chars(token)[0] == character:
+                return int(token) + self.added
+        return bisect_left(self.offsets, character, lo=self.added, key=itemgetter(0))
+
+    def _ending_by(self, character: int) -> int:
+        """The number of tokens that end at or before a character."""
+        if self.raw is not None:
+            token = self.raw.char_to_token(character)
+            if token is not None:
+                return int(token) + self.added
+        return bisect_left(self.offsets, character + 1, lo=self.added, key=itemgetter(1))
+
+
+def encoding(raw: Any, *, bos_ids: Sequence[int]) -> Encoding:
+    """What the tokenizer found, with BOS before it unless the text brought it."""
+    ids: list[int] = raw.ids
+    bos = _missing(ids, bos_ids)
+    return Encoding(ids=bos + ids, added=len(bos), raw=raw, known_offsets=None)
+
+
+def stitched(ids: list[int], offsets: list[Offsets], *, bos_ids: Sequence[int]) -> Encoding:
+    """The same for tokens of several parts of a text."""
+    bos = _missing(ids, bos_ids)
+    return Encoding(ids=bos + ids, added=len(bos), raw=None, known_offsets=offsets)
+
+
+def _missing(ids: list[int], bos_ids: Sequence[int]) -> list[int]:
+    bos = list(bos_ids)
+    return [] if ids[: len(bos)] == bos else bos

@@ -1,0 +1,211 @@
+"""The environment: the only reader and writer of `os.environ`.
+
+It turns `TUNE_*` variables into a `Config`, tells what the process knows of itself (rank, pod), prepares the
+variables that the training libraries read at import, and names the secrets that must never be printed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import socket
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from environs import EnvValidationError, FileAwareEnv
+from marshmallow import ValidationError
+
+from job.config import PREFIX, SETTINGS, Config, Setting
+from job.errors import ConfigError
+
+FILE_SUFFIX = "_FILE"
+SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY", "CREDENTIAL")
+SHORTEST_SECRET = 6
+NEAR = 0.75
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+_given: dict[str, str | None] = {}  # what the user had set for the names in OFFLINE, before this process went offline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """Where this process runs, as the platform tells it."""
+
+    rank: int
+    world_size: int
+    host: str
+    pod: str | None
+
+
+def load() -> Config:
+    """Read every `TUNE_*` variable.
+
+    Raises:
+        ConfigError: with every problem at once, each naming the variable, its value, the rule and the remedy.
+    """
+    problems = _unknown_names() + _doubled_names()
+    values: dict[str, Any] = {}
+    for setting in SETTINGS:
+        try:
+            values[setting.name] = _read(setting)
+        except ValueError as error:
+            problems.append(str(error))
+    if not problems:
+        config = Config(**values)
+        problems = config.problems()
+    if problems:
+        raise ConfigError("The environment is not valid.", problems=problems)
+    return config
+
+
+def _read(setting: Setting) -> Any:
+    """One variable's value.
+
+    Raises:
+        ValueError: with the whole problem in words.
+    """
+    environment = FileAwareEnv(eager=False, strip_whitespace=True)
+    environment.add_parser("setting", lambda raw: raw if raw is setting.default else _parse(setting, raw))
+    name = setting.variable
+    if not os.environ.get(name, "").strip() and not os.environ.get(name + FILE_SUFFIX):
+        # An empty variable is an unset one: charts and compose files pass empty strings for values left out.
+        if setting.required:
+            raise ValueError(f"{name} is not set. It is required: {setting.kind.rule} ({setting.meaning}).")
+        return setting.default
+    try:
+        value = environment.setting(name, setting.default)
+        environment.seal()
+    except EnvValidationError:
+        raise ValueError(
+            f"{name}={_shown(name)!r} is not valid. Expected: {setting.kind.rule} (default: {setting.default_text})."
+        ) from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(
+            f"{name}{FILE_SUFFIX}={os.environ.get(name + FILE_SUFFIX)!r} cannot be read: {error}"
+        ) from None
+    return value
+
+
+def _parse(setting: Setting, raw: str) -> Any:
+    value = setting.kind.field.deserialize(raw.strip())
+    if isinstance(value, str) and "\n" in value:
+        raise ValidationError("The value has a line break.")
+    return value
+
+
+def _shown(name: str) -> str:
+    return os.environ.get(name) or f"<content of {os.environ.get(name + FILE_SUFFIX)}>"
+
+
+def _unknown_names() -> list[str]:
+    known = {setting.variable for setting in SETTINGS}
+    problems = []
+    for name in sorted(os.environ):
+        if not name.startswith(PREFIX) or name in known or name.removesuffix(FILE_SUFFIX) in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
+        remedy = f"Did you mean {near[0]}?" if near else "`python -m job variables` lists them all."
+        problems.append(f"{name}={os.environ[name]!r} is not a variable of this job. {remedy}")
+    return problems
+
+
+def _doubled_names() -> list[str]:
+    return [
+        f"{s.variable} and {s.variable}{FILE_SUFFIX} are both set. Keep one of them."
+        for s in SETTINGS
+        if os.environ.get(s.variable) and os.environ.get(s.variable + FILE_SUFFIX)
+    ]
+
+
+def asked_log_format() -> str:
+    """`TUNE_LOG_FORMAT` before anything is validated, so that the error itself is shown in that format."""
+    return os.environ.get("TUNE_LOG_FORMAT", "auto")
+
+
+def process() -> Process:
+    """The facts that torchrun and Kubernetes pass along."""
+    return Process(
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        host=socket.gethostname(),
+        pod=os.environ.get("POD_NAME") or os.environ.get("HOSTNAME"),
+    )
+
+
+def scratch() -> Path:
+    """The one directory that a run needs to write besides its output: downloads, caches, staging.
+
+    It lies under `TMPDIR` and is private to the user, since `/tmp` may be shared.
+    """
+    path = Path(tempfile.gettempdir()) / f"finetune-job-{os.getuid()}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.stat().st_uid != os.getuid():
+        raise ConfigError(
+            f"The scratch directory {path} belongs to another user.", remedy="Set TMPDIR to a directory of your own."
+        )
+    return path
+
+
+def gpu_present() -> bool:
+    """Whether the machine shows a GPU device, told without importing torch (WSL shows /dev/dxg)."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+
+def prepare_libraries(scratch: Path, *, expect_gpu: bool, cpu_only: bool = False) -> None:
+    """Set what the training libraries read at import. Must run before any of them is imported.
+
+    The process that trains is offline from its first import: hub downloads run in a child process (`job.hub`).
+    Caches go under the scratch directory unless the user placed them elsewhere.
+    """
+    caches = {
+        "HF_HOME": scratch / "huggingface",
+        "TRITON_CACHE_DIR": scratch / "triton",
+        "TORCHINDUCTOR_CACHE_DIR": scratch / "inductor",
+        "UNSLOTH_COMPILE_LOCATION": scratch / "unsloth",
+        "XDG_CACHE_HOME": scratch / "cache",
+        "MPLCONFIGDIR": scratch / "matplotlib",
+    }
+    for name, path in caches.items():
+        os.environ.setdefault(name, str(path))
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # noqa: PTH111 - Path.home() raises for a uid without a passwd entry
+        os.environ["HOME"] = str(scratch)
+    _given.update({name: os.environ.get(name) for name in OFFLINE})
+    os.environ.update(OFFLINE)
+    os.environ.update(
+        HF_HUB_DISABLE_TELEMETRY="1",
+        UNSLOTH_DISABLE_STATISTICS="1",
+        UNSLOTH_AUTO_INSTALL="0",
+        TOKENIZERS_PARALLELISM="true",
+        WANDB_DISABLED="true",
+    )
+    if expect_gpu:
+        os.environ["UNSLOTH_DISABLE_CPU_FALLBACK"] = "1"
+    if cpu_only:
+        os.environ.update(CUDA_VISIBLE_DEVICES="", UNSLOTH_FORCE_CPU="1")
+
+
+def child_environment(**overrides: str | None) -> dict[str, str]:
+    """The environment for a child process: as the user gave it, so that a child may go online where the user may.
+
+    An override of None removes the name.
+    """
+    changed: dict[str, str | None] = {**os.environ, **_given, **overrides}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def secrets() -> frozenset[str]:
+    """The values of all variables whose names say that they are secret, and passwords inside URLs."""
+    return _secret_values(os.environ)
+
+
+def _secret_values(environment: Mapping[str, str]) -> frozenset[str]:
+    found = set()
+    for name, value in environment.items():
+        if any(word in name.upper() for word in SECRET_WORDS) and not name.endswith(FILE_SUFFIX):
+            found.add(value.strip())
+        if "://" in value and "@" in value:
+            user_info = value.split("://", 1)[1].rpartition("@")[0]
+            found.update(part for part in (user_info, user_info.partition(":")[2]) if part)
+    return frozenset(value for value in found if len(value) >= SHORTEST_SECRET)

@@ -1,0 +1,113 @@
+"""The ways a run can end badly. Each kind knows its exit code; nothing else in the project names a number.
+
+The codes are sysexits' where one fits, because schedulers decide by them whether to try again (README, "Exit codes").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class JobError(Exception):
+    """A failure that the user can act on.
+
+    Args:
+        message: what happened, naming the value and the rule.
+        remedy: what to do about it; shown after the message and kept as a field of its own in logs and records.
+    """
+
+    kind: ClassVar[str] = "unknown"
+    exit_code: ClassVar[int] = 1
+    meaning: ClassVar[str] = "an error nobody foresaw: the log has the traceback"
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}".strip()
+
+
+class ConfigError(JobError):
+    """The environment or the command line is invalid, or a run's inputs changed under the same id."""
+
+    kind = "config"
+    exit_code = 78
+    meaning = "environment or command line invalid, or the inputs of this run changed"
+
+    def __init__(self, message: str, *, remedy: str = "", problems: Sequence[str] = ()) -> None:
+        """Args: problems: every single problem in words, when there may be several."""
+        super().__init__(message, remedy=remedy)
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return "\n".join((super().__str__(), *(f"- {problem}" for problem in self.problems)))
+
+
+class DataError(JobError):
+    """The dataset or model is missing, invalid, or leaves nothing to train on."""
+
+    kind = "data"
+    exit_code = 65
+    meaning = "dataset or model missing or invalid, or nothing to train on"
+
+
+class DeniedError(JobError):
+    """Credentials or a permission were refused."""
+
+    kind = "denied"
+    exit_code = 77
+    meaning = "credentials or permission refused"
+
+
+class HopelessError(JobError):
+    """Trying again would end the same way: the loss diverged, or memory does not suffice."""
+
+    kind = "hopeless"
+    exit_code = 70
+    meaning = "trying again would end the same way: diverged, or out of memory"
+
+
+class FencedError(JobError):
+    """Another attempt owns the run."""
+
+    kind = "fenced"
+    exit_code = 76
+    meaning = "another attempt owns the run"
+
+
+class StorageError(JobError):
+    """Storage was unreachable past the patience, or the disk is full."""
+
+    kind = "storage"
+    exit_code = 74
+    meaning = "storage unreachable past the patience, or disk full"
+
+
+class InterruptedError(JobError):  # noqa: A001 - the domain's word; the builtin is for retried system calls
+    """SIGTERM or SIGINT asked the process to stop."""
+
+    kind = "interrupted"
+    exit_code = 75
+    meaning = "SIGTERM or SIGINT"
+
+
+KINDS: tuple[type[JobError], ...] = (
+    ConfigError,
+    DataError,
+    DeniedError,
+    HopelessError,
+    FencedError,
+    StorageError,
+    InterruptedError,
+)
+
+
+class Stop(BaseException):
+    """Raised in the main thread by SIGTERM or SIGINT. Not an Exception, so that no library swallows it."""
+
+    def __init__(self, signal_name: str) -> None:
+        super().__init__(signal_name)
+        self.signal_name = signal_name

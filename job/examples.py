@@ -1,0 +1,116 @@
+"""The values that the reading side (dataset) and the rendering side share: a turn, an example, a row that is invalid.
+
+Knows nothing of files, formats, templates or tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from job.errors import DataError
+
+JsonObject = dict[str, Any]
+
+SHOWN = 10
+"""How many invalid rows a message names; the total is always given."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: str
+    """`system`, `developer`, `user`, `assistant` or `tool`."""
+    content: str
+    """The text; empty where an assistant only calls tools."""
+    input: str = ""
+    """Alpaca's second field: chat templates see it joined to the content, the `alpaca` block sees it alone."""
+    tool_calls: tuple[JsonObject, ...] = ()
+    """As the row gave them (OpenAI's shape), for templates that print tool calls."""
+    tool_call_id: str | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    """An assistant's reasoning, for templates that print it."""
+
+    trained: bool = True
+    """False for an assistant turn that is only context: the answers inside a conversational `prompt`."""
+
+    @property
+    def text(self) -> str:
+        """Content and input as one text, joined by an empty line."""
+        return f"{self.content}\n\n{self.input}" if self.input else self.content
+
+    def message(self) -> JsonObject:
+        """The turn as templates see it: `role` and `content`, and the other fields where they are set."""
+        message: JsonObject = {"role": self.role, "content": self.text}
+        if self.input:
+            message |= {"instruction": self.content, "input": self.input}
+        if self.tool_calls:
+            message["tool_calls"] = list(self.tool_calls)
+        for key in ("tool_call_id", "name", "reasoning_content"):
+            if (value := getattr(self, key)) is not None:
+                message[key] = value
+        return message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One row of a dataset: a conversation, or (format `text`) ready text."""
+
+    source: str
+    """The file as the user knows it, e.g. `s3://bucket/data/a.jsonl`."""
+    line: int
+    """Where the row starts: line number, or row number in Parquet; from 1."""
+    format: str
+    """`messages`, `sharegpt`, `alpaca`, `prompt_completion`, `question_answer` or `text`."""
+    turns: tuple[Turn, ...] = ()
+    """At least one assistant turn, except for `text`, which has none at all."""
+    text: str | None = None
+    """Only for `text`."""
+    tools: tuple[JsonObject, ...] = ()
+    """Tool schemas that the conversation may call, for templates that print them."""
+
+
+def content_key(example: Example) -> str:
+    """A hash of what the example says, not of where it stands: 32 hexadecimal digits (XXH3, 128 bits).
+
+    Two rows with the same turns, text and tools have the same key, whatever file, line or format they came from.
+    """
+    content = [[turn.message() for turn in example.turns], example.text, list(example.tools)]
+    canonical = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
+    return str(xxhash.xxh3_128_hexdigest(canonical.encode("utf-8", "surrogatepass")))
+
+
+class RowError(DataError):
+    """One row is invalid. Usually collected in `InvalidRows`, so that all are reported at once."""
+
+    def __init__(self, *, source: str, line: int, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{source}:{line}: {reason}", remedy=remedy)
+        self.reason = reason
+
+
+@dataclass(kw_only=True)
+class InvalidRows:
+    """Collects invalid rows: the first ten in words, all of them in number."""
+
+    remedy: str = "Correct or remove these rows."
+    total: int = 0
+    shown: list[str] = field(default_factory=list)
+
+    def add(self, error: RowError) -> None:
+        """Count one more; later ones than the tenth are only counted."""
+        self.total += 1
+        if len(self.shown) < SHOWN:
+            self.shown.append(error.message)
+            self.remedy = error.remedy or self.remedy
+
+    def raise_if_any(self, rows: int) -> None:
+        """Raise DataError if a row of `rows` was invalid."""
+        if not self.total:
+            return
+        head = f"{self.total:,} of {rows:,} rows are invalid" + (", the first ten:" if self.total > SHOWN else ":")
+        raise DataError("\n".join([head, *self.shown]), remedy=self.remedy)

@@ -1,0 +1,152 @@
+"""Configuration -> local files: the base model, the data and the template, from wherever they are, and what exactly
+was read. Knows places, not contents."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job import hub
+from job.config import HUB_NAME, Config
+from job.errors import DataError
+from job.storage.fetch import Fetched, fetch
+
+MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
+NAMED_TEMPLATE = ("s3://", "/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """One file that was read."""
+
+    name: str
+    """As the user knows it."""
+    path: Path
+    size: int
+    etag: str | None
+    version: str | None
+    named: bool
+    """Whether the user named this very file, rather than a place that holds it."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For `inputs.json`: what identifies the content, not where it was put."""
+        return {"name": self.name, "size": self.size, "etag": self.etag, "version": self.version}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """All that a run reads."""
+
+    model: Path
+    """A directory with a neutral name: Unsloth decides by parts of the path."""
+    model_files: tuple[File, ...]
+    model_revision: str | None
+    dataset: tuple[File, ...]
+    eval_dataset: tuple[File, ...]
+    template_text: str | None
+    template_files: tuple[File, ...]
+    date: datetime.date
+    """The date that templates may print: the day of the run's first attempt."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The body of `inputs.json`."""
+        files = (*self.model_files, *self.dataset, *self.eval_dataset, *self.template_files)
+        return {
+            "date": self.date.isoformat(),
+            "model_revision": self.model_revision,
+            "files": [file.as_json() for file in files],
+        }
+
+
+def pull(config: Config, *, scratch: Path, pinned: dict[str, Any] | None) -> Inputs:
+    """Bring everything to local disk.
+
+    Args:
+        scratch: where downloads are kept and found again.
+        pinned: `inputs.json` of an earlier attempt, whose date holds.
+
+    Raises:
+        DataError: something is missing.
+        DeniedError: credentials or a licence.
+        StorageError: unreachable past the patience, or the disk is full.
+    """
+    puller = _Puller(directory=scratch / "inputs", patience_seconds=config.storage_patience_minutes * 60)
+    model, model_files, revision = puller.model(config.model)
+    template = config.chat_template if config.chat_template.startswith(NAMED_TEMPLATE) else None
+    template_files = puller.data([template]) if template else ()
+    return Inputs(
+        model=model,
+        model_files=model_files,
+        model_revision=revision,
+        dataset=puller.data(config.dataset),
+        eval_dataset=puller.data(config.eval_dataset),
+        template_text=template_files[0].path.read_text() if template_files else None,
+        template_files=template_files,
+        date=datetime.date.fromisoformat(pinned["date"]) if pinned else datetime.datetime.now(datetime.UTC).date(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Puller:
+    directory: Path
+    patience_seconds: float
+
+    def model(self, name: str) -> tuple[Path, tuple[File, ...], str | None]:
+        place = self._place(name)
+        if HUB_NAME.fullmatch(name):
+            found = hub.fetch_model(name, place)
+            return found.path, _hub_files(found), found.commit
+        files = self._fetch(name, place, wanted=lambda key: key.endswith(MODEL_FILES) and "/" not in key)
+        if not files:
+            raise DataError(
+                f"{name} holds no model files.", remedy="TUNE_MODEL must hold config.json and *.safetensors."
+            )
+        if not name.startswith("s3://"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.unlink(missing_ok=True)
+            place.symlink_to(name)
+        return place, tuple(_file(file, named=False) for file in files), None
+
+    def data(self, uris: Sequence[str]) -> tuple[File, ...]:
+        found: list[File] = []
+        for uri in uris:
+            if uri.startswith("hf://"):
+                found += _hub_files(hub.fetch_dataset(uri, self._place(uri)))
+            else:
+                found += [_file(f, named=f.name == uri) for f in self._fetch(uri, self._place(uri))]
+        return tuple(found)
+
+    def _fetch(self, uri: str, place: Path, **options: Any) -> list[Fetched]:
+        return fetch(uri, place, patience_seconds=self.patience_seconds, **options)
+
+    def _place(self, uri: str) -> Path:
+        return self.directory / hashlib.sha256(uri.encode()).hexdigest()[:16]
+
+
+def _file(fetched: Fetched, *, named: bool) -> File:
+    return File(
+        name=fetched.name,
+        path=fetched.path,
+        size=fetched.size,
+        etag=fetched.etag,
+        version=fetched.version,
+        named=named,
+    )
+
+
+def _hub_files(found: hub.HubFetched) -> tuple[File, ...]:
+    return tuple(
+        File(
+            name=f"{found.name}/{name}",
+            path=found.path / name,
+            size=(found.path / name).stat().st_size,
+            etag=None,
+            version=found.commit,
+            named=False,
+        )
+        for name in found.files
+    )

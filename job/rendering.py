@@ -1,0 +1,220 @@
+"""Example + tokenizer -> token ids and labels: exactly the answers are learnt, as the template renders them.
+
+The text is tokenised once, whole; a token is learnt if it lies wholly inside a span that is learnt (see `job.spans`).
+Where a token would lie across an answer's start (a prompt that ends in a space and an answer that goes on with a word,
+say), the text is tokenised in parts that meet there: generation too starts from the tokens of the prompt alone. A token
+across an answer's end is not learnt, since it holds characters of the next turn; end markers that are tokens of their
+own never lie in one. The first token of a sequence is never learnt: nothing stands before it from which to predict it.
+
+Special tokens that stand in the content of a turn other than the assistant's are encoded as the plain text they are,
+not as control tokens. Those in an assistant's content, and in ready text, are the dataset's own intent and stay.
+Markers that are no special tokens (`[/INST]`, added tokens such as <tool_call>) are encoded as ever and never learnt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from job.encoding import Encoding
+from job.examples import Example, RowError, Turn
+from job.spans import Piece, Span, answers, whole
+from job.template import RefusedError
+from job.tokenizer import STAND_IN, Tokenizer
+
+TrainOn = Literal["responses", "last_response", "all"]
+Overlong = Literal["truncate", "drop", "fail"]
+Outcome = Literal["kept", "truncated", "overlong", "masked"]
+
+IGNORED = -100
+"""The label that the loss skips (torch's cross_entropy, ignore_index)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendered:
+    """One training sequence."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """As long as input_ids; -100 where nothing is learnt."""
+    source: str
+    line: int
+    outcome: Outcome
+    """`kept` and `truncated` are trained on; `overlong` was dropped for its length, `masked` has no label left."""
+    length: int
+    """Tokens before truncation."""
+    part: int
+    """Which of the row's sequences, from 0."""
+    parts: int
+    """Into how many sequences the row was split: 1 unless the template rewrites earlier turns."""
+    header_differs: bool
+    """See `job.spans.Piece`."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether the sequence is trained on."""
+        return self.outcome in {"kept", "truncated"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """What to show the model to get its own last answer, and the answer that the data gives."""
+
+    input_ids: list[int]
+    text: str
+    reference: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """An example as text: the step between template and tokens."""
+
+    example: Example
+    pieces: tuple[Piece, ...]
+    disarmed: bool
+    """Whether special tokens in the content are replaced by stand-ins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renderer:
+    """Renders one example at a time; keeps no state."""
+
+    tokenizer: Tokenizer
+    train_on: TrainOn = "responses"
+    max_length: int = 2048
+    overlong: Overlong = "truncate"
+
+    def render(self, example: Example) -> list[Rendered]:
+        """All sequences of the example, also those not trained on.
+
+        Raises RowError if the template refuses the row, or if it is too long and `overlong` is `fail`; DataError if
+        the format needs a chat template and there is none.
+        """
+        text = self.text(example)
+        return self.labelled(text, self.encoded(text))
+
+    def prompt(self, example: Example) -> Prompt:
+        """For generating the last answer; of ready text, the first half is the prompt."""
+        if example.text is not None:
+            return self._text_prompt(example.text)
+        text = self.text(example, train_on="last_response")
+        piece = text.pieces[-1]
+        before = piece.text[: piece.spans[-1].start]
+        cut = replace(text, pieces=(Piece(text=before, spans=()),))
+        return Prompt(
+            input_ids=self.encoded(cut)[0].ids,
+            text=self.tokenizer.rearm(before) if text.disarmed else before,
+            reference=next(turn.content for turn in reversed(example.turns) if turn.role == "assistant"),
+        )
+
+    def _text_prompt(self, text: str) -> Prompt:
+        encoding = self.tokenizer.encode(text)
+        half = max(len(encoding.ids) // 2, 1)
+        cut = encoding.offsets[half - 1][1] if encoding.offsets else 0
+        return Prompt(input_ids=encoding.ids[:half], text=text[:cut], reference=text[cut:])
+
+    def text(self, example: Example, train_on: TrainOn | None = None) -> Text:
+        """Apply the template. Raises RowError if it refuses the row."""
+        if example.text is not None:
+            return Text(example=example, pieces=(self._ready(example.text),), disarmed=False)
+        turns = self._disarmed(example)
+        template = self.tokenizer.template_for(example.format)
+        mode = train_on or self.train_on
+        try:
+            if mode == "all":
+                pieces = whole(template, turns, example.tools)
+            else:
+                pieces = answers(template, turns, example.tools, only_last=mode == "last_response")
+        except RefusedError as error:
+            raise RowError(
+                source=example.source,
+                line=example.line,
+                reason=f"the template `{template.name}` refuses the conversation: {error}",
+                remedy="Correct these rows, or set TUNE_CHAT_TEMPLATE to a template that allows them.",
+            ) from error
+        return Text(example=example, pieces=pieces, disarmed=turns is not example.turns)
+
+    @staticmethod
+    def _ready(text: str) -> Piece:
+        return Piece(text=text, spans=(Span(start=0, end=len(text)),))
+
+    def _disarmed(self, example: Example) -> tuple[Turn, ...]:
+        """The turns with stand-ins for special tokens; the very same object if there is nothing to replace."""
+        changed = tuple(turn if turn.role == "assistant" else self._disarmed_turn(turn) for turn in example.turns)
+        if all(new is old for new, old in zip(changed, example.turns, strict=True)):
+            return example.turns
+        if any(STAND_IN.search(turn.text) for turn in example.turns):
+            raise RowError(
+                source=example.source,
+                line=example.line,
+                reason="it holds both a special token and a character of plane 16 (private use), which stands for one",
+            )
+        return changed
+
+    def _disarmed_turn(self, turn: Turn) -> Turn:
+        content, more = self.tokenizer.disarm(turn.content), self.tokenizer.disarm(turn.input)
+        same = content == turn.content and more == turn.input
+        return turn if same else replace(turn, content=content, input=more)
+
+    def encoded(self, text: Text) -> list[Encoding]:
+        """The tokens of each piece."""
+        if not text.disarmed:
+            return self.tokenizer.encode_batch([piece.text for piece in text.pieces])
+        return [self.tokenizer.encode_parts(piece.text, disarmed=True) for piece in text.pieces]
+
+    def labelled(self, text: Text, encodings: Sequence[Encoding]) -> list[Rendered]:
+        """Labels, length rule and outcome for each piece, given its tokens."""
+        return [self._sequence(text, part, encoding) for part, encoding in enumerate(encodings)]
+
+    def _sequence(self, text: Text, part: int, encoding: Encoding) -> Rendered:
+        piece = text.pieces[part]
+        if cuts := [span.start for span in piece.spans if encoding.crosses(span.start)]:
+            encoding = self.tokenizer.encode_parts(piece.text, cuts=cuts, disarmed=text.disarmed)
+        ids, labels = encoding.ids, _labels(encoding, piece.spans)
+        if text.example.text is not None:
+            self._end_text(piece.text, ids, labels)
+        outcome = self._outcome(text.example, labels)
+        return Rendered(
+            input_ids=ids[: self.max_length],
+            labels=labels[: self.max_length],
+            source=text.example.source,
+            line=text.example.line,
+            outcome=outcome,
+            length=len(ids),
+            part=part,
+            parts=len(text.pieces),
+            header_differs=piece.header_differs,
+        )
+
+    def _end_text(self, text: str, ids: list[int], labels: list[int]) -> None:
+        """Append EOS to ready text that does not end with it."""
+        if not text.rstrip().endswith(self.tokenizer.hf.eos_token):
+            ids.append(self.tokenizer.eos_token_id)
+            labels.append(self.tokenizer.eos_token_id)
+
+    def _outcome(self, example: Example, labels: list[int]) -> Outcome:
+        too_long = len(labels) > self.max_length
+        if too_long and self.overlong == "fail":
+            raise RowError(
+                source=example.source,
+                line=example.line,
+                reason=f"{len(labels):,} tokens, more than TUNE_MAX_LENGTH={self.max_length}",
+                remedy="Raise TUNE_MAX_LENGTH, or set TUNE_OVERLONG to truncate or drop.",
+            )
+        if too_long and self.overlong == "drop":
+            return "overlong"
+        if labels[: self.max_length].count(IGNORED) == min(len(labels), self.max_length):
+            return "masked"
+        return "truncated" if too_long else "kept"
+
+
+def _labels(encoding: Encoding, spans: Sequence[Span]) -> list[int]:
+    """The ids of the tokens that lie wholly inside a span, elsewhere -100."""
+    ids = encoding.ids
+    labels = [IGNORED] * len(ids)
+    for span in spans:
+        learnt = encoding.inside(span.start, span.end)
+        labels[learnt] = ids[learnt]
+    labels[:1] = [IGNORED] * len(labels[:1])
+    return labels

@@ -1,0 +1,230 @@
+"""A file -> its rows, one at a time, each with the line where it starts.
+
+Knows file types and compressions; nothing of what a row means. Memory stays flat: lines, array elements and Parquet
+batches are read as a stream, and no line may be longer than `MAX_LINE`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from job.errors import DataError
+from job.jsonarray import elements
+
+MAX_LINE = 64 * 1024 * 1024
+"""Bytes in one line or array element; more is no row of text but a bomb or a file of another kind."""
+
+PARQUET_BATCH = 512
+BUFFER = 1 << 20
+TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+CODECS = {".gz": "gzip", ".zst": "zstd"}
+BOM = b"\xef\xbb\xbf"
+NOT_DATA = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"})
+"""Files that dataset libraries put beside the data."""
+
+DAMAGED = "Upload the file again, or rename it to what it is."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One row as the file gives it: a value (any JSON value), or the reason why it cannot be read."""
+
+    line: int
+    value: Any = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileType:
+    """What a name says about a file: its type (one of `TYPES`, or empty if unknown) and its compression."""
+
+    type: str
+    compression: str
+
+
+def file_type(name: str) -> FileType:
+    """The type by suffix, upper or lower case; hidden files and those that stand beside the data have none."""
+    base = PurePosixPath(name).name.lower()
+    compression = next((suffix for suffix in CODECS if base.endswith(suffix)), "")
+    stem = base.removesuffix(compression)
+    known = next((suffix for suffix in TYPES if stem.endswith(suffix)), "")
+    ignored = base.startswith((".", "_")) or stem in NOT_DATA
+    return FileType(type="" if ignored else known, compression=compression)
+
+
+def rows(name: str, path: Path) -> Iterator[Row]:
+    """All rows of the file at `path`, whose type is read from `name`.
+
+    Raises DataError if the file is damaged, or is not what its name says. A row that cannot be read is yielded with
+    its problem.
+    """
+    kind = file_type(name)
+    if kind.compression and not path.stat().st_size:
+        raise DataError(f"{name} is empty, which no {kind.compression} file is.", remedy=DAMAGED)
+    try:
+        with _opened(path, kind.compression) as stream:
+            yield from _READERS[kind.type](name, stream)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{name} cannot be read: {error}.", remedy=DAMAGED) from error
+    except OSError as error:
+        if error.errno is not None:  # the disk's or the kernel's, not the file's
+            raise
+        raise DataError(f"{name} cannot be read: {error}.", remedy=DAMAGED) from error
+
+
+@contextmanager
+def _opened(path: Path, compression: str) -> Iterator[io.BufferedReader]:
+    """Decompress as a stream. Arrow's readers, unlike zstandard's, tell a file's end from a file that was cut off."""
+    with path.open("rb", buffering=BUFFER) as stored:
+        if compression:
+            raw = pa.CompressedInputStream(stored, CODECS[compression])
+            yield io.BufferedReader(raw, BUFFER)
+        else:
+            yield cast("io.BufferedReader", stored)
+
+
+def _lines(name: str, stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines as bytes, with their line ends, without a byte-order mark."""
+    number = 0
+    while line := stream.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+            raise _too_long(name, number)
+        yield number, line.removeprefix(BOM) if number == 1 else line
+
+
+def _too_long(name: str, line: int) -> DataError:
+    return DataError(
+        f"{name}:{line}: a row is longer than {MAX_LINE // 2**20} MiB.", remedy="Split it, or correct the file."
+    )
+
+
+def _jsonl(name: str, stream: io.BufferedReader) -> Iterator[Row]:
+    for number, line in _lines(name, stream):
+        if line.strip():
+            yield _parsed(number, line)
+
+
+def _parsed(number: int, line: bytes) -> Row:
+    cut_off = "" if line.endswith(b"\n") else " (the file ends here without a line end: was it cut off?)"
+    try:
+        return Row(line=number, value=json.loads(line.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        return Row(line=number, problem=f"not UTF-8 at byte {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return Row(line=number, problem=f"not JSON: {error.msg} at column {error.colno}{cut_off}")
+    except RecursionError:
+        return Row(line=number, problem="not JSON that can be read: nested too deeply")
+    except ValueError as error:  # e.g. an integer of more than 4,300 digits
+        return Row(line=number, problem=f"not JSON that can be read: {error}")
+
+
+def _json(name: str, stream: io.BufferedReader) -> Iterator[Row]:
+    """A `.json` file holds one array of rows, or one row per line; anything else is refused."""
+    if stream.peek(BUFFER).removeprefix(BOM).lstrip().startswith(b"["):
+        for element in elements(stream, limit=MAX_LINE):
+            if element.too_long:
+                raise _too_long(name, element.line)
+            yield Row(line=element.line, value=element.value, problem=element.problem)
+        return
+    for row in _jsonl(name, stream):
+        if row.problem and row.line == 1:
+            raise DataError(
+                f"{name} is neither an array of rows nor one row per line: line 1 is {row.problem}.",
+                remedy="Write the rows as `[{...}, {...}]`, or each on a line of its own.",
+            )
+        yield row
+
+
+def _csv(name: str, stream: io.BufferedReader, delimiter: str = ",") -> Iterator[Row]:
+    csv.field_size_limit(MAX_LINE)
+    reader = csv.reader(_text_lines(name, stream), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, None)
+    except csv.Error as error:
+        raise DataError(f"{name}:1: the header is not CSV: {error}.", remedy=DAMAGED) from error
+    if header is None:
+        return
+    if len(set(header)) < len(header):
+        raise DataError(f"{name}:1: a column name stands twice in {header}.", remedy="Give each column its own name.")
+    while row := _csv_row(reader, header):
+        if row.value != {}:
+            yield row
+
+
+def _csv_row(reader: Any, header: list[str]) -> Row | None:
+    """The next record; an empty value for a blank line; None at the end."""
+    line = reader.line_num + 1
+    try:
+        cells = next(reader, None)
+    except csv.Error as error:
+        return Row(line=line, problem=f"not CSV: {error}")
+    if cells is None:
+        return None
+    if cells and len(cells) != len(header):
+        return Row(line=line, problem=f"{len(cells)} cells, but the header has {len(header)}")
+    return Row(line=line, value=dict(zip(header, cells, strict=False)))
+
+
+def _text_lines(name: str, stream: io.BufferedReader) -> Iterator[str]:
+    for number, line in _lines(name, stream):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{name}:{number}: not UTF-8 at byte {error.start + 1}.", remedy="Save the file as UTF-8."
+            ) from error
+
+
+def _tsv(name: str, stream: io.BufferedReader) -> Iterator[Row]:
+    return _csv(name, stream, "\t")
+
+
+def _parquet(_name: str, stream: io.BufferedReader) -> Iterator[Row]:
+    number = 0
+    with _seekable(stream) as file:
+        for batch in parquet.ParquetFile(file).iter_batches(PARQUET_BATCH):
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(line=number, value=_without_null(value))
+
+
+def _without_null(value: Any) -> Any:
+    """Parquet gives every object all keys of the column's schema; those that a row did not have are null."""
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _seekable(stream: io.BufferedReader) -> Iterator[IO[bytes]]:
+    """Parquet is read from its end: a compressed one is unpacked into a temporary file, as far as the disk goes."""
+    if stream.seekable():
+        yield stream
+        return
+    with tempfile.TemporaryFile() as unpacked:
+        shutil.copyfileobj(stream, unpacked, BUFFER)
+        unpacked.seek(0)
+        yield unpacked
+
+
+_READERS: dict[str, Callable[[str, io.BufferedReader], Iterator[Row]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,270 @@
+"""The story of one run: pull, read, render, load, look, train, look again, export, publish, record; the record last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from job import base_model, dataset, env, inputs, logs
+from job import tokenizer as tokenizers
+from job.arrow import Prepared, prepare
+from job.artifacts import Artifact, publish
+from job.base_model import BaseModel
+from job.card import Card
+from job.checkpoints import Place, commit
+from job.config import Config
+from job.digests import hashes
+from job.errors import ConfigError, JobError, Stop
+from job.inputs import Inputs
+from job.record import Record, changed_inputs, inputs_changed, versions
+from job.rendering import Prompt, Renderer
+from job.storage.store import open_store
+from job.tokenizer import Tokenizer
+
+log = structlog.get_logger()
+EVALUATIONS = 10  # over a run, where TUNE_EVAL_STEPS is auto
+SHOWN_CHARACTERS = 2000  # of a sample in the log; the record has it whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is trained on, and how it came to be."""
+
+    tokenizer: Tokenizer
+    train: Prepared
+    evaluation: Prepared | None
+    files: tuple[dataset.FileFacts, ...]
+    prompts: tuple[Prompt, ...]
+
+
+def run(config: Config) -> None:
+    """Do everything that the configuration asks for. Returns when `done.json` exists.
+
+    Raises:
+        JobError: of the kind that says why it could not.
+        Stop: SIGTERM or SIGINT; the attempt's end is recorded.
+    """
+    process = env.process()
+    store = open_store(config.output, patience_seconds=config.storage_patience_minutes * 60)
+    record = Record(store=store, run_id=config.identity())
+    logs.bind(run_id=record.run_id, rank=process.rank)
+    if already_complete(config, record):
+        return
+    expect_gpu = config.device == "cuda" or (config.device == "auto" and env.gpu_present())
+    if expect_gpu and not env.gpu_present():
+        raise ConfigError(
+            "TUNE_DEVICE=cuda, but this machine shows no GPU device.",
+            remedy="Request a GPU for the container (--gpus all, or nvidia.com/gpu), or set TUNE_DEVICE=cpu.",
+        )
+    logs.bind(attempt=record.claim_attempt(process))
+    try:
+        _work(config, record, expect_gpu=expect_gpu)
+    except Stop:
+        _quietly(lambda: record.end_attempt({"outcome": "interrupted"}))
+        raise
+    except Exception as error:
+        reason = error
+        _quietly(lambda: record.fail(reason))
+        raise
+
+
+def already_complete(config: Config, record: Record) -> bool:
+    """Whether this run was finished before, on the inputs that it would read now.
+
+    Raises:
+        ConfigError: it was finished, but the inputs changed since.
+    """
+    done = record.finished()
+    if done is None:
+        return False
+    pinned = record.inputs() or {}
+    changed = changed_inputs(pinned, inputs.listing(config, pinned=pinned))
+    if changed:
+        raise inputs_changed(record.run_id, changed)
+    record.repair_latest(done)
+    log.info("already_complete", uri=record.uri, artifacts=len(done["artifacts"]))
+    return True
+
+
+def _work(config: Config, record: Record, *, expect_gpu: bool) -> None:
+    started = time.monotonic()
+    scratch = env.scratch()
+    log.info("run_started", uri=record.uri, config=config.as_variables(), versions=versions())
+    record.describe_run(config)
+
+    pulled = inputs.pull(config, scratch=scratch, pinned=record.inputs())
+    record.pin_inputs(pulled.as_json())
+    base = base_model.inspect(pulled.model, name=config.model)
+    base_model.check_fits(base, precision=config.precision, max_length=config.max_length)
+    reading, split = read(config, pulled)
+
+    env.prepare_libraries(scratch, expect_gpu=expect_gpu, cpu_only=config.device == "cpu")
+    from job.tuning.finetune import Finetune  # noqa: PLC0415 - seconds of imports, only after all cheap checks
+
+    work = scratch / "runs" / record.run_id / f"{record.attempt:04d}"
+    data = render(config, pulled, reading, split, directory=work / "data")
+    finetune = Finetune.load(base, config, data, expect_gpu=expect_gpu, directory=work)
+
+    before = look(finetune, data, record, phase="before", step=0)
+    place = Place(store=record.store, run_id=record.run_id, attempt=record.attempt)
+    finetune.train(
+        note=record.note,
+        evaluate=lambda step: look_at_loss(finetune, data, record, step=step),
+        evaluate_every=_evaluation_steps(config, finetune.plan.steps),
+        save=lambda step, directory, stall: _save(place, record, step, directory, stall),
+    )
+    after = look(finetune, data, record, phase="after", step=finetune.plan.steps)
+
+    results = {"train_loss": finetune.final_loss, "eval_loss_before": before, "eval_loss": after}
+    artifacts = export(config, finetune, data, record, pulled, base, results, directory=work / "export")
+    record.finish(_done(config, finetune, results, artifacts))
+    seconds = round(time.monotonic() - started, 1)
+    record.end_attempt({"outcome": "complete", "exit_code": 0, "seconds": seconds})
+    log.info(
+        "run_complete",
+        uri=record.uri,
+        steps=finetune.plan.steps,
+        seconds=seconds,
+        **results,
+        **finetune.memory_report(),
+    )
+
+
+def read(config: Config, pulled: Inputs) -> tuple[dataset.Reading, dataset.Split]:
+    """Files to examples, split into training and evaluation."""
+    reading = dataset.read(_sources(pulled.dataset), format=config.format)
+    if not pulled.eval_dataset:
+        return reading, dataset.split(reading, fraction=config.eval_fraction)
+    held_out = dataset.read(_sources(pulled.eval_dataset), format=config.format)
+    return reading, dataset.given(reading, held_out)
+
+
+def render(config: Config, pulled: Inputs, reading: dataset.Reading, split: dataset.Split, *, directory: Path) -> Data:
+    """Examples to token ids and labels on disk; logs `dataset_ready`."""
+    tokenizer = tokenizers.load(
+        pulled.model, chat_template=config.chat_template, template_text=pulled.template_text, date=pulled.date
+    )
+    for note in tokenizer.notes:
+        log.warning("tokenizer_note", note=note)
+    renderer = Renderer(
+        tokenizer=tokenizer, train_on=config.train_on, max_length=config.max_length, overlong=config.overlong
+    )
+    train = prepare(split.train, renderer=renderer, directory=directory, name="train")
+    evaluation = None
+    if split.evaluation:
+        evaluation = prepare(split.evaluation, renderer=renderer, directory=directory, name="evaluation")
+    shown = split.evaluation[: config.samples] or split.train[: config.samples]
+    log.info(
+        "dataset_ready",
+        **asdict(train.counts),
+        files=[asdict(facts) for facts in reading.facts],
+        skipped_files=list(reading.skipped),
+        duplicates=split.duplicates,
+        eval_rows=len(split.evaluation),
+        eval_rows_shared=split.shared,
+        eval_note=split.note,
+        chat_template=tokenizer.name,
+    )
+    return Data(
+        tokenizer=tokenizer,
+        train=train,
+        evaluation=evaluation,
+        files=reading.facts,
+        prompts=tuple(renderer.prompt(example) for example in shown),
+    )
+
+
+def look(finetune: Any, data: Data, record: Record, *, phase: str, step: int) -> float | None:
+    """Evaluate and answer the sample prompts; both go to the log and the record."""
+    loss = look_at_loss(finetune, data, record, step=step)
+    for index, (prompt, answer) in enumerate(zip(data.prompts, finetune.answer(data.prompts), strict=True)):
+        entry = {"phase": phase, "index": index, "prompt": prompt.text, "reference": prompt.reference, "answer": answer}
+        record.note({"event": "sample", **entry})
+        log.info("sample", **{k: v[:SHOWN_CHARACTERS] if isinstance(v, str) else v for k, v in entry.items()})
+    return loss
+
+
+def look_at_loss(finetune: Any, data: Data, record: Record, *, step: int) -> float | None:
+    """The loss on the held-out rows, if there are any; logs `evaluated`."""
+    if data.evaluation is None:
+        return None
+    started = time.monotonic()
+    found = finetune.evaluate(data.evaluation.dataset)
+    entry = {"step": step, "eval_loss": found.loss, "eval_perplexity": found.perplexity, "eval_tokens": found.tokens}
+    record.note({"event": "evaluated", **entry})
+    log.info("evaluated", **entry, eval_seconds=round(time.monotonic() - started, 3))
+    return float(found.loss)
+
+
+def export(
+    config: Config,
+    finetune: Any,
+    data: Data,
+    record: Record,
+    pulled: Inputs,
+    base: BaseModel,
+    results: dict[str, Any],
+    *,
+    directory: Path,
+) -> list[Artifact]:
+    """Publish the adapter, and only then, with the adapter safe, whatever else was asked for."""
+    adapter = directory / "adapter"
+    finetune.save_adapter(adapter, base=base)
+    (adapter / "README.md").write_text(_card(config, finetune, data, pulled, base, results).text())
+    published = publish(record.store, run_id=record.run_id, name="adapter", directory=adapter)
+    if "merged_16bit" in config.export:
+        merged = directory / "merged_16bit"
+        finetune.merge(adapter, merged, base=base)
+        published += publish(record.store, run_id=record.run_id, name="merged_16bit", directory=merged)
+    return published
+
+
+def _save(place: Place, record: Record, step: int, directory: Path, stall_seconds: float) -> None:
+    commit(place, step=step, directory=directory, stall_seconds=stall_seconds)
+    record.write_metrics()
+
+
+def _card(config: Config, finetune: Any, data: Data, pulled: Inputs, base: BaseModel, results: dict[str, Any]) -> Card:
+    weights = [file.path for file in pulled.model_files if file.path.suffix == ".safetensors"]
+    return Card(
+        base=base.name,
+        base_revision=pulled.model_revision,
+        base_hashes={path.name: digest for path, digest in hashes(weights).items()},
+        data=[asdict(facts) for facts in data.files],
+        settings=config.fingerprint_fields(),
+        plan=asdict(finetune.plan),
+        metrics={key: value for key, value in results.items() if value is not None},
+        versions=versions(),
+        template=data.tokenizer.name,
+    )
+
+
+def _done(config: Config, finetune: Any, results: dict[str, Any], artifacts: Sequence[Artifact]) -> dict[str, Any]:
+    return {
+        "steps": finetune.plan.steps,
+        "plan": asdict(finetune.plan),
+        "fingerprint": config.fingerprint_fields(),
+        "results": results,
+        "artifacts": [artifact.as_json() for artifact in artifacts],
+    }
+
+
+def _evaluation_steps(config: Config, steps: int) -> int:
+    return max(1, steps // EVALUATIONS) if config.eval_steps == "auto" else config.eval_steps
+
+
+def _sources(files: Sequence[inputs.File]) -> list[dataset.Source]:
+    return [dataset.Source(name=file.name, path=file.path, named=file.named) for file in files]
+
+
+def _quietly(write: Callable[[], None]) -> None:
+    """Record the end of a failed attempt as well as can be: the failure itself must be what is reported."""
+    try:
+        write()
+    except (JobError, OSError) as error:
+        log.warning("record_incomplete", reason=str(error))

@@ -1,0 +1,164 @@
+"""A directory used like a bucket, with the same promises: whole objects, one winner per create, idempotent deletes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from job.storage.disk import disk_errors, is_temporary, require_free, sync, temporary, write_synced
+from job.storage.faults import ChangedError, DamagedError, MissingError
+from job.storage.store import Entry
+from job.storage.uri import checked_key
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}
+_ABSENT = (FileNotFoundError, NotADirectoryError)
+
+
+class DirectoryStore:
+    """Objects are files under `root`; what an unfinished write left behind is never listed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.uri = str(root)
+
+    def entries(self, prefix: str = "") -> list[Entry]:
+        """See `Store.entries`. Links to files are followed, links to directories are not."""
+        top = self.root / prefix.rpartition("/")[0]
+        with disk_errors(top):
+            found = [_entry(checked_key(key), path) for key, path in self._files(top) if key.startswith(prefix)]
+        return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.key)
+
+    def _files(self, top: Path) -> Iterator[tuple[str, Path]]:
+        for folder, folders, names in os.walk(top):
+            # Kubernetes keeps the versions of a mounted ConfigMap in directories that start with two dots.
+            folders[:] = [name for name in folders if not name.startswith("..")]
+            for name in names:
+                path = Path(folder, name)
+                if not is_temporary(name) and path.is_file():
+                    yield path.relative_to(self.root).as_posix(), path
+
+    def head(self, key: str) -> Entry | None:
+        """See `Store.head`."""
+        path = self._path(key)
+        with disk_errors(path):
+            return _entry(key, path)
+
+    def read(self, key: str) -> bytes | None:
+        """See `Store.read`."""
+        path = self._path(key)
+        with disk_errors(path):
+            try:
+                return path.read_bytes()
+            except (*_ABSENT, IsADirectoryError):
+                return None
+
+    def write(self, key: str, data: bytes) -> None:
+        """See `Store.write`."""
+        path = self._path(key)
+        with disk_errors(path), temporary(path) as part:
+            write_synced(part, data)
+            _put_in_place(part, path)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See `Store.create`. A link to a finished file makes it atomic; file systems without links get less."""
+        path = self._path(key)
+        with disk_errors(path), temporary(path) as part:
+            write_synced(part, data)
+            try:
+                path.hardlink_to(part)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return _create_exclusively(path, data)
+            sync(path.parent)
+            return True
+
+    def upload(self, path: Path, key: str, *, sha256: str | None = None) -> None:
+        """See `Store.upload`."""
+        target = self._path(key)
+        with disk_errors(target), temporary(target) as part:
+            require_free(part.parent, path.stat().st_size)
+            shutil.copyfile(path, part)
+            if sha256 is not None and file_sha256(part) != sha256:
+                raise DamagedError(f"{path} does not have the SHA-256 {sha256}.", remedy="It changed; make it again.")
+            sync(part)
+            _put_in_place(part, target)
+
+    def download(self, entry: Entry, path: Path) -> None:
+        """See `Store.download`."""
+        source = self._path(entry.key)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            require_free(path.parent, entry.size)
+            with temporary(path) as part:
+                self._require_same(entry, source)
+                shutil.copyfile(source, part)
+                self._require_same(entry, source)
+                part.replace(path)
+
+    def _require_same(self, entry: Entry, source: Path) -> None:
+        now = _entry(entry.key, source)
+        if now is None:
+            raise MissingError(f"{source} is gone.", remedy="Restore it.")
+        if (now.size, now.etag) != (entry.size, entry.etag or now.etag):
+            raise ChangedError(f"{source} changed while it was read.", remedy="Run again when it is final.")
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`. Directories that become empty go as well."""
+        path = self._path(key)
+        with disk_errors(path):
+            with contextlib.suppress(*_ABSENT):
+                path.unlink()
+            for folder in path.relative_to(self.root).parents:
+                if folder == Path() or not _removed_if_empty(self.root / folder):
+                    break
+
+    def _path(self, key: str) -> Path:
+        return self.root / checked_key(key)
+
+
+def _entry(key: str, path: Path) -> Entry | None:
+    try:
+        state = path.stat()
+    except _ABSENT:
+        return None
+    if path.is_dir():
+        return None
+    return Entry(key=key, size=state.st_size, etag=f"{state.st_mtime_ns:x}", version=None)
+
+
+def _put_in_place(part: Path, path: Path) -> None:
+    part.replace(path)
+    sync(path.parent)
+
+
+def _create_exclusively(path: Path, data: bytes) -> bool:
+    try:
+        with path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    return True
+
+
+def _removed_if_empty(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except OSError:
+        return False
+    return True
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

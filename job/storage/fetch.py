@@ -1,0 +1,237 @@
+"""Bring what a URI names to local files. What is here already and unchanged is not fetched again."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from job.errors import DataError
+from job.storage.disk import disk_errors, write_atomically
+from job.storage.faults import ChangedError, MissingError
+from job.storage.parallel import each
+from job.storage.store import Entry, Store, open_store
+from job.storage.uri import S3Address, checked_key, parents, parse
+
+INDEX = ".finetune-job-fetched.json"
+SMALL_BYTES = 32 << 20
+"""Larger objects come one after another, each over several connections."""
+
+_WORKERS = 8
+_CHANGED_ATTEMPTS = 3
+_INDEX_SECONDS = 5.0
+_NEARBY = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """One object, on this disk."""
+
+    name: str
+    """Its full URI, as a user would write it."""
+    path: Path
+    key: str
+    """Relative to the URI that was fetched; the file's name when that named one object."""
+    size: int
+    """Bytes."""
+    etag: str | None
+    version: str | None
+
+
+def fetch(
+    uri: str,
+    directory: Path,
+    *,
+    patience_seconds: float = 3600.0,
+    wanted: Callable[[str], bool] | None = None,
+) -> list[Fetched]:
+    """Download an object, or all objects under a prefix, and return them sorted by key.
+
+    Args:
+        uri: `s3://`, `file://` or an absolute path; of local files the paths are returned in place.
+        directory: where the files go, under their relative keys. It also keeps an index of what it holds.
+        patience_seconds: see `open_store`.
+        wanted: which keys to take; all when None.
+
+    Raises:
+        MissingError: nothing is there; it names what stands near.
+        ChangedError: an object was written again and again while it was read.
+        StorageError, DeniedError, DataError: see `Store`.
+    """
+    address = parse(uri)
+    if isinstance(address, Path):
+        return _local(uri, address, wanted)
+    for attempt in range(1, _CHANGED_ATTEMPTS + 1):
+        try:
+            return _remote(address, directory, patience_seconds, wanted)
+        except ChangedError as error:
+            if attempt == _CHANGED_ATTEMPTS:
+                raise
+            structlog.get_logger().warning("fetch_changed", error=error.message, attempt=attempt)
+    raise AssertionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """Where the objects were found: a store rooted so that keys are what `Fetched.key` promises."""
+
+    store: Store
+    entries: list[Entry]
+
+
+def _local(uri: str, path: Path, wanted: Callable[[str], bool] | None) -> list[Fetched]:
+    if path.is_dir():
+        found = _Found(store=open_store(str(path)), entries=[])
+        found = dataclasses.replace(found, entries=_chosen(found.store.entries(), wanted))
+    else:
+        store = open_store(str(path.parent))
+        entry = store.head(path.name) if path.name else None
+        found = _Found(store=store, entries=[entry] if entry else [])
+    if not found.entries:
+        raise _nothing(uri, _names_in(path.parent), path.name)
+    root = Path(found.store.uri)
+    return [_fetched(str(root / entry.key), root / entry.key, entry) for entry in found.entries]
+
+
+def _names_in(folder: Path) -> list[str]:
+    with disk_errors(folder):
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def _remote(
+    address: S3Address, directory: Path, patience_seconds: float, wanted: Callable[[str], bool] | None
+) -> list[Fetched]:
+    found = _find(address, patience_seconds)
+    chosen = _chosen(found.entries, wanted) if wanted else found.entries
+    if not chosen:
+        raise _nothing(address.uri, [entry.key for entry in found.entries], "")
+    _require_distinct(chosen)
+    index = _Index(directory, found.store.uri)
+    try:
+        _download(found.store, chosen, directory, index)
+    finally:
+        index.save()
+    return [_fetched(f"{found.store.uri}/{entry.key}", directory / entry.key, entry) for entry in chosen]
+
+
+def _find(address: S3Address, patience_seconds: float) -> _Found:
+    """The object of that key, else everything under it as a prefix."""
+    key = address.key.strip("/")
+    if key and not address.key.endswith("/"):
+        folder, _, name = key.rpartition("/")
+        store = open_store(f"s3://{address.bucket}/{folder}", patience_seconds=patience_seconds)
+        entry = store.head(name)
+        if entry is not None:
+            return _Found(store=store, entries=[entry])
+    store = open_store(f"s3://{address.bucket}/{key}", patience_seconds=patience_seconds)
+    entries = store.entries()
+    if not entries:
+        raise _nothing(address.uri, _near(address.bucket, key, patience_seconds), key)
+    return _Found(store=store, entries=entries)
+
+
+def _near(bucket: str, key: str, patience_seconds: float) -> list[str]:
+    """The names in the nearest folder above a key that has any."""
+    from job.storage.s3 import S3Store  # noqa: PLC0415 - boto3 takes a third of a second
+
+    store = open_store(f"s3://{bucket}", patience_seconds=patience_seconds)
+    if not isinstance(store, S3Store):
+        return []
+    for folder in [*parents(key), ""] if key else [""]:
+        names = store.names(f"{folder}/" if folder else "")
+        if names:
+            return names
+    return []
+
+
+def _nothing(uri: str, near: list[str], wanted: str) -> MissingError:
+    closest = difflib.get_close_matches(wanted, near, n=_NEARBY, cutoff=0.5) or near[:_NEARBY]
+    there = f" Near it: {', '.join(closest)}." if closest else " There is nothing near it either."
+    return MissingError(f"{uri} holds nothing to read.{there}", remedy="Correct the address.")
+
+
+def _chosen(entries: list[Entry], wanted: Callable[[str], bool] | None) -> list[Entry]:
+    return [entry for entry in entries if wanted is None or wanted(entry.key)]
+
+
+def _require_distinct(entries: list[Entry]) -> None:
+    keys = {entry.key for entry in entries}
+    for entry in entries:
+        checked_key(entry.key)
+        for folder in parents(entry.key):
+            if folder in keys:
+                raise DataError(
+                    f"{folder!r} is an object and also the folder of {entry.key!r}: a disk cannot hold both.",
+                    remedy="Rename one of them.",
+                )
+
+
+def _download(store: Store, entries: list[Entry], directory: Path, index: _Index) -> None:
+    def take(entry: Entry, _: threading.Event) -> None:
+        store.download(entry, directory / entry.key)
+        index.add(entry)
+
+    missing = [entry for entry in entries if not index.holds(entry)]
+    each(take, [entry for entry in missing if entry.size <= SMALL_BYTES], workers=_WORKERS)
+    for entry in missing:
+        if entry.size > SMALL_BYTES:
+            take(entry, threading.Event())
+
+
+def _fetched(name: str, path: Path, entry: Entry) -> Fetched:
+    return Fetched(name=name, path=path, key=entry.key, size=entry.size, etag=entry.etag, version=entry.version)
+
+
+class _Index:
+    """What a directory holds: for each file the object it came from, and the file's own size and time."""
+
+    def __init__(self, directory: Path, uri: str) -> None:
+        self._directory, self._uri, self._path = directory, uri, directory / INDEX
+        self._lock = threading.Lock()
+        self._files = self._load()
+        self._saved = time.monotonic()
+
+    def _load(self) -> dict[str, object]:
+        try:
+            files = json.loads(self._path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return files if isinstance(files, dict) else {}
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether the file is there, is that object, and nobody touched it since."""
+        return self._files.get(entry.key) == self._record(entry) is not None
+
+    def add(self, entry: Entry) -> None:
+        """The object has just been downloaded."""
+        with self._lock:
+            self._files[entry.key] = self._record(entry)
+            if time.monotonic() - self._saved > _INDEX_SECONDS:
+                self._save()
+
+    def save(self) -> None:
+        """Write the index down."""
+        with self._lock:
+            self._save()
+
+    def _save(self) -> None:
+        self._saved = time.monotonic()
+        with disk_errors(self._path):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path, json.dumps(self._files, indent=1, sort_keys=True).encode())
+
+    def _record(self, entry: Entry) -> dict[str, object] | None:
+        try:
+            state = (self._directory / entry.key).stat()
+        except OSError:
+            return None
+        if state.st_size != entry.size:
+            return None
+        return {"uri": self._uri, **dataclasses.asdict(entry), "modified_ns": state.st_mtime_ns}

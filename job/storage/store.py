@@ -1,0 +1,113 @@
+"""The interface that everything above storage uses, and the one place that picks an implementation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from job.storage.uri import S3Address, parse
+
+DENIED_PATIENCE_SECONDS = 45.0
+"""How long a refusal is retried before it is believed: workload identity takes a while to be ready in a new pod."""
+
+REPLY_SECONDS = 60.0
+"""How long a server may stay silent before the connection counts as dead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One stored object, as seen at one moment."""
+
+    key: str
+    """Relative to the store's root, parts separated by `/`."""
+    size: int
+    """Bytes."""
+    etag: str | None
+    """Changes when the object does; without quotes. Not an MD5: do not compare it with one."""
+    version: str | None
+    """The version id, where the bucket keeps versions and the store told it (a listing does not)."""
+
+
+class Store(Protocol):
+    """A flat space of objects under one root.
+
+    Every method may raise StorageError (unreachable past the patience, disk full), DeniedError (refused past the
+    denied patience) and DataError (no such bucket, or a key that is refused, see `uri.checked_key`).
+    """
+
+    uri: str
+
+    def entries(self, prefix: str = "") -> list[Entry]:
+        """All objects whose key starts with `prefix` (a plain string prefix), sorted by key."""
+        ...
+
+    def head(self, key: str) -> Entry | None:
+        """The object as it is now, or None."""
+        ...
+
+    def read(self, key: str) -> bytes | None:
+        """The content of a small object, or None."""
+        ...
+
+    def write(self, key: str, data: bytes) -> None:
+        """Create or replace a small object, whole or not at all."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Create a small object; False when one exists already. Of several creators exactly one gets True."""
+        ...
+
+    def upload(self, path: Path, key: str, *, sha256: str | None = None) -> None:
+        """Create or replace an object from a file, whole or not at all; its size is verified afterwards.
+
+        Args:
+            path: the file; it must not change meanwhile.
+            key: where to.
+            sha256: what the file must hold, in hexadecimal digits; DamagedError when it holds something else.
+        """
+        ...
+
+    def download(self, entry: Entry, path: Path) -> None:
+        """Write exactly the object that `entry` describes to `path`, whole or not at all.
+
+        Raises:
+            ChangedError: the object is another one by now.
+            DamagedError: its bytes do not match the store's checksum.
+            MissingError: it is gone.
+        """
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove the object; nothing happens when there is none."""
+        ...
+
+
+def open_store(
+    uri: str,
+    *,
+    patience_seconds: float = 3600.0,
+    denied_patience_seconds: float = DENIED_PATIENCE_SECONDS,
+    reply_seconds: float = REPLY_SECONDS,
+) -> Store:
+    """The store that a URI names; nothing is contacted yet.
+
+    Args:
+        uri: `s3://bucket/prefix`, `file:///path` or an absolute path. A missing directory is made by the first write.
+        patience_seconds: how long one operation is retried through an outage, counted from its first failure.
+        denied_patience_seconds: how long a refusal is retried.
+        reply_seconds: how long a server may stay silent.
+    """
+    address = parse(uri)
+    if isinstance(address, S3Address):
+        from job.storage.s3 import S3Store  # noqa: PLC0415 - boto3 takes a third of a second
+
+        return S3Store(
+            address,
+            patience_seconds=patience_seconds,
+            denied_patience_seconds=denied_patience_seconds,
+            reply_seconds=reply_seconds,
+        )
+    from job.storage.directory import DirectoryStore  # noqa: PLC0415 - for symmetry
+
+    return DirectoryStore(address)

@@ -1,0 +1,72 @@
+"""A chat template applied to turns, and what can be learnt from it by trying: how it opens and ends an answer.
+
+Knows Jinja text and strings; nothing of tokens. The templates that the job brings are `job/templates/<name>.jinja`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+from job.errors import ConfigError
+from job.examples import JsonObject, Turn
+
+TEXT_BLOCKS = ("alpaca", "question_answer", "prompt_completion")
+"""Templates for models without a chat template; each is also the name of the format that uses it."""
+
+QUESTION = Turn(role="user", content="What is the Vogon word for tea?")
+ANSWER = Turn(role="assistant", content="Zqxw.")
+"""A conversation that every template must be able to render, with words that no template contains."""
+
+
+class RefusedError(Exception):
+    """The template raised an error for these turns; the text says which."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A template with its variables (special tokens, date) already given."""
+
+    name: str
+    text: str
+    apply: Callable[..., str]
+    """Takes `messages`, `tools` and `add_generation_prompt`."""
+
+    def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool, tools: Sequence[JsonObject] = ()) -> str:
+        """The conversation as text. Raises RefusedError if the template does."""
+        messages = [turn.message() for turn in turns]
+        try:
+            return self.apply(messages=messages, tools=list(tools) or None, add_generation_prompt=add_generation_prompt)
+        except Exception as error:
+            raise RefusedError(str(error) or type(error).__name__) from error
+
+    @functools.cached_property
+    def generation_prompt(self) -> str:
+        """What the template puts before an answer that is to be generated; empty if it has no such thing."""
+        with_prompt = self.render([QUESTION], add_generation_prompt=True)
+        without = self.render([QUESTION], add_generation_prompt=False)
+        return with_prompt[len(without) :] if with_prompt.startswith(without) else ""
+
+    @functools.cached_property
+    def end_of_turn(self) -> str:
+        """What the template puts behind an answer, without white space around it; may be empty."""
+        text = self.render([QUESTION, ANSWER], add_generation_prompt=False)
+        return text.rpartition(ANSWER.content)[2].strip()
+
+
+def names() -> tuple[str, ...]:
+    """The templates that the job brings."""
+    files = resources.files("job") / "templates"
+    return tuple(sorted(file.name.removesuffix(".jinja") for file in files.iterdir() if file.name.endswith(".jinja")))
+
+
+def named(name: str) -> str:
+    """The Jinja text of the template `name`. Raises ConfigError for a name that the job does not bring."""
+    if name not in names():
+        raise ConfigError(
+            f"TUNE_CHAT_TEMPLATE={name!r} is no template that the job brings.",
+            remedy=f"Use `tokenizer`, the URI of a Jinja file, or one of {', '.join(names())}.",
+        )
+    return (resources.files("job") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")

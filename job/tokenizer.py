@@ -1,0 +1,254 @@
+"""The tokenizer and its template, alone. Imports transformers lazily and nothing else heavy.
+
+Knows which special tokens are really in force: a tokenizer's EOS that opens turns instead of ending them is corrected,
+BOS stands exactly once, and markers that stand in a user's text can be encoded as the plain text they are.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from job.encoding import Encoding, Offsets, encoding, stitched
+from job.errors import DataError
+from job.examples import JsonObject, Turn
+from job.template import TEXT_BLOCKS, RefusedError, Template, named
+
+STAND_INS = 0x100000
+"""Special token number n stands as the character U+100000 + n (private use) in text that was disarmed."""
+STAND_IN = re.compile("[\U00100000-\U0010fffd]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """A fast tokenizer, the chat template in force, and what follows from both."""
+
+    hf: Any
+    """The transformers tokenizer, with the template in force and the corrected EOS set: save this one."""
+    chat: Template | None
+    """None if the tokenizer has no chat template and none was asked for."""
+    blocks: Mapping[str, Template]
+    """The text block for each format without roles."""
+    bos_ids: tuple[int, ...]
+    """What the tokenizer puts before every text, usually BOS or nothing."""
+    end_of_turn_ids: tuple[int, ...]
+    """The tokens that end an assistant turn; empty without a template or where it ends turns with nothing."""
+    eos_token_id: int
+    notes: tuple[str, ...]
+    """What the user should know, e.g. that the tokenizer's EOS was wrong."""
+
+    @property
+    def name(self) -> str:
+        """`tokenizer`, the template's name, `file`, or `none`."""
+        return self.chat.name if self.chat else "none"
+
+    @property
+    def template(self) -> str | None:
+        """The Jinja text in force."""
+        return self.chat.text if self.chat else None
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens at which generation stops: EOS, and the end of a turn where it is one token."""
+        return tuple(dict.fromkeys((self.eos_token_id, *self.end_of_turn_ids[:1][: len(self.end_of_turn_ids) == 1])))
+
+    def template_for(self, format: str) -> Template:  # noqa: A002 - the domain's word
+        """The chat template, or without one the text block of a format. Raises DataError if that has none."""
+        if self.chat:
+            return self.chat
+        if format in self.blocks:
+            return self.blocks[format]
+        raise DataError(
+            f"The data is `{format}`, which needs a chat template, and the tokenizer has none.",
+            remedy="Set TUNE_CHAT_TEMPLATE, e.g. to chatml, or to the name of the template the model was tuned with.",
+        )
+
+    def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool, tools: Sequence[JsonObject] = ()) -> str:
+        """A conversation as text by the chat template. Raises RefusedError if the template does."""
+        return self.template_for("messages").render(turns, add_generation_prompt=add_generation_prompt, tools=tools)
+
+    def encode(self, text: str) -> Encoding:
+        """Token ids with BOS once where the tokenizer uses one, whether or not the text brings it."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """Many texts at once, on all cores and without holding Python's lock."""
+        found = self.hf.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [encoding(one, bos_ids=self.bos_ids) for one in found]
+
+    @functools.cached_property
+    def _special(self) -> tuple[str, ...]:
+        tokens = self.hf.added_tokens_decoder.values()
+        return tuple(sorted({token.content for token in tokens if token.special}, key=lambda text: (-len(text), text)))
+
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+
+    def disarm(self, text: str) -> str:
+        """Replace special tokens that stand in a text by stand-ins, so that they cannot become control tokens."""
+        numbers = {token: number for number, token in enumerate(self._special)}
+        return self._special_pattern.sub(lambda found: chr(STAND_INS + numbers[found[0]]), text)
+
+    def rearm(self, text: str) -> str:
+        """The text with the stand-ins replaced by what they stand for."""
+        return STAND_IN.sub(lambda found: self._special[ord(found[0]) - STAND_INS], text)
+
+    def encode_parts(self, text: str, *, cuts: Sequence[int] = (), disarmed: bool = False) -> Encoding:
+        """Like `encode`, but no token lies across a cut, and stand-ins are encoded as the plain text they stand for."""
+        borders = {0, len(text), *cuts}
+        if disarmed:
+            borders.update(border for found in STAND_IN.finditer(text) for border in found.span())
+        ids: list[int] = []
+        offsets: list[Offsets] = []
+        for start, end in pairwise(sorted(borders)):
+            if disarmed and STAND_IN.match(text, start):
+                plain = self._plain[self._special[ord(text[start]) - STAND_INS]]
+                ids += plain
+                offsets += [(start, end)] * len(plain)
+            else:
+                part = self.hf.backend_tokenizer.encode(text[start:end], add_special_tokens=False)
+                ids += part.ids
+                offsets += [(start + first, start + last) for first, last in part.offsets]
+        return stitched(ids, offsets, bos_ids=self.bos_ids)
+
+    @functools.cached_property
+    def _plain(self) -> Mapping[str, list[int]]:
+        """Each special token as the plain text it is, by a copy of the tokenizer that knows none."""
+        copy = type(self.hf.backend_tokenizer).from_str(self.hf.backend_tokenizer.to_str())
+        copy.encode_special_tokens = True
+        found = copy.encode_batch(list(self._special), add_special_tokens=False)
+        return {token: one.ids for token, one in zip(self._special, found, strict=True)}
+
+
+def load(
+    directory: Path, *, chat_template: str = "tokenizer", template_text: str | None = None, date: dt.date
+) -> Tokenizer:
+    """Load from local files only; `template_text` (a Jinja file's content) wins over `chat_template`.
+
+    `date` is what templates may print. Raises DataError if there is no fast tokenizer or it needs code of its own,
+    ConfigError for an unknown template name.
+    """
+    from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import, and only after job.tuning in a run
+
+    try:
+        hf = AutoTokenizer.from_pretrained(str(directory.absolute()), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise DataError(
+            f"The tokenizer in {directory.name} cannot be loaded: {error}.",
+            remedy="The model needs a tokenizer.json that works without code of its own; save one with "
+            "AutoTokenizer.save_pretrained where its code is trusted.",
+        ) from error
+    return wrap(hf, chat_template=chat_template, template_text=template_text, date=date)
+
+
+def wrap(hf: Any, *, chat_template: str = "tokenizer", template_text: str | None = None, date: dt.date) -> Tokenizer:
+    """The same for a transformers tokenizer that is already loaded. Sets its template and EOS to those in force."""
+    if not hf.is_fast:
+        raise DataError(
+            f"The tokenizer {type(hf).__name__} is slow: it cannot say which characters a token covers, so the "
+            "answers cannot be found.",
+            remedy="Convert it to a tokenizer.json.",
+        )
+    hf.backend_tokenizer.no_truncation()
+    hf.backend_tokenizer.no_padding()
+    hf.backend_tokenizer.encode_special_tokens = False
+    own = _own_template(hf)
+    notes = _correct_eos(hf, _template(hf, "tokenizer", own, date)) if own else ()
+    chat = _chosen(hf, own, chat_template, template_text, date)
+    end_ids = tuple(hf(chat.end_of_turn, add_special_tokens=False)["input_ids"]) if chat else ()
+    if hf.eos_token_id is None:
+        raise DataError("The tokenizer has no EOS token.", remedy="Set eos_token in its tokenizer_config.json.")
+    if chat:
+        hf.chat_template = chat.text
+    return Tokenizer(
+        hf=hf,
+        chat=chat,
+        blocks={name: _template(hf, name, named(name), date) for name in TEXT_BLOCKS},
+        bos_ids=_bos_ids(hf),
+        end_of_turn_ids=end_ids,
+        eos_token_id=hf.eos_token_id,
+        notes=(*notes, *_end_notes(chat, end_ids)),
+    )
+
+
+def _own_template(hf: Any) -> str | None:
+    """The tokenizer's template; of several, the one called `default`."""
+    own = hf.chat_template
+    return own.get("default", next(iter(own.values()), None)) if isinstance(own, dict) else own
+
+
+def _chosen(hf: Any, own: str | None, chat_template: str, template_text: str | None, date: dt.date) -> Template | None:
+    """The template asked for, tried on a question and an answer."""
+    if template_text is not None:
+        chosen = _template(hf, "file", template_text, date)
+    elif chat_template != "tokenizer":
+        chosen = _template(hf, chat_template, named(chat_template), date)
+    elif own:
+        chosen = _template(hf, "tokenizer", own, date)
+    else:
+        return None
+    try:
+        _ = chosen.end_of_turn, chosen.generation_prompt
+    except RefusedError as error:
+        raise DataError(
+            f"The chat template `{chosen.name}` cannot render a question with its answer: {error}.",
+            remedy="Correct the template, or set TUNE_CHAT_TEMPLATE to another.",
+        ) from error
+    return chosen
+
+
+def _template(hf: Any, name: str, text: str, date: dt.date) -> Template:
+    """The text with its variables, in transformers' sandbox. Dates are the given one, never the clock's."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415 - see `load`
+
+    variables = {"bos_token": "", **hf.special_tokens_map, "strftime_now": date.strftime}
+    if not re.search(r"date_string\s*=|set\s+date_string", text):  # a template's own default is what inference prints
+        variables["date_string"] = date.strftime("%d %b %Y")
+
+    def apply(messages: list[JsonObject], tools: list[JsonObject] | None, add_generation_prompt: bool) -> str:
+        rendered, _ = render_jinja_template(
+            [messages], tools=tools, chat_template=text, add_generation_prompt=add_generation_prompt, **variables
+        )
+        return str(rendered[0])
+
+    return Template(name=name, text=text, apply=apply)
+
+
+def _correct_eos(hf: Any, own: Template) -> tuple[str, ...]:
+    """An EOS that stands in the generation prompt opens turns, so it cannot be what ends them."""
+    try:
+        opening, ending = own.generation_prompt, own.end_of_turn
+    except RefusedError:
+        return ()
+    wrong = hf.eos_token
+    if wrong is None or wrong not in opening or ending == wrong:
+        return ()
+    if hf.convert_tokens_to_ids(ending) in (None, hf.unk_token_id):
+        return (f"the tokenizer's EOS {wrong} opens turns, but {ending!r} is no single token to take its place",)
+    hf.eos_token = ending
+    return (f"the tokenizer says EOS is {wrong}, which opens turns; {ending}, which ends them, is used instead",)
+
+
+def _bos_ids(hf: Any) -> tuple[int, ...]:
+    """What the tokenizer adds before a text by itself."""
+    plain, whole = hf("a", add_special_tokens=False)["input_ids"], hf("a")["input_ids"]
+    starts = (number for number in range(len(whole)) if whole[number : number + len(plain)] == plain)
+    return tuple(whole[: next(starts, 0)])
+
+
+def _end_notes(chat: Template | None, end_ids: tuple[int, ...]) -> tuple[str, ...]:
+    if chat is None:
+        return ()
+    if not end_ids:
+        return (f"the template `{chat.name}` puts nothing behind an answer, so the model does not learn to stop",)
+    if len(end_ids) > 1:
+        note = f"the template `{chat.name}` ends an answer with {chat.end_of_turn!r}, which is {len(end_ids)} tokens"
+        return (f"{note} of this tokenizer: is it the right template for this model?",)
+    return ()

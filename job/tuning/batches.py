@@ -1,0 +1,41 @@
+"""Padded batches for evaluation and generation, without the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+
+def by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Row numbers in batches of `size`, longest first, so that padding is small and memory trouble comes early."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def pad(rows: Sequence[Sequence[int]], *, value: int, left: bool = False) -> torch.Tensor:
+    """Rows of token ids as a (rows, longest) tensor of int64."""
+    longest = max(len(row) for row in rows)
+    filled = [
+        [value] * (longest - len(row)) + list(row) if left else list(row) + [value] * (longest - len(row))
+        for row in rows
+    ]
+    return torch.tensor(filled, dtype=torch.int64)
+
+
+def mask(rows: Sequence[Sequence[int]], *, left: bool = False) -> torch.Tensor:
+    """The attention mask that belongs to `pad`: 1 where a token is, shape (rows, longest)."""
+    return pad([[1] * len(row) for row in rows], value=0, left=left)
+
+
+def training_batch(rows: Sequence[dict[str, Any]], *, pad_id: int, device: str) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask and labels, each (rows, longest)."""
+    ids = [row["input_ids"] for row in rows]
+    batch = {
+        "input_ids": pad(ids, value=pad_id),
+        "attention_mask": mask(ids),
+        "labels": pad([row["labels"] for row in rows], value=-100),
+    }
+    return {name: tensor.to(device) for name, tensor in batch.items()}

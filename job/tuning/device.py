@@ -1,0 +1,71 @@
+"""The device that trains: which one it is, and how much of its memory is in use."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from job.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """The device, as records and logs show it."""
+
+    kind: str
+    """`cuda` or `cpu`."""
+    name: str
+    memory_bytes: int
+    """Of the card, or of the machine."""
+    capability: str | None
+    dtype: torch.dtype
+    """What 16-bit means here: bfloat16 where the hardware has it; float32 on a CPU without it."""
+
+
+def choose(*, asked: str, expect_gpu: bool) -> Device:
+    """The device to train on.
+
+    Raises:
+        ConfigError: a GPU is asked for or visible to the container, but torch cannot use it.
+    """
+    if asked != "cpu" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Device(
+            kind="cuda",
+            name=properties.name,
+            memory_bytes=properties.total_memory,
+            capability=f"{properties.major}.{properties.minor}",
+            dtype=torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16,
+        )
+    if asked == "cuda" or (asked == "auto" and expect_gpu):
+        raise ConfigError(
+            f"TUNE_DEVICE={asked}, but torch {torch.__version__} sees no usable GPU.",
+            remedy="Check the driver (nvidia-smi) and the GPU request of the container, "
+            "or set TUNE_DEVICE=cpu to train on the CPU on purpose.",
+        )
+    from unsloth_zoo.cpu import cpu_bf16_supported  # noqa: PLC0415 - exists only where there is no GPU
+
+    return Device(
+        kind="cpu",
+        name=f"CPU, {torch.get_num_threads()} threads",
+        memory_bytes=psutil.virtual_memory().total,
+        capability=None,
+        dtype=torch.bfloat16 if cpu_bf16_supported() else torch.float32,
+    )
+
+
+def memory(device: Device) -> dict[str, Any]:
+    """Memory in use now, in bytes, under the names that `train_progress` events carry. GPU fields are 0 on a CPU."""
+    gpu = device.kind == "cuda"
+    return {
+        "gpu_memory_allocated_bytes": torch.cuda.memory_allocated() if gpu else 0,
+        "gpu_memory_reserved_bytes": torch.cuda.memory_reserved() if gpu else 0,
+        "gpu_memory_peak_bytes": torch.cuda.max_memory_reserved() if gpu else 0,
+        "gpu_memory_total_bytes": device.memory_bytes if gpu else 0,
+        "host_memory_rss_bytes": psutil.Process().memory_info().rss,
+        "host_memory_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }

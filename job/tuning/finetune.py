@@ -1,0 +1,167 @@
+"""One fine-tuning in memory: the model with its adapter, and the few things that a run does with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from job.base_model import BaseModel
+from job.config import Config
+from job.errors import HopelessError
+from job.rendering import Prompt
+from job.tuning import export
+from job.tuning import model as models
+from job.tuning.callbacks import Evaluations, Progress, SavePoints
+from job.tuning.device import Device, choose, memory
+from job.tuning.evaluate import Evaluation, answer, evaluate
+from job.tuning.trainer import CountingCollator, Plan, build, plan, train
+
+log = structlog.get_logger()
+ANSWERS_AT_ONCE = 32
+
+
+@dataclass(kw_only=True)
+class Finetune:
+    """A loaded model and the plan for training it."""
+
+    config: Config
+    device: Device
+    plan: Plan
+    model: Any
+    tokenizer: Any
+    dataset: Any
+    directory: Path
+    memory_before: dict[str, Any]
+    progress: Progress | None = None
+
+    @classmethod
+    def load(cls, base: BaseModel, config: Config, data: Any, *, expect_gpu: bool, directory: Path) -> Finetune:
+        """Load the weights, put the adapter on, make the plan; logs `model_loaded`.
+
+        Args:
+            data: with `tokenizer` and `train`, as `run.Data` has them.
+            directory: scratch of this attempt.
+        """
+        started = time.monotonic()
+        device = choose(asked=config.device, expect_gpu=expect_gpu)
+        loaded = models.load(base, config, device, directory=base.path)
+        planned = plan(
+            config,
+            device,
+            examples=len(data.train.dataset),
+            learning_rate=base.learning_rate(),
+            checkpointing=loaded.checkpointing,
+        )
+        now = memory(device)
+        log.info(
+            "model_loaded",
+            architecture=base.architecture,
+            parameters=base.parameters,
+            trainable_parameters=loaded.trainable_parameters,
+            lora_targets=list(loaded.targets),
+            precision=config.precision,
+            prequantised=base.prequantised,
+            device=device.kind,
+            device_name=device.name,
+            load_seconds=round(time.monotonic() - started, 3),
+            plan=asdict(planned),
+            **now,
+        )
+        return cls(
+            config=config,
+            device=device,
+            plan=planned,
+            model=loaded.model,
+            tokenizer=data.tokenizer,
+            dataset=data.train.dataset,
+            directory=directory,
+            memory_before=now,
+        )
+
+    @property
+    def final_loss(self) -> float:
+        """The training loss of the last step."""
+        if self.progress is None or not self.progress.losses:
+            raise HopelessError("No step was trained.", remedy="Check the log for what the trainer printed.")
+        return self.progress.losses[-1]
+
+    def train(
+        self,
+        *,
+        note: Callable[[dict[str, Any]], None],
+        evaluate: Callable[[int], Any],
+        evaluate_every: int,
+        save: Callable[[int, Path, float], None],
+    ) -> None:
+        """All optimizer steps, with progress events, evaluations and checkpoints."""
+        trainer = build(
+            self.model,
+            self.dataset,
+            self.tokenizer.hf,
+            config=self.config,
+            plan=self.plan,
+            device=self.device,
+            directory=self.directory / "trainer",
+        )
+        collator = CountingCollator(trainer.data_collator)
+        trainer.data_collator = collator
+        self.progress = Progress(device=self.device, collator=collator, log_steps=self.config.log_steps, record=note)
+        points = SavePoints(steps=self.config.checkpoint_steps, minutes=self.config.checkpoint_minutes, saved=save)
+        train(trainer, [self.progress, Evaluations(every=evaluate_every, evaluate=evaluate), points])
+        if trainer.state.global_step != self.plan.steps:
+            raise HopelessError(
+                f"Training stopped after {trainer.state.global_step} of {self.plan.steps} steps.",
+                remedy="Check the log for what the trainer printed.",
+            )
+
+    def evaluate(self, dataset: Any) -> Evaluation:
+        """The loss on other rows."""
+        return evaluate(
+            self.model,
+            dataset,
+            batch=self.plan.micro_batch,
+            pad_id=self.tokenizer.hf.pad_token_id or 0,
+            device=self.device.kind,
+        )
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Greedy answers to prompts."""
+        if not prompts:
+            return []
+        return answer(
+            self.model,
+            prompts,
+            self.tokenizer.hf,
+            stop_ids=self.tokenizer.stop_ids,
+            batch=ANSWERS_AT_ONCE,
+            device=self.device.kind,
+        )
+
+    def save_adapter(self, directory: Path, *, base: BaseModel) -> None:
+        """Write the adapter and its tokenizer."""
+        export.save_adapter(self.model, self.tokenizer.hf, directory, base=base)
+
+    def merge(self, adapter: Path, directory: Path, *, base: BaseModel) -> None:
+        """Write base + adapter in 16 bit."""
+        export.merge(adapter, directory, base=base)
+
+    def memory_report(self) -> dict[str, Any]:
+        """Memory before and at the peak of the run, and what share of the card the peak was."""
+        now = memory(self.device)
+        peak, total = now["gpu_memory_peak_bytes"], now["gpu_memory_total_bytes"]
+        before = self.memory_before["gpu_memory_reserved_bytes"]
+        return {
+            "gpu_memory_before_bytes": before,
+            "gpu_memory_peak_bytes": peak,
+            "gpu_memory_training_bytes": peak - before,
+            "gpu_memory_total_bytes": total,
+            "gpu_memory_peak_share": round(peak / total, 4) if total else 0.0,
+            "host_memory_before_bytes": self.memory_before["host_memory_rss_bytes"],
+            "host_memory_rss_bytes": now["host_memory_rss_bytes"],
+            "host_memory_peak_bytes": now["host_memory_peak_bytes"],
+        }

@@ -1,0 +1,151 @@
+"""Base model + LoRA: loads the weights through Unsloth and checks that what was loaded is what was asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import structlog
+import torch
+from unsloth import FastLanguageModel
+
+from job.base_model import BaseModel
+from job.config import Config
+from job.errors import ConfigError
+from job.tuning.device import Device
+
+log = structlog.get_logger()
+QUANTISED = {"4bit": bitsandbytes.nn.Linear4bit, "8bit": bitsandbytes.nn.Linear8bitLt}
+QUANTISED_SHARE = 0.9  # of the decoder's linear layers
+ALL_LINEAR = ("all-linear",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model ready to train, and what is known of it."""
+
+    model: Any
+    targets: tuple[str, ...]
+    trainable_parameters: int
+    checkpointing: str
+
+
+def load(base: BaseModel, config: Config, device: Device, *, directory: Path) -> Loaded:
+    """Load the base in the asked precision and put a fresh adapter on it.
+
+    Args:
+        base: the inspected model.
+        directory: where the files lie under a neutral name, since Unsloth decides by parts of the path.
+
+    Raises:
+        ConfigError: a target matches nothing, or this machine cannot load the asked precision.
+    """
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=str(directory),
+        max_seq_length=config.max_length,
+        dtype=device.dtype,
+        load_in_4bit=config.precision == "4bit",
+        load_in_8bit=config.precision == "8bit",
+        load_in_16bit=config.precision == "16bit",
+        full_finetuning=False,
+        use_exact_model_name=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        random_state=config.seed,
+    )
+    _check_precision(model, base, config)
+    targets = _targets(model, config.lora_targets)
+    checkpointing = _checkpointing(config.gradient_checkpointing, device)
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(targets),
+        bias="none",
+        use_rslora=config.lora_rslora,
+        init_lora_weights=True,
+        use_gradient_checkpointing={"unsloth": "unsloth", "on": True, "off": False}[checkpointing],
+        random_state=config.seed,
+    )
+    loaded = Loaded(
+        model=model, targets=targets, trainable_parameters=_check_trainable(model), checkpointing=checkpointing
+    )
+    _fix_generation(model)
+    return loaded
+
+
+def _checkpointing(asked: str, device: Device) -> str:
+    if asked != "auto":
+        return asked
+    return "unsloth" if device.kind == "cuda" else "off"
+
+
+def _linears(model: Any) -> dict[str, torch.nn.Module]:
+    """The linear layers inside the decoder, by full name: what an adapter can be put on."""
+    heads = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
+    kinds = (torch.nn.Linear, *QUANTISED.values())
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and id(m) not in heads}
+
+
+def _targets(model: Any, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The leaf names to adapt. A name that matches nothing would be skipped in silence by PEFT if another matches."""
+    available = Counter(name.rpartition(".")[2] for name in _linears(model))
+    if asked == ALL_LINEAR:
+        return tuple(available)
+    unknown = [name for name in asked if name not in available]
+    if unknown:
+        raise ConfigError(
+            f"TUNE_LORA_TARGETS names {', '.join(unknown)}, which match no linear layer of this model.",
+            remedy=f"It has: {', '.join(available)}.",
+        )
+    return asked
+
+
+def _check_precision(model: Any, base: BaseModel, config: Config) -> None:
+    """Loaders fall back to 16 bit with a printed line where 4 or 8 bit do not work: count what is really there."""
+    wanted = QUANTISED.get(config.precision)
+    linears = _linears(model)
+    counts = {kind: sum(isinstance(m, cls) for m in linears.values()) for kind, cls in QUANTISED.items()}
+    log.debug("layers_counted", linear=len(linears), **{f"linear_{kind}": n for kind, n in counts.items()})
+    # Small layers that bitsandbytes leaves alone are fine; a model that stayed in 16 bit is not.
+    enough = 0 if wanted is None else len(linears) * QUANTISED_SHARE
+    if counts.get(config.precision, -sum(counts.values())) < enough:
+        raise ConfigError(
+            f"TUNE_PRECISION={config.precision}, but {base.name} was loaded with {counts['4bit']} 4-bit and "
+            f"{counts['8bit']} 8-bit layers of {len(linears)}: this machine or model does not support it.",
+            remedy="Set another TUNE_PRECISION (8bit needs a GPU, 4bit needs layers at least 64 wide).",
+        )
+
+
+def _check_trainable(model: Any) -> int:
+    """Number of trainable parameters; all must belong to the adapter, or the base would be trained in silence."""
+    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    strangers = [name for name in trainable if "lora_" not in name]
+    if strangers or not trainable:
+        raise ConfigError(
+            f"The adapter was not set up right: {strangers[0] if strangers else 'nothing'} would be trained.",
+            remedy="Check TUNE_LORA_TARGETS.",
+        )
+    return sum(trainable.values())
+
+
+def _fix_generation(model: Any) -> None:
+    """Answers are compared before and after training, so generation is greedy and has no other settings."""
+    generation = model.generation_config
+    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"):
+        if hasattr(generation, name):
+            setattr(generation, name, None)
+    generation.do_sample = False
+    generation.max_length = None
+
+
+def cast_trainable(model: Any) -> None:
+    """Make the adapter fp32. TRL casts QLoRA adapters to bf16, and PEFT reloads them as fp32, so that a resumed run
+    would differ; in fp32 it is exact."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

@@ -1,0 +1,186 @@
+"""The trainer: TRL's SFTTrainer under Unsloth, every hyperparameter set, fed with our own input_ids and labels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from job.config import Config
+from job.errors import HopelessError
+from job.tuning import model as adapter
+from job.tuning.device import Device
+
+AUTO_MICRO_BATCH = 8
+IGNORED = -100
+CPU_OPTIMIZER = "adamw_torch_fused"
+ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the run's optimizer steps are cut, and every effective hyperparameter. Logged and recorded."""
+
+    examples: int
+    steps: int
+    epochs: float
+    batch_size: int
+    micro_batch: int
+    accumulation: int
+    padding_free: bool
+    gradient_checkpointing: str
+    optimizer: str
+    learning_rate: float
+    warmup_steps: int
+    schedule: str
+    compute_dtype: str
+
+
+def plan(config: Config, device: Device, *, examples: int, learning_rate: float, checkpointing: str) -> Plan:
+    """Decide what `auto` means for this run.
+
+    Args:
+        examples: sequences in the training set.
+        learning_rate: the usual rate for the model's size, taken where the user set none.
+    """
+    micro = _micro_batch(config)
+    per_epoch = math.ceil(examples / config.batch_size)
+    steps = config.max_steps or max(1, math.ceil(per_epoch * config.epochs))
+    gpu = device.kind == "cuda"
+    return Plan(
+        examples=examples,
+        steps=steps,
+        epochs=steps / per_epoch,
+        batch_size=config.batch_size,
+        micro_batch=micro,
+        accumulation=config.batch_size // micro,
+        padding_free=gpu,
+        gradient_checkpointing=checkpointing,
+        optimizer=config.optimizer if gpu else CPU_OPTIMIZER,
+        learning_rate=learning_rate if config.learning_rate == "auto" else config.learning_rate,
+        warmup_steps=int(config.warmup) if config.warmup >= 1 else math.ceil(config.warmup * steps),
+        schedule=config.schedule,
+        compute_dtype=str(device.dtype).removeprefix("torch."),
+    )
+
+
+def _micro_batch(config: Config) -> int:
+    if config.micro_batch != "auto":
+        return config.micro_batch
+    return max(n for n in range(1, AUTO_MICRO_BATCH + 1) if config.batch_size % n == 0)
+
+
+def build(
+    model: Any, dataset: Any, hf_tokenizer: Any, *, config: Config, plan: Plan, device: Device, directory: Path
+) -> SFTTrainer:
+    """The trainer, checked.
+
+    Args:
+        dataset: columns input_ids, labels; already cut to length.
+        directory: where the trainer writes its checkpoints.
+    """
+    arguments = SFTConfig(
+        output_dir=str(directory),
+        per_device_train_batch_size=plan.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
+        max_steps=plan.steps,
+        num_train_epochs=plan.epochs,
+        learning_rate=plan.learning_rate,
+        warmup_steps=plan.warmup_steps,
+        lr_scheduler_type=plan.schedule,
+        optim=plan.optimizer,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        data_seed=config.seed,
+        bf16=device.dtype is torch.bfloat16,
+        fp16=device.dtype is torch.float16,
+        gradient_checkpointing=plan.gradient_checkpointing != "off",
+        padding_free=plan.padding_free,
+        packing=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=True,
+        dataloader_num_workers=0,
+        dataloader_drop_last=False,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        eval_strategy="no",
+        save_strategy="no",
+        save_only_model=False,
+        push_to_hub=False,
+        **ADAM,
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset.select_columns(["input_ids", "labels"]),
+        processing_class=hf_tokenizer,
+    )
+    adapter.cast_trainable(trainer.model)
+    _check(trainer, plan)
+    return trainer
+
+
+def _check(trainer: SFTTrainer, plan: Plan) -> None:
+    """Unsloth and TRL change arguments with a printed line at most: what counts is what they ended up with."""
+    arguments = trainer.args
+    effective = {
+        "micro-batch": (arguments.per_device_train_batch_size, plan.micro_batch),
+        "accumulation": (arguments.gradient_accumulation_steps, plan.accumulation),
+        "steps": (arguments.max_steps, plan.steps),
+        "learning rate": (arguments.learning_rate, plan.learning_rate),
+        "optimizer": (getattr(arguments.optim, "value", arguments.optim), plan.optimizer),
+        "padding-free": (bool(getattr(trainer.data_collator, "padding_free", False)), plan.padding_free),
+    }
+    changed = [f"{name} {found} instead of {wanted}" for name, (found, wanted) in effective.items() if found != wanted]
+    if changed:
+        raise HopelessError(
+            f"The training library changed the settings: {'; '.join(changed)}.",
+            remedy="Report this with the log: the versions in the image do not fit together.",
+        )
+
+
+class CountingCollator:
+    """Counts the tokens of the batches that pass, padding excluded, without a device sync.
+
+    It wraps the trainer's own collator after the trainer is built: given to the constructor, a collator would switch
+    Unsloth's padding-free batches off in silence.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.tokens = 0
+        self.labelled = 0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        """Collate `rows` as the inner collator does."""
+        self.tokens += sum(len(row["input_ids"]) for row in rows)
+        self.labelled += sum(label != IGNORED for row in rows for label in row["labels"])
+        return self.inner(rows)
+
+
+def train(trainer: SFTTrainer, callbacks: list[TrainerCallback]) -> None:
+    """Run all steps. The callbacks log, evaluate and save.
+
+    Raises:
+        HopelessError: out of memory.
+    """
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise HopelessError(
+            f"The GPU ran out of memory: {str(error).splitlines()[0]}",
+            remedy="Lower TUNE_MICRO_BATCH or TUNE_MAX_LENGTH, or set TUNE_GRADIENT_CHECKPOINTING=unsloth.",
+        ) from error
