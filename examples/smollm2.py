@@ -37,6 +37,7 @@ LAYER_NAMES = {
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path, help="where to write the model")
     directory: Path = parser.parse_args().directory
@@ -133,6 +134,7 @@ def save_tokenizer(source: Any, directory: Path) -> None:
 
 
 def save_weights(source: Any, directory: Path) -> None:
+    """model.safetensors, in bfloat16."""
     import torch  # noqa: PLC0415 - see write_model
     from gguf import dequantize  # noqa: PLC0415
     from safetensors.torch import save_file  # noqa: PLC0415
@@ -161,6 +163,7 @@ def transformers_name(name: str) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Indented, as transformers writes it."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -22,6 +22,7 @@ HELD_OUT = Path(__file__).parent / "orders" / "eval.jsonl"
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="base model: a directory or a hub name")
     parser.add_argument("adapter", type=Path, help="directory with adapter_model.safetensors")
@@ -36,6 +37,7 @@ def main() -> None:
 
 
 def answer(model_name: str, adapter: Path, messages: list[dict[str, str]]) -> str:
+    """The model's most likely next turn."""
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     model = AutoModelForCausalLM.from_pretrained(model_name, device_map="auto" if torch.cuda.is_available() else None)

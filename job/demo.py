@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from rich.console import Console
@@ -261,7 +261,8 @@ WAITS = {
     "dataset_ready": "loading the model",
     "model_loaded": "measuring the loss before training",
     "evaluated": "answering held-out e-mails",
-    "sample": "working",
+    "sample before": "training",
+    "sample after": "publishing the adapter",
     "artifact_uploaded": "publishing the record",
 }
 """What the job does after an event, until the next."""
@@ -283,7 +284,7 @@ class View:
         )
         self._task = self._progress.add_task("starting", total=None)
 
-    def __enter__(self) -> View:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -298,8 +299,8 @@ class View:
         if name in LINES:
             style = "bold red" if name in {"run_failed", "interrupted"} else ""
             self._console.print(f"  {event.get('timestamp', '')[11:19]}  {escape(LINES[name](event))}", style=style)
-        if name in WAITS:
-            self._progress.update(self._task, description=WAITS[name])
+        if wait := WAITS.get(f"{name} {event.get('phase', '')}".strip()):
+            self._progress.update(self._task, description=wait)
 
     def _step(self, event: dict[str, Any]) -> None:
         step, steps = event["step"], event["max_steps"]

@@ -13,7 +13,7 @@ from typing import Any
 from job import hub
 from job.config import HUB_NAME, Config
 from job.errors import DataError
-from job.storage.fetch import Fetched, fetch
+from job.storage.fetch import Fetched, fetch, look
 
 MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
 NAMED_TEMPLATE = ("s3://", "/")
@@ -90,6 +90,30 @@ def pull(config: Config, *, scratch: Path, pinned: dict[str, Any] | None) -> Inp
     )
 
 
+def listing(config: Config, *, pinned: dict[str, Any]) -> dict[str, Any]:
+    """The body that `inputs.json` would have now, without downloading anything.
+
+    Args:
+        pinned: `inputs.json` of the run; what came from the hub is taken from it, since a commit never changes.
+    """
+    patience = config.storage_patience_minutes * 60
+    template = [config.chat_template] if config.chat_template.startswith(NAMED_TEMPLATE) else []
+    files = [file for file in pinned.get("files", []) if not file["name"].startswith(NAMED_TEMPLATE)]
+    uris = dict.fromkeys((*config.dataset, *config.eval_dataset, *template)) | {config.model: _is_model_file}
+    for uri, wanted in uris.items():
+        if uri.startswith(NAMED_TEMPLATE):
+            found = look(uri, patience_seconds=patience, wanted=wanted)
+            files += [
+                {"name": name, "size": entry.size, "etag": entry.etag, "version": entry.version}
+                for name, entry in found.items()
+            ]
+    return {**pinned, "files": files}
+
+
+def _is_model_file(key: str) -> bool:
+    return key.endswith(MODEL_FILES) and "/" not in key
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Puller:
     directory: Path
@@ -100,7 +124,7 @@ class _Puller:
         if HUB_NAME.fullmatch(name):
             found = hub.fetch_model(name, place)
             return found.path, _hub_files(found), found.commit
-        files = self._fetch(name, place, wanted=lambda key: key.endswith(MODEL_FILES) and "/" not in key)
+        files = self._fetch(name, place, wanted=_is_model_file)
         if not files:
             raise DataError(
                 f"{name} holds no model files.", remedy="TUNE_MODEL must hold config.json and *.safetensors."

@@ -6,9 +6,10 @@ say), the text is tokenised in parts that meet there: generation too starts from
 across an answer's end is not learnt, since it holds characters of the next turn; end markers that are tokens of their
 own never lie in one. The first token of a sequence is never learnt: nothing stands before it from which to predict it.
 
-Special tokens that stand in the content of a turn other than the assistant's are encoded as the plain text they are,
-not as control tokens. Those in an assistant's content, and in ready text, are the dataset's own intent and stay.
-Markers that are no special tokens (`[/INST]`, added tokens such as <tool_call>) are encoded as ever and never learnt.
+Special tokens that stand in the content of a turn are encoded as the plain text they are, not as control tokens. In an
+assistant's content that holds for those that open or end turns, except at its very end; others (<|python_tag|>, say)
+are the dataset's intent and stay. In ready text all stay. Markers that are no special tokens (`[/INST]`, added tokens
+such as <tool_call>) are encoded as ever.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class Renderer:
 
     def _disarmed(self, example: Example) -> tuple[Turn, ...]:
         """The turns with stand-ins for special tokens; the very same object if there is nothing to replace."""
-        changed = tuple(turn if turn.role == "assistant" else self._disarmed_turn(turn) for turn in example.turns)
+        changed = tuple(map(self._disarmed_turn, example.turns))
         if all(new is old for new, old in zip(changed, example.turns, strict=True)):
             return example.turns
         if any(STAND_IN.search(turn.text) for turn in example.turns):
@@ -153,7 +154,8 @@ class Renderer:
         return changed
 
     def _disarmed_turn(self, turn: Turn) -> Turn:
-        content, more = self.tokenizer.disarm(turn.content), self.tokenizer.disarm(turn.input)
+        disarm = self.tokenizer.disarm_answer if turn.role == "assistant" else self.tokenizer.disarm
+        content, more = disarm(turn.content), disarm(turn.input)
         same = content == turn.content and more == turn.input
         return turn if same else replace(turn, content=content, input=more)
 

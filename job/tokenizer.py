@@ -88,13 +88,35 @@ class Tokenizer:
         return tuple(sorted({token.content for token in tokens if token.special}, key=lambda text: (-len(text), text)))
 
     @functools.cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+    def _numbers(self) -> Mapping[str, int]:
+        return {token: number for number, token in enumerate(self._special)}
+
+    @functools.cached_property
+    def _any_special(self) -> re.Pattern[str]:
+        return _one_of(self._special)
+
+    @functools.cached_property
+    def _turn_markers(self) -> re.Pattern[str]:
+        """BOS, EOS and the special tokens with which the template opens and ends an answer."""
+        around = f"{self.chat.generation_prompt}{self.chat.end_of_turn}" if self.chat else ""
+        around += f"{self.hf.bos_token or ''}{self.hf.eos_token or ''}"
+        return _one_of([token for token in self._special if token in around])
 
     def disarm(self, text: str) -> str:
         """Replace special tokens that stand in a text by stand-ins, so that they cannot become control tokens."""
-        numbers = {token: number for number, token in enumerate(self._special)}
-        return self._special_pattern.sub(lambda found: chr(STAND_INS + numbers[found[0]]), text)
+        return self._any_special.sub(lambda found: chr(STAND_INS + self._numbers[found[0]]), text)
+
+    def disarm_answer(self, text: str) -> str:
+        """The same for an answer, which may be meant to hold special tokens, but not those that open or end turns.
+
+        One at its very end stays: data often brings the end marker, and learning it twice does no harm.
+        """
+        end = len(text.rstrip())
+
+        def stand_in(found: re.Match[str]) -> str:
+            return found[0] if found.end() == end else chr(STAND_INS + self._numbers[found[0]])
+
+        return self._turn_markers.sub(stand_in, text)
 
     def rearm(self, text: str) -> str:
         """The text with the stand-ins replaced by what they stand for."""
@@ -125,6 +147,10 @@ class Tokenizer:
         copy.encode_special_tokens = True
         found = copy.encode_batch(list(self._special), add_special_tokens=False)
         return {token: one.ids for token, one in zip(self._special, found, strict=True)}
+
+
+def _one_of(tokens: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
 def load(

@@ -223,6 +223,13 @@ def test_tool_calls_and_tools_are_kept(tmp_path: Path) -> None:
     assert found.tools == ({"name": "f"},)
 
 
+def test_fields_that_parquet_fills_with_null_are_absent(tmp_path: Path) -> None:
+    """Parquet gives each turn the keys of all; a template must not print those that the row did not have."""
+    messages = [{"role": "user", "content": "a", "name": "Ann"}, {"role": "assistant", "content": "b"}]
+    (found,) = read([store(tmp_path, "a.parquet", parquet([{"messages": messages, "text": None}]))])
+    assert [turn.message() for turn in found.turns] == messages
+
+
 def test_answers_inside_a_prompt_are_context(tmp_path: Path) -> None:
     """Of a conversational prompt and completion only the completion is learnt."""
     said = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]

@@ -30,7 +30,7 @@ def test_nothing_held_out_is_trained_on() -> None:
     """No e-mail and no customer of the held-out rows occurs in training."""
     train, held_out = rows("train.jsonl"), rows("eval.jsonl")
 
-    assert (480, 40) == (len(train), len(held_out))
+    assert (len(train), len(held_out)) == (480, 40)
     for part in (email, customer):
         assert len({part(row) for row in train + held_out}) == 520, part.__name__
 
@@ -47,9 +47,9 @@ def customer(row: dict) -> str:
 def test_every_answer_is_an_order_found_in_its_email(name: str) -> None:
     """Each assistant turn is a JSON object of one shape, and its customer and city stand in the e-mail."""
     for row in rows(name):
-        assert ["system", "user", "assistant"] == [message["role"] for message in row["messages"]]
+        assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
         order = json.loads(row["messages"][-1]["content"])
-        assert ["customer", "city", "items", "express"] == list(order)
+        assert list(order) == ["customer", "city", "items", "express"]
         assert order["customer"] in email(row)
         assert order["city"] in email(row)
         assert order["express"] is ("express" in email(row).lower())
@@ -72,7 +72,7 @@ def test_the_converted_model_ends_its_turns(model: Path) -> None:
     }
     ids = {token["content"]: token["id"] for token in configs["tokenizer"]["added_tokens"]}
 
-    assert "<|im_end|>" == configs["tokenizer_config"]["eos_token"]
+    assert configs["tokenizer_config"]["eos_token"] == "<|im_end|>"
     assert ids["<|im_end|>"] == configs["config"]["eos_token_id"] == configs["generation_config"]["eos_token_id"]
     assert "<|im_end|>" in (model / "chat_template.jinja").read_text()
 
@@ -96,7 +96,7 @@ def test_converting_again_does_nothing(model: Path) -> None:
 @pytest.mark.slow
 def test_plain_transformers_talks_to_the_converted_model(model: Path) -> None:
     """It answers a question and stops by itself."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - slow
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model)

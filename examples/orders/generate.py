@@ -15,21 +15,22 @@ SEED = 20261
 TRAINING_ROWS, HELD_OUT_ROWS = 480, 40
 SYSTEM = "Turn the e-mail into an order as JSON."
 
-FIRST_NAMES = (
+words = str.split
+FIRST_NAMES = words(
     "Ada Aisha Amir Ana Ben Bruno Carla Chen Clara Daniel Diego Elena Emil Eva Farid Fatima Felix Grace Hana Hugo Ines "
     "Ivan Jamal Jonas Kofi Laura Leo Lucia Maria Marta Mei Nadia Nina Omar Oscar Paula Priya Ravi Rosa Sara Sven Tom "
     "Vera Yuki Zoe"
-).split()
-LAST_NAMES = (
+)
+LAST_NAMES = words(
     "Adams Alonso Baker Bauer Brown Cohen Costa Diaz Eriksen Fischer Ford Garcia Gruber Haddad Hansen Ito Jensen Jones "
     "Kaya Keller King Kim Lopez Mensah Meyer Moreau Mori Novak Okoye Olsen Patel Reyes Rossi Sato Shah Silva Singh "
     "Smith Tanaka Vargas Weber Wilson Wong Young"
-).split()
-CITIES = (
+)
+CITIES = words(
     "Amsterdam Athens Berlin Boston Cairo Chicago Copenhagen Dallas Denver Dublin Geneva Hamburg Helsinki Istanbul "
     "Lagos Lima Lisbon London Madrid Milan Montreal Munich Nairobi Oslo Paris Prague Rome Seattle Seoul Stockholm "
     "Sydney Tokyo Toronto Vienna Warsaw Zurich"
-).split()
+)
 PRODUCTS = {
     "backpack": "backpacks",
     "bookshelf": "bookshelves",
@@ -51,7 +52,7 @@ PRODUCTS = {
     "webcam": "webcams",
     "whiteboard": "whiteboards",
 }
-NUMBER_WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
+NUMBER_WORDS = words("one two three four five six seven eight nine ten eleven twelve")
 LARGE_QUANTITIES = (15, 20, 25, 30, 40, 50, 60, 75, 100)
 
 GREETINGS = ("", "", "Hello,\n", "Hi,\n", "Hi there,\n", "Good morning,\n", "Dear team,\n")
@@ -92,6 +93,7 @@ ASIDES = (
 
 
 def main() -> None:
+    """Write both files."""
     here = Path(__file__).parent
     for name, lines in generate().items():
         (here / name).write_text("".join(lines), encoding="utf-8")
@@ -106,6 +108,7 @@ def generate() -> dict[str, list[str]]:
 
 
 def conversation(rng: random.Random, customer: str) -> dict[str, Any]:
+    """A row of the dataset."""
     order = random_order(rng, customer)
     return {
         "messages": [
@@ -117,12 +120,14 @@ def conversation(rng: random.Random, customer: str) -> dict[str, Any]:
 
 
 def random_order(rng: random.Random, customer: str) -> dict[str, Any]:
+    """What the customer wants, in the shape that the model has to learn."""
     count = rng.choices((1, 2, 3), weights=(5, 5, 2))[0]
     items = [{"product": name, "quantity": random_quantity(rng)} for name in rng.sample(list(PRODUCTS), k=count)]
     return {"customer": customer, "city": rng.choice(CITIES), "items": items, "express": rng.random() < 0.4}
 
 
 def random_quantity(rng: random.Random) -> int:
+    """Mostly a small number, now and then a round large one."""
     return rng.choice(LARGE_QUANTITIES) if rng.random() < 0.25 else rng.randint(1, len(NUMBER_WORDS))
 
 
@@ -140,6 +145,7 @@ def email(rng: random.Random, order: dict[str, Any]) -> str:
 
 
 def written_item(rng: random.Random, *, product: str, quantity: int) -> str:
+    """`3 desks`, `three desks`."""
     noun = product if quantity == 1 else PRODUCTS[product]
     if quantity <= len(NUMBER_WORDS) and rng.random() < 0.5:
         return f"{NUMBER_WORDS[quantity - 1]} {noun}"

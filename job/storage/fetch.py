@@ -18,7 +18,7 @@ from job.storage.disk import disk_errors, write_atomically
 from job.storage.faults import ChangedError, MissingError
 from job.storage.parallel import each
 from job.storage.store import Entry, Store, open_store
-from job.storage.uri import S3Address, checked_key, parents, parse
+from job.storage.uri import S3Address, parents, parse
 
 INDEX = ".finetune-job-fetched.json"
 SMALL_BYTES = 32 << 20
@@ -65,39 +65,83 @@ def fetch(
         ChangedError: an object was written again and again while it was read.
         StorageError, DeniedError, DataError: see `Store`.
     """
-    address = parse(uri)
-    if isinstance(address, Path):
-        return _local(uri, address, wanted)
-    for attempt in range(1, _CHANGED_ATTEMPTS + 1):
+    for attempt in range(1, _CHANGED_ATTEMPTS):
         try:
-            return _remote(address, directory, patience_seconds, wanted)
+            return _bring(uri, directory, patience_seconds, wanted)
         except ChangedError as error:
-            if attempt == _CHANGED_ATTEMPTS:
-                raise
             structlog.get_logger().warning("fetch_changed", error=error.message, attempt=attempt)
-    raise AssertionError
+    return _bring(uri, directory, patience_seconds, wanted)
+
+
+def look(
+    uri: str, *, patience_seconds: float = 3600.0, wanted: Callable[[str], bool] | None = None
+) -> dict[str, Entry]:
+    """What `fetch` would bring, by full URI, without bringing it; empty when nothing is there."""
+    address = parse(uri)
+    try:
+        if isinstance(address, Path):
+            return {
+                file.name: Entry(key=file.key, size=file.size, etag=file.etag, version=file.version)
+                for file in _local(uri, address, wanted)
+            }
+        found = _find(address, patience_seconds)
+    except MissingError:
+        return {}
+    return {f"{found.store.uri}/{entry.key}": entry for entry in _chosen(found.entries, wanted)}
+
+
+def look(
+    uri: str, *, patience_seconds: float = 3600.0, wanted: Callable[[str], bool] | None = None
+) -> dict[str, Entry]:
+    """What `fetch` would return, without downloading: each object by its full URI, in the same order.
+
+    Raises:
+        MissingError, StorageError, DeniedError, DataError: as `fetch` does.
+    """
+    found = _find(uri, patience_seconds, wanted)
+    return {found.name(entry): entry for entry in found.entries}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """Where the objects were found: a store rooted so that keys are what `Fetched.key` promises."""
+    """Objects, and the store whose root makes their keys what `Fetched.key` promises."""
 
     store: Store
     entries: list[Entry]
 
+    def name(self, entry: Entry) -> str:
+        """The object's full URI."""
+        return f"{self.store.uri.rstrip('/')}/{entry.key}"
 
-def _local(uri: str, path: Path, wanted: Callable[[str], bool] | None) -> list[Fetched]:
-    if path.is_dir():
-        found = _Found(store=open_store(str(path)), entries=[])
-        found = dataclasses.replace(found, entries=_chosen(found.store.entries(), wanted))
+    def fetched(self, entry: Entry, path: Path) -> Fetched:
+        """The object, once it is at `path`."""
+        return Fetched(
+            name=self.name(entry), path=path, key=entry.key, size=entry.size, etag=entry.etag, version=entry.version
+        )
+
+
+def _find(uri: str, patience_seconds: float, wanted: Callable[[str], bool] | None) -> _Found:
+    """The object of that name, else everything under it."""
+    address = parse(uri)
+    if isinstance(address, Path):
+        found, near = _find_local(address), lambda: _names_in(address.parent)
     else:
-        store = open_store(str(path.parent))
-        entry = store.head(path.name) if path.name else None
-        found = _Found(store=store, entries=[entry] if entry else [])
+        found, near = _find_remote(address, patience_seconds), lambda: _near(address, patience_seconds)
     if not found.entries:
-        raise _nothing(uri, _names_in(path.parent), path.name)
-    root = Path(found.store.uri)
-    return [_fetched(str(root / entry.key), root / entry.key, entry) for entry in found.entries]
+        raise _nothing(uri, near())
+    chosen = [entry for entry in found.entries if wanted is None or wanted(entry.key)]
+    if not chosen:
+        raise _nothing(uri, [entry.key for entry in found.entries])
+    return dataclasses.replace(found, entries=chosen)
+
+
+def _find_local(path: Path) -> _Found:
+    if path.is_dir():
+        store = open_store(str(path))
+        return _Found(store=store, entries=store.entries())
+    store = open_store(str(path.parent))
+    entry = store.head(path.name) if path.name else None
+    return _Found(store=store, entries=[entry] if entry else [])
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -105,24 +149,7 @@ def _names_in(folder: Path) -> list[str]:
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-def _remote(
-    address: S3Address, directory: Path, patience_seconds: float, wanted: Callable[[str], bool] | None
-) -> list[Fetched]:
-    found = _find(address, patience_seconds)
-    chosen = _chosen(found.entries, wanted) if wanted else found.entries
-    if not chosen:
-        raise _nothing(address.uri, [entry.key for entry in found.entries], "")
-    _require_distinct(chosen)
-    index = _Index(directory, found.store.uri)
-    try:
-        _download(found.store, chosen, directory, index)
-    finally:
-        index.save()
-    return [_fetched(f"{found.store.uri}/{entry.key}", directory / entry.key, entry) for entry in chosen]
-
-
-def _find(address: S3Address, patience_seconds: float) -> _Found:
-    """The object of that key, else everything under it as a prefix."""
+def _find_remote(address: S3Address, patience_seconds: float) -> _Found:
     key = address.key.strip("/")
     if key and not address.key.endswith("/"):
         folder, _, name = key.rpartition("/")
@@ -131,40 +158,49 @@ def _find(address: S3Address, patience_seconds: float) -> _Found:
         if entry is not None:
             return _Found(store=store, entries=[entry])
     store = open_store(f"s3://{address.bucket}/{key}", patience_seconds=patience_seconds)
-    entries = store.entries()
-    if not entries:
-        raise _nothing(address.uri, _near(address.bucket, key, patience_seconds), key)
-    return _Found(store=store, entries=entries)
+    return _Found(store=store, entries=store.entries())
 
 
-def _near(bucket: str, key: str, patience_seconds: float) -> list[str]:
+def _near(address: S3Address, patience_seconds: float) -> list[str]:
     """The names in the nearest folder above a key that has any."""
     from job.storage.s3 import S3Store  # noqa: PLC0415 - boto3 takes a third of a second
 
-    store = open_store(f"s3://{bucket}", patience_seconds=patience_seconds)
-    if not isinstance(store, S3Store):
-        return []
-    for folder in [*parents(key), ""] if key else [""]:
-        names = store.names(f"{folder}/" if folder else "")
+    store = open_store(f"s3://{address.bucket}", patience_seconds=patience_seconds)
+    key = address.key.strip("/")
+    for folder in [*(parents(key) if key else []), ""]:
+        names = store.names(f"{folder}/" if folder else "") if isinstance(store, S3Store) else []
         if names:
             return names
     return []
 
 
-def _nothing(uri: str, near: list[str], wanted: str) -> MissingError:
-    closest = difflib.get_close_matches(wanted, near, n=_NEARBY, cutoff=0.5) or near[:_NEARBY]
-    there = f" Near it: {', '.join(closest)}." if closest else " There is nothing near it either."
-    return MissingError(f"{uri} holds nothing to read.{there}", remedy="Correct the address.")
+def _nothing(uri: str, near: list[str]) -> MissingError:
+    name = uri.rstrip("/").rpartition("/")[2]
+    by_name = {candidate.rstrip("/").rpartition("/")[2]: candidate for candidate in near}
+    closest = [by_name[match] for match in difflib.get_close_matches(name, by_name, n=_NEARBY, cutoff=0.5)]
+    there = ", ".join(closest or near[:_NEARBY])
+    return MissingError(
+        f"{uri} holds nothing to read." + (f" Near it: {there}." if there else " There is nothing near it either."),
+        remedy="Correct the address.",
+    )
 
 
-def _chosen(entries: list[Entry], wanted: Callable[[str], bool] | None) -> list[Entry]:
-    return [entry for entry in entries if wanted is None or wanted(entry.key)]
+def _bring(uri: str, directory: Path, patience_seconds: float, wanted: Callable[[str], bool] | None) -> list[Fetched]:
+    found = _find(uri, patience_seconds, wanted)
+    if isinstance(parse(uri), Path):
+        return [found.fetched(entry, Path(found.store.uri) / entry.key) for entry in found.entries]
+    _require_distinct(found.entries)
+    index = _Index(directory, found.store.uri)
+    try:
+        _download(found, directory, index)
+    finally:
+        index.save()
+    return [found.fetched(entry, directory / entry.key) for entry in found.entries]
 
 
 def _require_distinct(entries: list[Entry]) -> None:
     keys = {entry.key for entry in entries}
     for entry in entries:
-        checked_key(entry.key)
         for folder in parents(entry.key):
             if folder in keys:
                 raise DataError(
@@ -173,20 +209,16 @@ def _require_distinct(entries: list[Entry]) -> None:
                 )
 
 
-def _download(store: Store, entries: list[Entry], directory: Path, index: _Index) -> None:
+def _download(found: _Found, directory: Path, index: _Index) -> None:
     def take(entry: Entry, _: threading.Event) -> None:
-        store.download(entry, directory / entry.key)
+        found.store.download(entry, directory / entry.key)
         index.add(entry)
 
-    missing = [entry for entry in entries if not index.holds(entry)]
+    missing = [entry for entry in found.entries if not index.holds(entry)]
     each(take, [entry for entry in missing if entry.size <= SMALL_BYTES], workers=_WORKERS)
     for entry in missing:
         if entry.size > SMALL_BYTES:
             take(entry, threading.Event())
-
-
-def _fetched(name: str, path: Path, entry: Entry) -> Fetched:
-    return Fetched(name=name, path=path, key=entry.key, size=entry.size, etag=entry.etag, version=entry.version)
 
 
 class _Index:
