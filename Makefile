@@ -1,21 +1,59 @@
+# The two commands that matter: `make demo` and `make test`. Both need only Python 3.11 or later and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-
-.DEFAULT_GOAL := help
-.PHONY: help demo test lint format lock bench-storage bench-gpu clean
-
-help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header \
+	--override requirements.overrides --generate-hashes --no-emit-index-url pyproject.toml
 
 # The stamp carries the lock's hash: an unchanged lock installs nothing, an interrupted install starts again.
 STAMP := $(VENV)/installed-$(shell sha256sum requirements-dev.lock | cut -c1-16)
 
-.venv: $(STAMP)  ## install the locked packages into .venv
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format lock readme bench-storage bench-gpu clean $(VENV)
 
+help:  ## list the targets
+	@grep -hE '^[a-z$$][^:]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: $(STAMP)  ## train a small real model on a local S3 server and show what it learned
+	@$(BIN)/python -m job demo
+
+test: $(STAMP)  ## run the whole suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(STAMP)  ## formatting, lint rules, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: $(STAMP)  ## resolve both lock files anew
+	$(COMPILE) --output-file requirements.lock
+	$(COMPILE) --extra dev --constraint requirements.lock --output-file requirements-dev.lock
+
+readme: $(STAMP)  ## write the generated tables into the README
+	$(BIN)/python tests/readme.py
+
+bench-storage: $(STAMP)  ## object transfers beside aws s3 cp and s5cmd
+	$(BIN)/python benchmarks/storage.py
+
+bench-gpu: $(STAMP)  ## a 1B model through the job on this machine's GPU
+	$(BIN)/python benchmarks/gpu_run.py benchmarks/results
+
+clean:  ## remove the environment and all caches
+	rm -rf $(VENV) .demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+
+$(VENV): $(STAMP)  ## install the locked packages
+
+# --no-deps: the lock is complete, and one of its packages asks for a version that is not always to be had.
+# --no-compile: modules are compiled when they are first imported, most of 6 GB never.
 $(STAMP):
-	$(PYTHON) -m venv $(VENV)
+	@echo "Installing the locked packages into $(VENV) (about two minutes, 7 GB) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/installed-*
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-dev.lock
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-compile -r requirements-dev.lock
 	@touch $@
-

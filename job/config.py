@@ -247,7 +247,9 @@ class Config:
         default="auto",
     )
     eval_steps: int | Literal["auto"] = _setting(
-        _auto_or(_integer(1)), "optimizer steps between evaluations; `auto` = ten over the run", default="auto"
+        _auto_or(_integer(1)),
+        "optimizer steps between evaluations; `auto` = ten over the run, fewer if dear",
+        default="auto",
     )
     samples: int = _setting(_integer(0), "held-out prompts answered before and after training", default=4)
     checkpoint_minutes: float = _setting(_number(0, exclusive=True), "longest time between checkpoints", default=10.0)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 from urllib.parse import urlsplit
 
 from rich.console import Console
@@ -51,6 +51,7 @@ SETTINGS_OF_THE_RUN = {
     "TUNE_SAMPLES": "20",
     "TUNE_STORAGE_PATIENCE_MINUTES": "1",
 }
+UNCHECKED = "AWS4-HMAC-SHA256 Credential=demo/20260101/us-east-1/s3/aws4_request"
 MOST_RIGHT_BEFORE, LEAST_RIGHT_AFTER = 0.1, 0.9
 SHOWN_ROWS = 4
 SHOWN_CHARACTERS = 220
@@ -84,7 +85,7 @@ def demo(*, directory: Path = ROOT / ".demo") -> int:
     started = time.monotonic()
     if not ORDERS.is_dir():
         raise ConfigError(f"The demo needs {ORDERS}.", remedy="Run it from a checkout of the repository: make demo.")
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     directory.mkdir(parents=True, exist_ok=True)
     console.print("[bold]finetune-job demo[/]: SmolLM2-135M learns to turn order e-mails into JSON.\n")
     _convert(console, directory / "model")
@@ -102,7 +103,7 @@ def demo(*, directory: Path = ROOT / ".demo") -> int:
     console.print(f"Adapter: s3://{BUCKET}/{RUNS}/{RUN}/adapter/, downloaded to {_shown(directory / 'adapter')}")
     console.print(f"Log:     {_shown(directory / 'run.log')}")
     console.print(f"Time:    {time.monotonic() - started:.0f} s in all\n")
-    console.print(f"Try it:  {_try_it(directory, samples[0].email)}", soft_wrap=True, markup=False)
+    console.print(f"Try it:  {_try_it(directory, samples[0].email)}", markup=False)
     return 0 if learned else 1
 
 
@@ -126,7 +127,7 @@ def _convert(console: Console, model: Path) -> None:
 
 
 class Bucket:
-    """A new bucket of the local server, by plain HTTP, since that server checks no signatures.
+    """A new bucket of the local server, by plain HTTP: that server wants a signature, but any will do.
 
     `job.storage` takes the endpoint and the credentials from its process's environment, and this process leaves its
     environment as the user set it.
@@ -139,7 +140,7 @@ class Bucket:
     def put(self, key: str, path: Path) -> None:
         """Store a file."""
         with path.open("rb") as body:
-            self._request("PUT", f"/{key}", body=body, headers={"Content-Length": str(path.stat().st_size)})
+            self._request("PUT", f"/{key}", body=body, length=path.stat().st_size)
 
     def get(self, key: str) -> bytes:
         """An object's content.
@@ -149,15 +150,16 @@ class Bucket:
         """
         return self._request("GET", f"/{key}")
 
-    def _request(self, method: str, path: str, **content: Any) -> bytes:
+    def _request(self, method: str, path: str, *, body: IO[bytes] | None = None, length: int = 0) -> bytes:
+        headers = {"Authorization": UNCHECKED, "Content-Length": str(length)}
         connection = http.client.HTTPConnection(self._address, blocksize=1 << 20)
         with contextlib.closing(connection):
-            connection.request(method, f"/{BUCKET}{path}", **content)
+            connection.request(method, f"/{BUCKET}{path}", body=body, headers=headers)
             reply = connection.getresponse()
-            body = reply.read()
+            content = reply.read()
         if reply.status != http.HTTPStatus.OK:
             raise JobError(f"The local S3 server answered {reply.status} to {method} s3://{BUCKET}{path}.")
-        return body
+        return content
 
 
 def _fill(console: Console, bucket: Bucket, model: Path) -> None:
@@ -357,7 +359,7 @@ def _show(console: Console, samples: list[Sample]) -> None:
         before, after = (_marked(answer, sample.reference) for answer in (sample.before, sample.after))
         table.add_row(escape(_short(sample.email)), before, after)
     console.print()
-    console.print(table)
+    console.print(table, soft_wrap=False)
 
 
 def _marked(answer: str, reference: str) -> str:

@@ -169,6 +169,7 @@ def prepare_libraries(scratch: Path, *, expect_gpu: bool, cpu_only: bool = False
     }
     for name, path in caches.items():
         os.environ.setdefault(name, str(path))
+        path.mkdir(parents=True, exist_ok=True)
     if not os.access(os.path.expanduser("~"), os.W_OK):  # noqa: PTH111 - Path.home() raises for a uid without a passwd entry
         os.environ["HOME"] = str(scratch)
     _given.update({name: os.environ.get(name) for name in OFFLINE})

@@ -12,7 +12,6 @@ from typing import Any
 
 from job import hub
 from job.config import HUB_NAME, Config
-from job.errors import DataError
 from job.storage.fetch import Fetched, fetch, look
 
 MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
@@ -122,13 +121,9 @@ class _Puller:
     def model(self, name: str) -> tuple[Path, tuple[File, ...], str | None]:
         place = self._place(name)
         if HUB_NAME.fullmatch(name):
-            found = hub.fetch_model(name, place)
+            found = hub.fetch_model(name, place, patience_seconds=self.patience_seconds)
             return found.path, _hub_files(found), found.commit
         files = self._fetch(name, place, wanted=_is_model_file)
-        if not files:
-            raise DataError(
-                f"{name} holds no model files.", remedy="TUNE_MODEL must hold config.json and *.safetensors."
-            )
         if not name.startswith("s3://"):
             place.parent.mkdir(parents=True, exist_ok=True)
             place.unlink(missing_ok=True)
@@ -139,7 +134,7 @@ class _Puller:
         found: list[File] = []
         for uri in uris:
             if uri.startswith("hf://"):
-                found += _hub_files(hub.fetch_dataset(uri, self._place(uri)))
+                found += _hub_files(hub.fetch_dataset(uri, self._place(uri), patience_seconds=self.patience_seconds))
             else:
                 found += [_file(f, named=f.name == uri) for f in self._fetch(uri, self._place(uri))]
         return tuple(found)

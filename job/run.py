@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -115,7 +116,9 @@ def _work(config: Config, record: Record, *, expect_gpu: bool) -> None:
     finetune.train(
         note=record.note,
         evaluate=lambda step: look_at_loss(finetune, data, record, step=step),
-        evaluate_every=_evaluation_steps(config, finetune.plan.steps),
+        evaluate_every=_evaluation_steps(
+            config, finetune.plan.steps, data.evaluation.counts.sequences if data.evaluation else 0
+        ),
         save=lambda step, directory, stall: _save(place, record, step, directory, stall),
     )
     after = look(finetune, data, record, phase="after", step=finetune.plan.steps)
@@ -155,9 +158,7 @@ def render(config: Config, pulled: Inputs, reading: dataset.Reading, split: data
         tokenizer=tokenizer, train_on=config.train_on, max_length=config.max_length, overlong=config.overlong
     )
     train = prepare(split.train, renderer=renderer, directory=directory, name="train")
-    evaluation = None
-    if split.evaluation:
-        evaluation = prepare(split.evaluation, renderer=renderer, directory=directory, name="evaluation")
+    held_out = prepare(split.evaluation, renderer=renderer, directory=directory, name="evaluation", may_be_empty=True)
     shown = split.evaluation[: config.samples] or split.train[: config.samples]
     log.info(
         "dataset_ready",
@@ -165,7 +166,8 @@ def render(config: Config, pulled: Inputs, reading: dataset.Reading, split: data
         files=[asdict(facts) for facts in reading.facts],
         skipped_files=list(reading.skipped),
         duplicates=split.duplicates,
-        eval_rows=len(split.evaluation),
+        eval_rows=held_out.counts.rows,
+        eval_sequences=held_out.counts.sequences,
         eval_rows_shared=split.shared,
         eval_note=split.note,
         chat_template=tokenizer.name,
@@ -173,7 +175,7 @@ def render(config: Config, pulled: Inputs, reading: dataset.Reading, split: data
     return Data(
         tokenizer=tokenizer,
         train=train,
-        evaluation=evaluation,
+        evaluation=held_out if held_out.counts.sequences else None,
         files=reading.facts,
         prompts=tuple(renderer.prompt(example) for example in shown),
     )
@@ -254,8 +256,13 @@ def _done(config: Config, finetune: Any, results: dict[str, Any], artifacts: Seq
     }
 
 
-def _evaluation_steps(config: Config, steps: int) -> int:
-    return max(1, steps // EVALUATIONS) if config.eval_steps == "auto" else config.eval_steps
+def _evaluation_steps(config: Config, steps: int, rows: int) -> int:
+    """Steps between evaluations; `auto`: ten over the run, or fewer where they would cost over a tenth of it."""
+    if config.eval_steps != "auto":
+        return config.eval_steps
+    # A row evaluated costs a third of a row trained: the forward pass without the backward.
+    affordable = math.ceil(rows * EVALUATIONS / 3 / config.batch_size)
+    return max(1, steps // EVALUATIONS, affordable)
 
 
 def _sources(files: Sequence[inputs.File]) -> list[dataset.Source]:

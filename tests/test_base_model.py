@@ -70,7 +70,7 @@ def test_pickled_weights_are_refused(model):
     for file in model.glob("*.safetensors*"):
         file.unlink()
     (model / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(DataError, match="pytorch_model.bin"):
+    with pytest.raises(DataError, match=r"pytorch_model\.bin"):
         inspect(model, name="org/name")
 
 

@@ -139,7 +139,7 @@ def test_variables_command_shows_the_table():
 
 def test_bad_environment_exits_78_quickly_and_without_secrets():
     """A bad environment ends with 78 within two seconds, as JSON, and shows no secret, not even inside a value."""
-    secret = "hunter2-hunter2"  # noqa: S105
+    secret = "hunter2-hunter2"
     environment = {"PATH": os.environ["PATH"], "HF_TOKEN": secret, "TUNE_MODEL": f"https://u:{secret}@host/x"}
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "job"], env=environment, capture_output=True, text=True, check=False)

@@ -205,6 +205,13 @@ def test_an_answer_may_come_first() -> None:
         assert learnt(found, sequence)[0] == "Hello.<|im_end|>"
 
 
+def test_a_first_answer_whose_start_is_unknown_is_an_invalid_row() -> None:
+    """Without a generation prompt nothing tells where an answer begins that nothing stands before."""
+    text = "{% if messages[0]['role'] == 'system' %}{% endif %}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    with pytest.raises(RowError, match=r"refuses the conversation: .*undefined|no element|list object has no element"):
+        Renderer(tokenizer=of_text(text)).render(conversation(("assistant", "Hello."), *TALK))
+
+
 @pytest.mark.parametrize(
     "turns",
     [

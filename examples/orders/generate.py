@@ -33,7 +33,7 @@ CITIES = words(
 )
 PRODUCTS = {
     "backpack": "backpacks",
-    "bookshelf": "bookshelves",
+    "calendar": "calendars",
     "coffee mug": "coffee mugs",
     "desk": "desks",
     "desk lamp": "desk lamps",

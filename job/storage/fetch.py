@@ -77,28 +77,10 @@ def look(
     uri: str, *, patience_seconds: float = 3600.0, wanted: Callable[[str], bool] | None = None
 ) -> dict[str, Entry]:
     """What `fetch` would bring, by full URI, without bringing it; empty when nothing is there."""
-    address = parse(uri)
     try:
-        if isinstance(address, Path):
-            return {
-                file.name: Entry(key=file.key, size=file.size, etag=file.etag, version=file.version)
-                for file in _local(uri, address, wanted)
-            }
-        found = _find(address, patience_seconds)
+        found = _find(uri, patience_seconds, wanted)
     except MissingError:
         return {}
-    return {f"{found.store.uri}/{entry.key}": entry for entry in _chosen(found.entries, wanted)}
-
-
-def look(
-    uri: str, *, patience_seconds: float = 3600.0, wanted: Callable[[str], bool] | None = None
-) -> dict[str, Entry]:
-    """What `fetch` would return, without downloading: each object by its full URI, in the same order.
-
-    Raises:
-        MissingError, StorageError, DeniedError, DataError: as `fetch` does.
-    """
-    found = _find(uri, patience_seconds, wanted)
     return {found.name(entry): entry for entry in found.entries}
 
 
@@ -123,12 +105,10 @@ class _Found:
 def _find(uri: str, patience_seconds: float, wanted: Callable[[str], bool] | None) -> _Found:
     """The object of that name, else everything under it."""
     address = parse(uri)
-    if isinstance(address, Path):
-        found, near = _find_local(address), lambda: _names_in(address.parent)
-    else:
-        found, near = _find_remote(address, patience_seconds), lambda: _near(address, patience_seconds)
+    found = _find_local(address) if isinstance(address, Path) else _find_remote(address, patience_seconds)
     if not found.entries:
-        raise _nothing(uri, near())
+        near = _names_in(address.parent) if isinstance(address, Path) else _near(address, patience_seconds)
+        raise _nothing(uri, near)
     chosen = [entry for entry in found.entries if wanted is None or wanted(entry.key)]
     if not chosen:
         raise _nothing(uri, [entry.key for entry in found.entries])

@@ -90,13 +90,17 @@ class Progress(TrainerCallback):
 
 @dataclass
 class Evaluations(TrainerCallback):
-    """Runs `evaluate` every so many steps. The last step is left to the caller, which evaluates at the end anyway."""
+    """Runs `evaluate` every so many steps. The last step is left to the caller, which evaluates at the end anyway.
+
+    It acts on `on_log`, after `Progress` has taken the step's time.
+    """
 
     every: int
     evaluate: Callable[[int], None]
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        due = state.global_step % self.every == 0 and state.global_step < state.max_steps
+        if due and "loss" in logs:
             self.evaluate(state.global_step)
 
 

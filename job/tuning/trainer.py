@@ -119,12 +119,11 @@ def build(
         push_to_hub=False,
         **ADAM,
     )
-    trainer = SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset.select_columns(["input_ids", "labels"]),
-        processing_class=hf_tokenizer,
-    )
+    rows = dataset.select_columns(["input_ids", "labels"])
+    # Rendering has cut the rows already. Without this claim Unsloth turns padding-free batches off, since it could not
+    # cut ready rows itself.
+    rows._unsloth_truncated_to = config.max_length  # noqa: SLF001
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=hf_tokenizer)
     adapter.cast_trainable(trainer.model)
     _check(trainer, plan)
     return trainer

@@ -1,0 +1,231 @@
+"""Real servers for the storage tests: rclone's S3 on real files, and a proxy that breaks what passes through it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import http.client
+import ipaddress
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+ACCESS_KEY = "access-key"
+SECRET_KEY = "secret-key-that-no-message-may-show"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rclone:
+    """An S3 server whose objects are plain files: `directory/bucket/key`."""
+
+    endpoint: str
+    directory: Path
+
+
+@contextlib.contextmanager
+def serve_rclone(directory: Path, *, port: int | None = None) -> Iterator[Rclone]:
+    """Start rclone's server; it ignores conditional writes."""
+    program = Path(sys.executable).with_name("rclone")
+    for _ in range(5):
+        chosen = port or _free_port()
+        child = subprocess.Popen(
+            [program, "serve", "s3", directory, "--addr", f"127.0.0.1:{chosen}", "--config", "/dev/null"]
+            + ["--auth-key", f"{ACCESS_KEY},{SECRET_KEY}"],
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            if _answers(child, chosen):
+                yield Rclone(endpoint=f"http://127.0.0.1:{chosen}", directory=directory)
+                return
+        finally:
+            child.kill()
+            child.wait()
+    raise OSError("rclone did not start")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _answers(child: subprocess.Popen[bytes], port: int) -> bool:
+    for _ in range(200):
+        if child.poll() is not None:
+            return False  # somebody took the port
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@dataclass(kw_only=True)
+class Seen:
+    """One request at the proxy. A rule may set what happens to it."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    number: int  # of its method, from 1
+    refuse: tuple[int, str] | None = None  # an S3 error instead of an answer
+    cut: bool = False  # the server acts, the client gets no reply
+    hang_seconds: float = 0.0
+    flip: bool = False  # one byte of the body changes
+    truncate: bool = False  # the connection ends in the middle of the body
+    before: Callable[[], None] = field(default=lambda: None)  # runs before the request is passed on
+
+
+Rule = Callable[[Seen], None]
+
+
+@contextlib.contextmanager
+def serve_proxy(upstream: str, rule: Rule, *, tls: Path | None = None) -> Iterator[str]:
+    """A reverse proxy in front of `upstream` (or a forward proxy for whoever uses it as one); yields its URL."""
+    counts: dict[str, int] = {}
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _handle(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            counts[self.command] = counts.get(self.command, 0) + 1
+            seen = Seen(
+                method=self.command,
+                path=self.path,
+                headers={name.lower(): value for name, value in self.headers.items()},
+                number=counts[self.command],
+            )
+            rule(seen)
+            seen.before()
+            if seen.hang_seconds:
+                over.wait(seen.hang_seconds)
+                self.close_connection = True
+                return
+            if seen.refuse:
+                self._refuse(*seen.refuse)
+                return
+            status, headers, content = _forward(upstream, self, body)
+            if seen.cut:
+                self.close_connection = True
+                return
+            if seen.flip:
+                content = content[:-1] + bytes([content[-1] ^ 1])
+            self._reply(status, headers, content, whole=not seen.truncate)
+
+        def _refuse(self, status: int, code: str) -> None:
+            content = f"<Error><Code>{code}</Code><Message>as the test wants</Message></Error>".encode()
+            self._reply(status, [("Content-Length", str(len(content)))], content, whole=True)
+
+        def _reply(self, status: int, headers: list[tuple[str, str]], content: bytes, *, whole: bool) -> None:
+            self.send_response_only(status)
+            for name, value in headers:
+                if name.lower() not in {"connection", "transfer-encoding"}:
+                    self.send_header(name, value)
+            if not any(name.lower() == "content-length" for name, _ in headers):
+                self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content if whole else content[: len(content) // 2])
+            self.close_connection = self.close_connection or not whole
+
+        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _handle
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_: object) -> None:
+            pass  # clients hang up on purpose here
+
+    server = Server(("127.0.0.1", 0), Handler)
+    if tls is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls / "server.pem")
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_address[1]}"
+    finally:
+        over.set()
+        server.shutdown()
+        server.server_close()
+
+
+def _forward(upstream: str, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+    absolute = urlsplit(request.path)
+    host = absolute.netloc or urlsplit(upstream).netloc
+    path = request.path if not absolute.netloc else request.path.partition(absolute.netloc)[2]
+    connection = http.client.HTTPConnection(host, timeout=60)
+    try:
+        connection.putrequest(request.command, path, skip_host=True, skip_accept_encoding=True)
+        for name, value in request.headers.items():
+            if name.lower() not in {"expect", "connection", "proxy-connection"}:
+                connection.putheader(name, value)
+        connection.endheaders(body or None)
+        reply = connection.getresponse()
+        return reply.status, reply.getheaders(), reply.read()
+    finally:
+        connection.close()
+
+
+def make_certificates(directory: Path) -> Path:
+    """A CA (`ca.pem`) and a server certificate for 127.0.0.1 signed by it (`server.pem`)."""
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    ca = _certificate("a test's CA", "a test's CA", ca_key, ca_key, ca=True)
+    certificate = _certificate("127.0.0.1", "a test's CA", key, ca_key, ca=False)
+    (directory / "ca.pem").write_bytes(ca.public_bytes(serialization.Encoding.PEM))
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (directory / "server.pem").write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+    return directory
+
+
+def _certificate(
+    subject: str, issuer: str, key: ec.EllipticCurvePrivateKey, signer: ec.EllipticCurvePrivateKey, *, ca: bool
+) -> x509.Certificate:
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+    )
+    if ca:
+        usage = x509.KeyUsage(
+            digital_signature=True,
+            key_cert_sign=True,
+            crl_sign=True,
+            content_commitment=False,
+            key_encipherment=False,
+            data_encipherment=False,
+            key_agreement=False,
+            encipher_only=False,
+            decipher_only=False,
+        )
+        builder = builder.add_extension(usage, critical=True)
+    else:
+        name = x509.IPAddress(ipaddress.ip_address(subject))
+        builder = builder.add_extension(x509.SubjectAlternativeName([name]), critical=False)
+    return builder.sign(signer, hashes.SHA256())
