@@ -35,7 +35,7 @@ lock: $(STAMP)  ## resolve both lock files anew
 	$(COMPILE) --extra dev --constraint requirements.lock --output-file requirements-dev.lock
 
 readme: $(STAMP)  ## write the generated tables into the README
-	$(BIN)/python tests/readme.py
+	$(BIN)/python -m tests.readme
 
 bench-storage: $(STAMP)  ## object transfers beside aws s3 cp and s5cmd
 	$(BIN)/python benchmarks/storage.py

@@ -20,6 +20,7 @@ from job.storage.store import Store
 LAYOUT = 1
 PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 TRIES = 1000
+SHOWN = 5
 
 
 def versions() -> dict[str, str]:
@@ -67,27 +68,56 @@ class Record:
                 return number
         raise StorageError(f"No free attempt number from {first} on in {self.uri}/attempts/.")
 
-    def describe_run(self, config: Config) -> None:
-        """Create `run.json`: the settings and versions of the first attempt."""
-        body = {"layout": LAYOUT, "run_id": self.run_id, "config": config.as_variables(), "versions": versions()}
-        self._create("run.json", body)
-
-    def inputs(self) -> dict[str, Any] | None:
-        """What the first attempt read, or None if this is the first."""
-        return self._read("inputs.json")
-
-    def pin_inputs(self, inputs: dict[str, Any]) -> None:
-        """Create `inputs.json`, or check that this attempt read the same.
+    def pinned(self, config: Config) -> dict[str, Any] | None:
+        """`inputs.json`: what an earlier attempt read, or None if none got as far as training.
 
         Raises:
-            ConfigError: the model or the data changed since the first attempt.
+            ConfigError: an earlier attempt trained with other settings.
         """
-        if self._create("inputs.json", inputs):
-            return
-        pinned = self.inputs() or {}
+        first = self._read("run.json")
+        if first is not None:
+            self.check_settings(config, first["config"])
+        return self._read("inputs.json")
+
+    def pin(self, config: Config, inputs: dict[str, Any]) -> None:
+        """Create `run.json` and `inputs.json`, when all is checked and training is about to begin: from here on the
+        run is what it is, and a mistake that was found before leaves no trace.
+
+        Raises:
+            ConfigError: another attempt pinned other settings or inputs.
+        """
+        body = {"layout": LAYOUT, "run_id": self.run_id, "config": config.as_variables(), "versions": versions()}
+        if not (self._create("run.json", body) & self._create("inputs.json", inputs)):
+            self.check_inputs(self.pinned(config) or {}, inputs)
+
+    def check_settings(self, config: Config, first: dict[str, Any]) -> None:
+        """Compare with the settings of the run's first attempt.
+
+        Raises:
+            ConfigError: some that decide the result differ; it lists them.
+        """
+        now = json.loads(json.dumps(config.fingerprint_fields()))
+        changed = [f"{name} was {first.get(name)!r}, is {now[name]!r}" for name in now if first.get(name) != now[name]]
+        if changed:
+            raise ConfigError(
+                f"Run {self.run_id} was started with other settings.",
+                remedy="Set another TUNE_RUN_ID for the new settings, or restore the old ones.",
+                problems=changed,
+            )
+
+    def check_inputs(self, pinned: dict[str, Any], inputs: dict[str, Any]) -> None:
+        """Compare two `inputs.json` bodies: the run's, and what would be read now.
+
+        Raises:
+            ConfigError: a file was added, removed or changed.
+        """
         changed = changed_inputs(pinned, inputs)
         if changed:
-            raise inputs_changed(self.run_id, changed)
+            shown = ", ".join(changed[:SHOWN]) + (f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else "")
+            raise ConfigError(
+                f"The inputs of run {self.run_id} changed since its first attempt: {shown}.",
+                remedy="Set another TUNE_RUN_ID to train on the new inputs, or restore the old ones.",
+            )
 
     def note(self, entry: dict[str, Any]) -> None:
         """Add a line to the history that becomes `metrics.jsonl`."""
@@ -148,18 +178,9 @@ class Record:
 
 
 def changed_inputs(pinned: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of the input files that differ between two `inputs.json` bodies: added, removed or other content."""
+    """Names of the files that differ between two `inputs.json` bodies: added, removed or with other content."""
     before, after = ({file["name"]: file for file in body.get("files", [])} for body in (pinned, now))
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-
-
-def inputs_changed(run_id: str, changed: list[str]) -> ConfigError:
-    """The error that says which inputs are not those of the run."""
-    shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")  # noqa: PLR2004
-    return ConfigError(
-        f"The inputs of run {run_id} changed since its first attempt: {shown}.",
-        remedy="Set another TUNE_RUN_ID to train on the new inputs, or restore the old ones.",
-    )
 
 
 def _encode(body: dict[str, Any]) -> bytes:

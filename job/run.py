@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from job.config import Config
 from job.digests import hashes
 from job.errors import ConfigError, JobError, Stop
 from job.inputs import Inputs
-from job.record import Record, changed_inputs, inputs_changed, versions
+from job.record import Record, versions
 from job.rendering import Prompt, Renderer
 from job.storage.store import open_store
 from job.tokenizer import Tokenizer
@@ -58,10 +59,7 @@ def run(config: Config) -> None:
         return
     expect_gpu = config.device == "cuda" or (config.device == "auto" and env.gpu_present())
     if expect_gpu and not env.gpu_present():
-        raise ConfigError(
-            "TUNE_DEVICE=cuda, but this machine shows no GPU device.",
-            remedy="Request a GPU for the container (--gpus all, or nvidia.com/gpu), or set TUNE_DEVICE=cpu.",
-        )
+        raise no_gpu(config.device, "this machine shows no GPU device")
     logs.bind(attempt=record.claim_attempt(process))
     try:
         _work(config, record, expect_gpu=expect_gpu)
@@ -74,19 +72,26 @@ def run(config: Config) -> None:
         raise
 
 
+def no_gpu(asked: str, why: str) -> ConfigError:
+    """The error for a GPU that was expected and is not there: training on the CPU instead would take for ever."""
+    return ConfigError(
+        f"TUNE_DEVICE={asked}, but {why}.",
+        remedy="Request a GPU for the container (--gpus all, or nvidia.com/gpu) and check its driver with nvidia-smi, "
+        "or set TUNE_DEVICE=cpu to train on the CPU on purpose.",
+    )
+
+
 def already_complete(config: Config, record: Record) -> bool:
     """Whether this run was finished before, on the inputs that it would read now.
 
     Raises:
-        ConfigError: it was finished, but the inputs changed since.
+        ConfigError: it was finished, but with other settings, or the inputs changed since.
     """
     done = record.finished()
     if done is None:
         return False
-    pinned = record.inputs() or {}
-    changed = changed_inputs(pinned, inputs.listing(config, pinned=pinned))
-    if changed:
-        raise inputs_changed(record.run_id, changed)
+    pinned = record.pinned(config) or {}
+    record.check_inputs(pinned, inputs.listing(config, pinned=pinned))
     record.repair_latest(done)
     log.info("already_complete", uri=record.uri, artifacts=len(done["artifacts"]))
     return True
@@ -96,21 +101,26 @@ def _work(config: Config, record: Record, *, expect_gpu: bool) -> None:
     started = time.monotonic()
     scratch = env.scratch()
     log.info("run_started", uri=record.uri, config=config.as_variables(), versions=versions())
-    record.describe_run(config)
 
-    pulled = inputs.pull(config, scratch=scratch, pinned=record.inputs())
-    record.pin_inputs(pulled.as_json())
+    pinned = record.pinned(config)
+    pulled = inputs.pull(config, scratch=scratch, pinned=pinned)
+    if pinned is not None:
+        record.check_inputs(pinned, pulled.as_json())
     base = base_model.inspect(pulled.model, name=config.model)
     base_model.check_fits(base, precision=config.precision, max_length=config.max_length)
     reading, split = read(config, pulled)
 
     env.prepare_libraries(scratch, expect_gpu=expect_gpu, cpu_only=config.device == "cpu")
-    from job.tuning.finetune import Finetune  # noqa: PLC0415 - seconds of imports, only after all cheap checks
+    try:
+        from job.tuning.finetune import Finetune  # noqa: PLC0415 - seconds of imports, only after all cheap checks
+    except NotImplementedError as error:  # how Unsloth says that it must not fall back to the CPU
+        raise no_gpu(config.device, f"the training library finds none that it can use: {error}") from error
 
     work = scratch / "runs" / record.run_id / f"{record.attempt:04d}"
     data = render(config, pulled, reading, split, directory=work / "data")
-    finetune = Finetune.load(base, config, data, expect_gpu=expect_gpu, directory=work)
+    finetune = Finetune.load(base, config, data, directory=work)
 
+    record.pin(config, pulled.as_json())
     before = look(finetune, data, record, phase="before", step=0)
     place = Place(store=record.store, run_id=record.run_id, attempt=record.attempt)
     finetune.train(
@@ -126,6 +136,7 @@ def _work(config: Config, record: Record, *, expect_gpu: bool) -> None:
     results = {"train_loss": finetune.final_loss, "eval_loss_before": before, "eval_loss": after}
     artifacts = export(config, finetune, data, record, pulled, base, results, directory=work / "export")
     record.finish(_done(config, finetune, results, artifacts))
+    shutil.rmtree(work, ignore_errors=True)
     seconds = round(time.monotonic() - started, 1)
     record.end_attempt({"outcome": "complete", "exit_code": 0, "seconds": seconds})
     log.info(
@@ -228,6 +239,7 @@ def export(
 
 def _save(place: Place, record: Record, step: int, directory: Path, stall_seconds: float) -> None:
     commit(place, step=step, directory=directory, stall_seconds=stall_seconds)
+    shutil.rmtree(directory)
     record.write_metrics()
 
 

@@ -119,7 +119,9 @@ class _Download:
             )
 
     def _head(self, client: S3Client) -> Checksum | None:
-        reply = client.head_object(Bucket=self.bucket.name, Key=self.key, **self._condition())
+        validates = getattr(client.meta.config, "response_checksum_validation", "") == "when_supported"
+        mode: Any = {"ChecksumMode": "ENABLED"} if validates else {}  # boto3 asks by itself for a GET only
+        reply = client.head_object(Bucket=self.bucket.name, Key=self.key, **mode, **self._condition())
         self._require_same(reply, reply["ContentLength"])
         return of_whole_object(reply)
 

@@ -9,8 +9,6 @@ from typing import Any
 import psutil
 import torch
 
-from job.errors import ConfigError
-
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
@@ -26,11 +24,10 @@ class Device:
     """What 16-bit means here: bfloat16 where the hardware has it; float32 on a CPU without it."""
 
 
-def choose(*, asked: str, expect_gpu: bool) -> Device:
-    """The device to train on.
+def choose(*, asked: str) -> Device:
+    """The device to train on: the GPU that torch sees, unless the CPU is asked for.
 
-    Raises:
-        ConfigError: a GPU is asked for or visible to the container, but torch cannot use it.
+    That a GPU is there when one is expected was made sure at import (`UNSLOTH_DISABLE_CPU_FALLBACK`).
     """
     if asked != "cpu" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -40,12 +37,6 @@ def choose(*, asked: str, expect_gpu: bool) -> Device:
             memory_bytes=properties.total_memory,
             capability=f"{properties.major}.{properties.minor}",
             dtype=torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16,
-        )
-    if asked == "cuda" or (asked == "auto" and expect_gpu):
-        raise ConfigError(
-            f"TUNE_DEVICE={asked}, but torch {torch.__version__} sees no usable GPU.",
-            remedy="Check the driver (nvidia-smi) and the GPU request of the container, "
-            "or set TUNE_DEVICE=cpu to train on the CPU on purpose.",
         )
     from unsloth_zoo.cpu import cpu_bf16_supported  # noqa: PLC0415 - exists only where there is no GPU
 

@@ -40,7 +40,7 @@ class Finetune:
     progress: Progress | None = None
 
     @classmethod
-    def load(cls, base: BaseModel, config: Config, data: Any, *, expect_gpu: bool, directory: Path) -> Finetune:
+    def load(cls, base: BaseModel, config: Config, data: Any, *, directory: Path) -> Finetune:
         """Load the weights, put the adapter on, make the plan; logs `model_loaded`.
 
         Args:
@@ -48,7 +48,7 @@ class Finetune:
             directory: scratch of this attempt.
         """
         started = time.monotonic()
-        device = choose(asked=config.device, expect_gpu=expect_gpu)
+        device = choose(asked=config.device)
         loaded = models.load(base, config, device, directory=base.path)
         planned = plan(
             config,

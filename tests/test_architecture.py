@@ -1,0 +1,60 @@
+"""The rules of the code base, as tests."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from job.config import SETTINGS
+from job.errors import KINDS
+from tests import readme
+from tests.jobs import ROOT
+
+MODULES = sorted((ROOT / "job").rglob("*.py"))
+
+
+def test_import_contracts():
+    """Imports point down, heavy libraries stay in job.tuning, boto3 in job.storage."""
+    subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_readme_is_generated_from_the_code():
+    """The README's tables of variables and exit codes are what the code says; `make readme` writes them."""
+    text = readme.README.read_text()
+    assert readme.rendered(text) == text
+    assert all(setting.variable in text for setting in SETTINGS)
+
+
+def test_exit_codes_are_distinct():
+    """No two kinds of failure share an exit code."""
+    assert len({kind.exit_code for kind in KINDS}) == len(KINDS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(ROOT)) for path in MODULES])
+def test_modules_are_one_idea(path):
+    """A module has a docstring, at most 350 lines, and no function over 60."""
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree)
+    assert text.count("\n") <= 350
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno <= 60, node.name
+
+
+def test_locks_are_complete():
+    """Every requirement of both locks is pinned and hashed, and no file of the project names an index."""
+    for name in ("requirements.lock", "requirements-dev.lock"):
+        blocks = re.split(r"\n(?=\S)", (ROOT / name).read_text().strip())
+        pinned = [block for block in blocks if not block.startswith("#")]
+        assert pinned
+        assert all(re.match(r"[\w.-]+==\S+", block) and "--hash=sha256:" in block for block in pinned)
+
+
+def test_the_environment_has_one_door():
+    """Only job/env.py reads or writes os.environ."""
+    users = [path.name for path in MODULES if "os.environ" in path.read_text().replace("`os.environ`", "")]
+    assert users == ["env.py"]
