@@ -108,8 +108,9 @@ def _declared_splits(repo: str, readme: str, data: list[str]) -> dict[str, list[
     splits: dict[str, list[str]] = {}
     for config in configs:
         for split, pattern in _patterns(config["data_files"]):
-            splits.setdefault(split, []).extend(n for n in data if _globbed(n, pattern) and n not in splits[split])
-    return splits
+            found = [name for name in data if _globbed(name, pattern)]
+            splits[split] = list(dict.fromkeys(splits.get(split, []) + found))
+    return {split: files for split, files in splits.items() if files}
 
 
 def _ambiguous(repo: str, names: list[str]) -> NoReturn:
@@ -131,8 +132,10 @@ def _patterns(declared: Any) -> list[tuple[str, str]]:
 
 
 def _globbed(name: str, pattern: str) -> bool:
-    parts = re.split(r"(\*\*/|\*|\?)", pattern.removeprefix("./"))
-    regex = "".join({"**/": "(.*/)?", "*": "[^/]*", "?": "[^/]"}.get(part, re.escape(part)) for part in parts)
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
+    regex = "".join(
+        {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(part, re.escape(part)) for part in parts
+    )
     return re.fullmatch(regex, name) is not None
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ("AWS_", "PATH", "HOME", "TMPDIR", "LANG", "HF_ENDPOINT", "SSL_CERT")
+KEPT = ("AWS_", "PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA", "HOME", "LANG", "HF_ENDPOINT", "SSL_CERT")
 
 
 @dataclass(frozen=True, kw_only=True)
