@@ -9,6 +9,7 @@ hits them alike. Ours includes what the others leave out: it asks the store for 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -25,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import boto3
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -97,7 +99,7 @@ def measure(space: Path, size: int, repeats: int) -> list[Measured]:
 
 def write_random(path: Path, size: int) -> None:
     """Bytes that do not compress, the same in every run."""
-    generator = random.Random(0)  # noqa: S311 - not a secret
+    generator = random.Random(0)
     with path.open("wb") as file:
         for _ in range(size // MIB):
             file.write(generator.randbytes(MIB))
@@ -121,7 +123,7 @@ def command(name: str, direction: str, path: Path) -> list[str]:
     """What runs; every client has a key of its own."""
     if name == "ours":
         return [sys.executable, "-c", OURS, direction, "s3://bench/ours", str(path)]
-    uri = f"s3://bench/{name.split()[0]}/object"
+    uri = f"s3://bench/{name.replace(' ', '-')}/object"
     ends = [str(path), uri] if direction == "up" else [uri, str(path)]
     if name == "s5cmd":
         return [str(BIN / "s5cmd"), "cp", *ends]
@@ -132,17 +134,33 @@ def timed(name: str, direction: str, arguments: list[str], environment: dict[str
     """Start to end of the process, its start-up included."""
     started = time.monotonic()
     child = subprocess.Popen(arguments, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
+    peak = 0.0
+    while child.poll() is None:
+        peak = max(peak, peak_rss_mib(child.pid))
+        time.sleep(0.02)
     seconds = time.monotonic() - started
-    if status:
+    if child.returncode:
         raise SystemExit(f"{arguments} failed")
     return Measured(
         client=name,
         direction=direction,
         seconds=round(seconds, 3),
         mib_per_second=round(size / MIB / seconds, 1),
-        peak_rss_mib=round(usage.ru_maxrss / 1024, 1),
+        peak_rss_mib=round(peak, 1),
     )
+
+
+def peak_rss_mib(pid: int) -> float:
+    """The kernel's high-water mark, of the largest of a process and its children: s5cmd's is a script that starts it.
+
+    (getrusage's would count the parent's memory at the fork as well.)
+    """
+    peak = 0.0
+    with contextlib.suppress(OSError, psutil.Error):
+        for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            peak = max([peak, *(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))])
+    return peak
 
 
 def same(one: Path, other: Path) -> bool:

@@ -8,15 +8,15 @@ demo's held-out e-mails is asked. Answers are greedy.
 
 import argparse
 import json
-import os
+import logging
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
+logging.disable(logging.WARNING)  # the libraries below warn about their own internals when they are imported
 
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+import torch  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 HELD_OUT = Path(__file__).parent / "orders" / "eval.jsonl"
 
@@ -38,7 +38,7 @@ def main() -> None:
 
 def answer(model_name: str, adapter: Path, messages: list[dict[str, str]]) -> str:
     """The model's most likely next turn."""
-    logging.disable_progress_bar()
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     model = AutoModelForCausalLM.from_pretrained(model_name, device_map="auto" if torch.cuda.is_available() else None)
     model = PeftModel.from_pretrained(model, adapter).eval()

@@ -25,6 +25,7 @@ FILE_SUFFIX = "_FILE"
 SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY", "CREDENTIAL")
 SHORTEST_SECRET = 6
 NEAR = 0.75
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 _given: dict[str, str | None] = {}  # what the user had set for the names in OFFLINE, before this process went offline
 
@@ -181,10 +182,24 @@ def prepare_libraries(scratch: Path, *, expect_gpu: bool, cpu_only: bool = False
         TOKENIZERS_PARALLELISM="true",
         WANDB_DISABLED="true",
     )
+    # Waiting threads sleep instead of spinning: where others use the CPU too, spinning made a step 5 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    quota = _cpu_quota(CGROUP_QUOTA)
+    if quota is not None and quota < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(quota))
     if expect_gpu:
         os.environ["UNSLOTH_DISABLE_CPU_FALLBACK"] = "1"
     if cpu_only:
         os.environ.update(CUDA_VISIBLE_DEVICES="", UNSLOTH_FORCE_CPU="1")
+
+
+def _cpu_quota(path: Path) -> int | None:
+    """Whole CPUs that the container may use, which no library asks for (cgroup v2: `<quota> <period>` or `max ...`)."""
+    try:
+        quota, period = path.read_text().split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):
+        return None
 
 
 def child_environment(**overrides: str | None) -> dict[str, str]:

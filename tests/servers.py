@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,8 +43,7 @@ def serve_rclone(directory: Path, *, port: int | None = None) -> Iterator[Rclone
     for _ in range(5):
         chosen = port or _free_port()
         child = subprocess.Popen(
-            [program, "serve", "s3", directory, "--addr", f"127.0.0.1:{chosen}", "--config", "/dev/null"]
-            + ["--auth-key", f"{ACCESS_KEY},{SECRET_KEY}"],
+            [program, "serve", "s3", directory, f"--addr=127.0.0.1:{chosen}", f"--auth-key={ACCESS_KEY},{SECRET_KEY}"],
             stderr=subprocess.DEVNULL,
         )
         try:
@@ -93,66 +93,7 @@ Rule = Callable[[Seen], None]
 @contextlib.contextmanager
 def serve_proxy(upstream: str, rule: Rule, *, tls: Path | None = None) -> Iterator[str]:
     """A reverse proxy in front of `upstream` (or a forward proxy for whoever uses it as one); yields its URL."""
-    counts: dict[str, int] = {}
-    over = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _handle(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            counts[self.command] = counts.get(self.command, 0) + 1
-            seen = Seen(
-                method=self.command,
-                path=self.path,
-                headers={name.lower(): value for name, value in self.headers.items()},
-                number=counts[self.command],
-            )
-            rule(seen)
-            seen.before()
-            if seen.hang_seconds:
-                over.wait(seen.hang_seconds)
-                self.close_connection = True
-                return
-            if seen.refuse:
-                self._refuse(*seen.refuse)
-                return
-            status, headers, content = _forward(upstream, self, body)
-            if seen.cut:
-                self.close_connection = True
-                return
-            if seen.flip:
-                content = content[:-1] + bytes([content[-1] ^ 1])
-            self._reply(status, headers, content, whole=not seen.truncate)
-
-        def _refuse(self, status: int, code: str) -> None:
-            content = f"<Error><Code>{code}</Code><Message>as the test wants</Message></Error>".encode()
-            self._reply(status, [("Content-Length", str(len(content)))], content, whole=True)
-
-        def _reply(self, status: int, headers: list[tuple[str, str]], content: bytes, *, whole: bool) -> None:
-            self.send_response_only(status)
-            for name, value in headers:
-                if name.lower() not in {"connection", "transfer-encoding"}:
-                    self.send_header(name, value)
-            if not any(name.lower() == "content-length" for name, _ in headers):
-                self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content if whole else content[: len(content) // 2])
-            self.close_connection = self.close_connection or not whole
-
-        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _handle
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *_: object) -> None:
-            pass  # clients hang up on purpose here
-
-    server = Server(("127.0.0.1", 0), Handler)
+    server = _Proxy(upstream, rule)
     if tls is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(tls / "server.pem")
@@ -161,9 +102,86 @@ def serve_proxy(upstream: str, rule: Rule, *, tls: Path | None = None) -> Iterat
     try:
         yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_address[1]}"
     finally:
-        over.set()
+        server.over.set()
         server.shutdown()
         server.server_close()
+
+
+class _Proxy(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, upstream: str, rule: Rule) -> None:
+        super().__init__(("127.0.0.1", 0), _Passing)
+        self.upstream, self.rule = upstream, rule
+        self.counts: Counter[str] = Counter()
+        self.over = threading.Event()
+
+    def handle_error(self, *_: object) -> None:
+        pass  # clients hang up on purpose here
+
+
+class _Passing(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Proxy
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.counts[self.command] += 1
+        seen = Seen(
+            method=self.command,
+            path=self.path,
+            headers={name.lower(): value for name, value in self.headers.items()},
+            number=self.server.counts[self.command],
+        )
+        self.server.rule(seen)
+        seen.before()
+        if seen.hang_seconds:
+            self.server.over.wait(seen.hang_seconds)
+            self.close_connection = True
+        elif seen.refuse:
+            self._refuse(*seen.refuse)
+        else:
+            self._pass_on(seen, body)
+
+    def do_PUT(self) -> None:
+        self.do_GET()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def do_DELETE(self) -> None:
+        self.do_GET()
+
+    def _refuse(self, status: int, code: str) -> None:
+        content = f"<Error><Code>{code}</Code><Message>as the test wants</Message></Error>".encode()
+        self._reply(status, [], content, whole=True)
+
+    def _pass_on(self, seen: Seen, body: bytes) -> None:
+        status, headers, content = _forward(self.server.upstream, self, body)
+        if seen.cut:
+            self.close_connection = True
+            return
+        if seen.flip:
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        self._reply(status, headers, content, whole=not seen.truncate)
+
+    def _reply(self, status: int, headers: list[tuple[str, str]], content: bytes, *, whole: bool) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() not in {"connection", "transfer-encoding"}:
+                self.send_header(name, value)
+        if not any(name.lower() == "content-length" for name, _ in headers):
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content if whole else content[: len(content) // 2])
+        self.close_connection = self.close_connection or not whole
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def _forward(upstream: str, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:

@@ -136,7 +136,7 @@ def test_child_ends_with_its_parent(hub: Hub, tmp_path: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).parents[1])
     try:
         child = _wait_for(lambda: next(iter(psutil.Process(parent.pid).children()), None))
-        _wait_for(lambda: child.net_connections())  # it has begun to ask
+        _wait_for(child.net_connections)  # it has begun to ask
     finally:
         parent.kill()
         parent.wait()

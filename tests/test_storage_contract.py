@@ -92,7 +92,7 @@ def test_delete(store: Store) -> None:
     assert store.read("dir/c") == b"3"
 
 
-@pytest.mark.parametrize("size", [0, 10, LARGE], ids=["empty", "small", "large"])
+@pytest.mark.parametrize("size", [0, 10, 20 * MIB, LARGE], ids=["empty", "small", "medium", "large"])
 def test_files_come_back(store: Store, tmp_path: Path, size: int) -> None:
     """An uploaded file comes back byte for byte, with the mode that the umask gives, and nothing beside it."""
     source, target = tmp_path / "source", tmp_path / "down" / "er" / "target"
@@ -122,7 +122,7 @@ def test_wrong_hash_is_not_uploaded(store: Store, tmp_path: Path, large: bool) -
 
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 def test_changed_object_is_noticed(store: Store, tmp_path: Path, large: bool) -> None:
-    """An object that was written again since it was listed is not taken for the listed one, though its size is equal."""
+    """An object written again since it was listed is not taken for the listed one, even of equal size."""
     source = tmp_path / "source"
     _large(source) if large else source.write_bytes(b"one")
     store.upload(source, "file")

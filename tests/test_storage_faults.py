@@ -318,21 +318,21 @@ def test_disk_full(s3_env: str, tmp_path: Path) -> None:
 def test_a_signal_ends_the_waiting(through: Any) -> None:
     """An exception out of a signal handler leaves a retry loop at once."""
 
-    class Interrupted(Exception):
+    class InterruptionError(Exception):
         pass
 
     def rule(seen: Seen) -> None:
         seen.refuse = (503, "SlowDown")
 
     def handler(*_: object) -> None:
-        raise Interrupted
+        raise InterruptionError
 
     store = through(rule, patience_seconds=600)
     before = signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, 0.5)
     started = time.monotonic()
     try:
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptionError):
             store.read("key")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -52,8 +52,12 @@ PRODUCTS = {
     "webcam": "webcams",
     "whiteboard": "whiteboards",
 }
-NUMBER_WORDS = words("one two three four five six seven eight nine ten eleven twelve")
-LARGE_QUANTITIES = (15, 20, 25, 30, 40, 50, 60, 75, 100)
+NUMBER_WORDS = {
+    **{1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"},
+    **{10: "ten", 12: "twelve", 20: "twenty"},
+}
+SMALL_QUANTITIES = (1, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9)
+LARGE_QUANTITIES = (10, 12, 15, 20, 25, 30, 40, 50, 60, 75)
 
 GREETINGS = ("", "", "Hello,\n", "Hi,\n", "Hi there,\n", "Good morning,\n", "Dear team,\n")
 INTRODUCTIONS = ("This is {}. ", "My name is {}. ", "{} here. ", "I'm {}. ")
@@ -128,7 +132,7 @@ def random_order(rng: random.Random, customer: str) -> dict[str, Any]:
 
 def random_quantity(rng: random.Random) -> int:
     """Mostly a small number, now and then a round large one."""
-    return rng.choice(LARGE_QUANTITIES) if rng.random() < 0.25 else rng.randint(1, len(NUMBER_WORDS))
+    return rng.choice(LARGE_QUANTITIES if rng.random() < 0.25 else SMALL_QUANTITIES)
 
 
 def email(rng: random.Random, order: dict[str, Any]) -> str:
@@ -147,9 +151,8 @@ def email(rng: random.Random, order: dict[str, Any]) -> str:
 def written_item(rng: random.Random, *, product: str, quantity: int) -> str:
     """`3 desks`, `three desks`."""
     noun = product if quantity == 1 else PRODUCTS[product]
-    if quantity <= len(NUMBER_WORDS) and rng.random() < 0.5:
-        return f"{NUMBER_WORDS[quantity - 1]} {noun}"
-    return f"{quantity} {noun}"
+    number = NUMBER_WORDS.get(quantity, str(quantity)) if rng.random() < 0.5 else str(quantity)
+    return f"{number} {noun}"
 
 
 def enumerate_words(words: list[str]) -> str:

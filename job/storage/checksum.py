@@ -54,12 +54,16 @@ class Checksum:
 
 
 def of_whole_object(reply: Mapping[str, Any]) -> Checksum | None:
-    """The checksum in a reply of HeadObject, if it is one of the whole object."""
-    if reply.get("ChecksumType") == "COMPOSITE":
-        return None
+    """The checksum in a reply of HeadObject or GetObject, if it is one of the whole object.
+
+    A store that says nothing of the kind keeps composite ones for what was uploaded in parts (`-` in the ETag);
+    only CRC64NVME is always of the whole. docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
+    """
+    in_parts = "-" in reply.get("ETag", "")
+    kind = reply.get("ChecksumType", "COMPOSITE" if in_parts else "FULL_OBJECT")
     for algorithm in (*_COMBINE, *_HASHES):
         value = reply.get(f"Checksum{algorithm}")
-        if value and "-" not in value:
+        if value and "-" not in value and (kind == "FULL_OBJECT" or algorithm == "CRC64NVME"):
             return Checksum(algorithm=algorithm, value=value)
     return None
 

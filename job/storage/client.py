@@ -74,8 +74,7 @@ class Connection:
         )
         client: S3Client = self._session.client("s3", config=config)
         if upload_algorithm(client) is not None:
-            config = config.merge(Config(s3={"payload_signing_enabled": False}))
-            client = self._session.client("s3", config=config)
+            client.meta.config.s3 = {**(client.meta.config.s3 or {}), "payload_signing_enabled": False}
         if self._requester_pays:
             client.meta.events.register("before-call.s3", _requester_pays)
         return client

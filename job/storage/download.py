@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
-from botocore.exceptions import ClientError, FlexibleChecksumError
+from botocore.exceptions import ClientError
 
 from job.storage.bucket import Bucket, Stopped
 from job.storage.checksum import Checksum, of_whole_object
@@ -62,15 +62,6 @@ def again_if_damaged(act: Callable[[], T]) -> T:
     return act()
 
 
-@contextlib.contextmanager
-def checksums_explained(uri: str) -> Iterator[None]:
-    """Name the object when boto3 finds that a body does not match its checksum."""
-    try:
-        yield
-    except FlexibleChecksumError as error:
-        raise DamagedError(f"{uri} is damaged: {error}.", remedy="Upload it again.") from error
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Range:
     start: int
@@ -94,29 +85,28 @@ class _Download:
     def run(self) -> None:
         with _explained(self.uri):
             if self.entry.size <= RANGE_BYTES:
-                self.bucket.call("GetObject", self.key, self._whole)
+                crcs = [self.bucket.call("GetObject", self.key, self._whole)]
             else:
-                self._ranges()
-
-    def _whole(self, client: S3Client) -> None:
-        """boto3 reads and verifies the checksum, if the reply has one."""
-        reply = client.get_object(Bucket=self.bucket.name, Key=self.key, **self._condition())
-        self._require_same(reply, reply["ContentLength"])
-        with checksums_explained(self.uri), contextlib.closing(reply["Body"]) as body:
-            self._copy(body, _Range(start=0, size=self.entry.size), None)
-
-    def _ranges(self) -> None:
-        self.checksum = self.bucket.call("HeadObject", self.key, self._head)
-        os.truncate(self.part, self.entry.size)
-        starts = range(0, self.entry.size, RANGE_BYTES)
-        ranges = [_Range(start=start, size=min(RANGE_BYTES, self.entry.size - start)) for start in starts]
-        crcs = each(self._range, ranges, workers=WORKERS)
-        sizes = [(crc, piece.size) for crc, piece in zip(crcs, ranges, strict=True)]
-        if self.checksum and not self.checksum.matches(self.part, sizes):
+                crcs = self._ranges()
+        if self.checksum and not self.checksum.matches(self.part, crcs):
             raise DamagedError(
                 f"{self.uri} does not have the {self.checksum.algorithm} checksum that the store keeps for it.",
                 remedy="Upload it again.",
             )
+
+    def _whole(self, client: S3Client) -> tuple[int, int]:
+        reply = client.get_object(Bucket=self.bucket.name, Key=self.key, **self._condition())
+        self._require_same(reply, reply["ContentLength"])
+        self.checksum = of_whole_object(reply)
+        with contextlib.closing(_Reader(reply["Body"])) as reader:
+            return self._copy(reader, _Range(start=0, size=self.entry.size), None)
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        self.checksum = self.bucket.call("HeadObject", self.key, self._head)
+        os.truncate(self.part, self.entry.size)
+        starts = range(0, self.entry.size, RANGE_BYTES)
+        ranges = [_Range(start=start, size=min(RANGE_BYTES, self.entry.size - start)) for start in starts]
+        return each(self._range, ranges, workers=WORKERS)
 
     def _head(self, client: S3Client) -> Checksum | None:
         validates = getattr(client.meta.config, "response_checksum_validation", "") == "when_supported"
@@ -125,8 +115,8 @@ class _Download:
         self._require_same(reply, reply["ContentLength"])
         return of_whole_object(reply)
 
-    def _range(self, piece: _Range, stop: threading.Event) -> int:
-        def act(client: S3Client) -> int:
+    def _range(self, piece: _Range, stop: threading.Event) -> tuple[int, int]:
+        def act(client: S3Client) -> tuple[int, int]:
             reply = client.get_object(Bucket=self.bucket.name, Key=self.key, Range=piece.header, **self._condition())
             total = reply.get("ContentRange", "").rpartition("/")[2]
             self._require_same(reply, int(total) if total.isdecimal() else self.entry.size)
@@ -139,8 +129,8 @@ class _Download:
 
         return self.bucket.call("GetObject", self.key, act, stop=stop)
 
-    def _copy(self, body: Any, piece: _Range, stop: threading.Event | None) -> int:
-        """Read a reply's body to its place in the file and return its CRC."""
+    def _copy(self, body: _Reader, piece: _Range, stop: threading.Event | None) -> tuple[int, int]:
+        """Read a reply's body to its place in the file and return its CRC and size."""
         view, done, crc = self._buffer(), 0, 0
         with self.part.open("r+b", buffering=0) as file:
             try:
@@ -154,7 +144,7 @@ class _Download:
             except Exception:
                 self.progress.add(-done)
                 raise
-        return crc
+        return crc, done
 
     def _buffer(self) -> memoryview:
         if not hasattr(self.buffers, "view"):
@@ -180,7 +170,7 @@ def _continue(stop: threading.Event | None) -> None:
 
 
 def _require_all(count: int, piece: _Range) -> None:
-    """boto3 looks at the length of a body itself, the reader below it does not."""
+    """boto3 would look at the length of a body itself, the reader below it does not."""
     if count != piece.size:
         raise ConnectionError(f"{count} of {piece.size} bytes arrived")
 

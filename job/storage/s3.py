@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, FlexibleChecksumError
 
 from job.storage.bucket import Bucket
 from job.storage.checksum import upload_arguments
 from job.storage.client import Connection
-from job.storage.download import again_if_damaged, checksums_explained, download
+from job.storage.download import again_if_damaged, download
+from job.storage.faults import DamagedError
 from job.storage.store import Entry
 from job.storage.upload import upload
 from job.storage.uri import S3Address, checked_key
@@ -97,8 +98,10 @@ class S3Store:
         name = self._key(key)
 
         def act(client: S3Client) -> bytes:
-            with checksums_explained(f"{self.uri}/{key}"):
+            try:
                 return client.get_object(Bucket=self._bucket.name, Key=name)["Body"].read()
+            except FlexibleChecksumError as error:
+                raise DamagedError(f"{self.uri}/{key} is damaged: {error}.", remedy="Write it again.") from error
 
         with _absent():
             return again_if_damaged(lambda: self._bucket.call("GetObject", name, act))
