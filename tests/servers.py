@@ -37,18 +37,26 @@ class Rclone:
 
 
 @contextlib.contextmanager
-def serve_rclone(directory: Path, *, port: int | None = None) -> Iterator[Rclone]:
+def serve_rclone(directory: Path, *options: str) -> Iterator[Rclone]:
     """Start rclone's server; it ignores conditional writes."""
     program = Path(sys.executable).with_name("rclone")
     for _ in range(5):
-        chosen = port or _free_port()
+        port = _free_port()
         child = subprocess.Popen(
-            [program, "serve", "s3", directory, f"--addr=127.0.0.1:{chosen}", f"--auth-key={ACCESS_KEY},{SECRET_KEY}"],
+            [
+                program,
+                "serve",
+                "s3",
+                directory,
+                f"--addr=127.0.0.1:{port}",
+                f"--auth-key={ACCESS_KEY},{SECRET_KEY}",
+                *options,
+            ],
             stderr=subprocess.DEVNULL,
         )
         try:
-            if _answers(child, chosen):
-                yield Rclone(endpoint=f"http://127.0.0.1:{chosen}", directory=directory)
+            if _answers(child, port):
+                yield Rclone(endpoint=f"http://127.0.0.1:{port}", directory=directory)
                 return
         finally:
             child.kill()

@@ -96,7 +96,7 @@ def test_converting_again_does_nothing(model: Path) -> None:
 @pytest.mark.slow
 def test_plain_transformers_talks_to_the_converted_model(model: Path) -> None:
     """It answers a question and stops by itself."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - slow
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model)

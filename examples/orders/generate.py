@@ -17,47 +17,29 @@ SYSTEM = "Turn the e-mail into an order as JSON."
 
 words = str.split
 FIRST_NAMES = words(
-    "Ada Aisha Amir Ana Ben Bruno Carla Chen Clara Daniel Diego Elena Emil Eva Farid Fatima Felix Grace Hana Hugo Ines "
-    "Ivan Jamal Jonas Kofi Laura Leo Lucia Maria Marta Mei Nadia Nina Omar Oscar Paula Priya Ravi Rosa Sara Sven Tom "
-    "Vera Yuki Zoe"
+    "Ada Ahmed Alex Alice Ali Ana Anna Anne Ben Boris Brian Carlos Charles Chen Clara Daniel David Diana Diego Emily "
+    "Emma Eric Eva Frank Grace Hans Hassan Helen Ibrahim Isabel Ivan Jane Jin Jorge Juan Julia Karen Kate Laura Leo "
+    "Lisa Lucy Luke Maria Martin Max Mei Michael Nina Oliver Omar Oscar Paul Rachel Raj Rosa Sam Sara Simon Susan Tom "
+    "Vera Victor Wei"
 )
 LAST_NAMES = words(
-    "Adams Alonso Baker Bauer Brown Cohen Costa Diaz Eriksen Fischer Ford Garcia Gruber Haddad Hansen Ito Jensen Jones "
-    "Kaya Keller King Kim Lopez Mensah Meyer Moreau Mori Novak Okoye Olsen Patel Reyes Rossi Sato Shah Silva Singh "
-    "Smith Tanaka Vargas Weber Wilson Wong Young"
+    "Adams Allen Baker Bell Bernard Brown Carter Clark Cohen Cook Costa Cox Davis Evans Fischer Ford Foster Garcia "
+    "Gray Green Hall Hansen Harris Hill Howard Jackson Jensen Jones Keller Khan Kim King Kumar Lee Levy Lopez Marshall "
+    "Meyer Miller Moore Murphy Nelson Palmer Park Patel Reed Rogers Schmidt Scott Shah Silva Singh Smith Taylor Torres "
+    "Turner Walker Wang Watson Weber Wilson Wong Young Zhang"
 )
 CITIES = words(
-    "Amsterdam Athens Berlin Boston Cairo Chicago Copenhagen Dallas Denver Dublin Geneva Hamburg Helsinki Istanbul "
-    "Lagos Lima Lisbon London Madrid Milan Montreal Munich Nairobi Oslo Paris Prague Rome Seattle Seoul Stockholm "
-    "Sydney Tokyo Toronto Vienna Warsaw Zurich"
+    "Amsterdam Athens Austin Berlin Boston Brussels Cairo Chicago Copenhagen Dallas Delhi Denver Geneva Glasgow "
+    "Hamburg Istanbul Lima London Madrid Melbourne Miami Milan Montreal Mumbai Nairobi Oslo Paris Portland Rome "
+    "Seattle Seoul Singapore Stockholm Tokyo Toronto Vancouver Vienna"
 )
-PRODUCTS = {
-    "backpack": "backpacks",
-    "calendar": "calendars",
-    "coffee mug": "coffee mugs",
-    "desk": "desks",
-    "desk lamp": "desk lamps",
-    "headset": "headsets",
-    "keyboard": "keyboards",
-    "laptop stand": "laptop stands",
-    "monitor": "monitors",
-    "mouse": "mice",
-    "notebook": "notebooks",
-    "office chair": "office chairs",
-    "printer": "printers",
-    "projector": "projectors",
-    "table": "tables",
-    "USB cable": "USB cables",
-    "water bottle": "water bottles",
-    "webcam": "webcams",
-    "whiteboard": "whiteboards",
-}
-NUMBER_WORDS = {
-    **{1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"},
-    **{10: "ten", 12: "twelve", 20: "twenty"},
-}
-SMALL_QUANTITIES = (1, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9)
-LARGE_QUANTITIES = (10, 12, 15, 20, 25, 30, 40, 50, 60, 75)
+PRODUCTS = words(
+    "backpack bottle cable calendar camera chair clock desk keyboard lamp laptop mirror monitor notebook pen phone "
+    "printer radio speaker table"
+)
+NUMBER_WORDS = dict(enumerate(words("one two three four five six seven eight nine ten eleven twelve"), start=1))
+SMALL_QUANTITIES = (1, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
+LARGE_QUANTITIES = (15, 20, 25, 30, 40, 50, 60, 75)
 
 GREETINGS = ("", "", "Hello,\n", "Hi,\n", "Hi there,\n", "Good morning,\n", "Dear team,\n")
 INTRODUCTIONS = ("This is {}. ", "My name is {}. ", "{} here. ", "I'm {}. ")
@@ -91,7 +73,6 @@ ASIDES = (
     "Your colleague was very helpful.",
     "Call me if anything is unclear.",
     "The samples were great.",
-    "Say hello to Peter.",
     "It rains a lot here.",
 )
 
@@ -125,8 +106,8 @@ def conversation(rng: random.Random, customer: str) -> dict[str, Any]:
 
 def random_order(rng: random.Random, customer: str) -> dict[str, Any]:
     """What the customer wants, in the shape that the model has to learn."""
-    count = rng.choices((1, 2, 3), weights=(5, 5, 2))[0]
-    items = [{"product": name, "quantity": random_quantity(rng)} for name in rng.sample(list(PRODUCTS), k=count)]
+    count = rng.choices((1, 2, 3), weights=(4, 6, 1))[0]
+    items = [{"quantity": random_quantity(rng), "product": name} for name in rng.sample(PRODUCTS, k=count)]
     return {"customer": customer, "city": rng.choice(CITIES), "items": items, "express": rng.random() < 0.4}
 
 
@@ -148,9 +129,9 @@ def email(rng: random.Random, order: dict[str, Any]) -> str:
     return opening + " ".join(sentence for sentence in sentences if sentence) + ending
 
 
-def written_item(rng: random.Random, *, product: str, quantity: int) -> str:
+def written_item(rng: random.Random, *, quantity: int, product: str) -> str:
     """`3 desks`, `three desks`."""
-    noun = product if quantity == 1 else PRODUCTS[product]
+    noun = product if quantity == 1 else f"{product}s"
     number = NUMBER_WORDS.get(quantity, str(quantity)) if rng.random() < 0.5 else str(quantity)
     return f"{number} {noun}"
 
