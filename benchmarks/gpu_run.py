@@ -80,6 +80,9 @@ def measure(asked: argparse.Namespace, scratch: Path) -> int:
     print(compared.stdout[-2000:], compared.stderr[-3000:] if compared.returncode else "")
     events = {line["event"]: line for line in lines}
     summary = {
+        "date": time.strftime("%Y-%m-%d"),
+        "card": card(),
+        "versions": events["run_started"]["versions"],
         "seconds": round(seconds, 1),
         "model_loaded": events["model_loaded"],
         "last_progress": events["train_progress"],
@@ -89,6 +92,15 @@ def measure(asked: argparse.Namespace, scratch: Path) -> int:
     (asked.output / "gpu_run.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary, indent=1))
     return compared.returncode
+
+
+def card() -> str:
+    """Name, driver and memory of the card, or that there is none."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        return subprocess.check_output(query, text=True).strip()
+    except OSError:
+        return "none"
 
 
 if __name__ == "__main__":

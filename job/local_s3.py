@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _STOP_SECONDS = 5.0
 
@@ -56,14 +57,32 @@ def _stop(child: subprocess.Popen[str]) -> None:
 
 def _main() -> None:
     """The child: listen, say where, and end when the parent's end of the pipe closes, however the parent dies."""
-    from moto.moto_server.threaded_moto_server import ThreadedMotoServer  # noqa: PLC0415 - the parent needs no moto
+    # The parent needs none of this.
+    from moto.moto_server.werkzeug_app import (  # noqa: PLC0415
+        DomainDispatcherApplication,
+        MotoRequestHandler,
+        create_backend_app,
+    )
+    from werkzeug.serving import make_server  # noqa: PLC0415
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    sys.stdout.write(f"{port}\n")
+    application = _one_condition_at_a_time(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=MotoRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sys.stdout.write(f"{server.server_port}\n")
     sys.stdout.flush()
     sys.stdin.read()
+
+
+def _one_condition_at_a_time(application: Callable[..., Any]) -> Callable[..., Any]:
+    """Two creators could both win, because moto looks whether a key exists and then writes it, in several threads."""
+    lock = threading.Lock()
+
+    def locked(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        conditional = environ["REQUEST_METHOD"] in {"PUT", "POST"} and "HTTP_IF_NONE_MATCH" in environ
+        with lock if conditional else contextlib.nullcontext():
+            return application(environ, start_response)
+
+    return locked
 
 
 if __name__ == "__main__":
