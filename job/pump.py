@@ -56,8 +56,11 @@ class Pump:
 
     def _write(self, line: bytes) -> None:
         data = line + b"\n"
-        while data:
-            data = data[os.write(self._out, data) :]
+        try:
+            while data:
+                data = data[os.write(self._out, data) :]
+        except BrokenPipeError:
+            self._out = os.open(os.devnull, os.O_WRONLY)  # whoever read the log is gone; the run goes on
 
 
 def pump(own: int, foreign: int, out: int) -> None:
