@@ -158,7 +158,9 @@ def test_bad_command_line_exits_78():
     assert "bogus" in done.stdout
 
 
-@pytest.mark.parametrize(("text", "cpus"), [("max 100000", None), ("250000 100000", 2), ("50000 100000", 1), ("", None)])
+@pytest.mark.parametrize(
+    ("text", "cpus"), [("max 100000", None), ("250000 100000", 2), ("50000 100000", 1), ("", None)]
+)
 def test_cpu_quota(tmp_path, text, cpus):
     """The container's CPU quota is read from cgroup v2, whole CPUs, at least one."""
     (tmp_path / "cpu.max").write_text(text)
