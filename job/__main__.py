@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType
-from typing import NoReturn
 
-from job.errors import Stop
+from job.errors import InterruptedError, Stop  # noqa: A004 - the domain's word
+
+SAME_SIGNAL_SECONDS = 1.0  # `timeout`, make and terminals signal a whole group: the same wish arrives twice
+_asked: list[float] = []
 
 
-def _stop(number: int, _: FrameType | None) -> NoReturn:
-    raise Stop(signal.Signals(number).name)
+def _stop(number: int, _: FrameType | None) -> None:
+    """The first signal asks the run to stop; another one, later, ends the process at once."""
+    now = time.monotonic()
+    if not _asked:
+        _asked.append(now)
+        raise Stop(signal.Signals(number).name)
+    if now - _asked[0] > SAME_SIGNAL_SECONDS:
+        os._exit(InterruptedError.exit_code)
 
 
 signal.signal(signal.SIGTERM, _stop)
 signal.signal(signal.SIGINT, _stop)
 
 import argparse  # noqa: E402 - the handlers come before everything that takes time
+import errno  # noqa: E402
 import json  # noqa: E402
-import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import Any, NoReturn  # noqa: E402
 
 import structlog  # noqa: E402
 
 from job import env, logs, variables  # noqa: E402
-from job.errors import ConfigError, InterruptedError, JobError, StorageError  # noqa: E402, A004
+from job.errors import ConfigError, DeniedError, HopelessError, JobError, StorageError  # noqa: E402
 
 TERMINATION_LOG = Path("/dev/termination-log")
 LONGEST_MESSAGE = 4000  # bytes; Kubernetes cuts at 4096
-NO_SPACE = (28, 122)  # ENOSPC, EDQUOT
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,14 +102,27 @@ def _report(error: BaseException) -> int:
         ended = error
         problems = {"problems": list(error.problems)} if isinstance(error, ConfigError) and error.problems else {}
         log.error("run_failed", **_facts(error), **problems)
-    elif isinstance(error, OSError) and error.errno in NO_SPACE:
-        ended = StorageError(f"The disk is full: {error}.", remedy="Give the scratch directory (TMPDIR) more room.")
-        log.error("run_failed", **_facts(ended))
+    elif (known := _known(error)) is not None:
+        ended = known
+        log.error("run_failed", **_facts(ended), exc_info=error)
     else:
         ended = JobError(f"{type(error).__name__}: {error}", remedy="The log has the traceback.")
         log.error("run_failed", **_facts(ended), exc_info=error)
     _tell_kubernetes(ended)
     return ended.exit_code
+
+
+def _known(error: BaseException) -> JobError | None:
+    """The kind of failure that an operating-system error or a lack of memory is."""
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors reports the system's error in words only.
+    if number in NO_SPACE or any(f"os error {code}" in str(error) for code in NO_SPACE):
+        return StorageError(f"The disk is full: {error}.", remedy="Give the scratch directory (TMPDIR) more room.")
+    if number in REFUSED:
+        return DeniedError(f"A file may not be read or written: {error}.", remedy="Correct its owner or mode.")
+    if isinstance(error, MemoryError):
+        return HopelessError("The machine ran out of memory.", remedy="Give the job more memory.")
+    return None
 
 
 def _facts(error: JobError) -> dict[str, Any]:
@@ -110,7 +134,8 @@ def _tell_kubernetes(error: JobError) -> None:
     if not TERMINATION_LOG.exists():
         return
     facts = _facts(error) | {"message": str(error)}
-    while len(line := logs.redact(json.dumps(facts, ensure_ascii=False)).encode()) > LONGEST_MESSAGE:
+    facts = {key: logs.redact(value) if isinstance(value, str) else value for key, value in facts.items()}
+    while len(line := json.dumps(facts, ensure_ascii=False).encode()) > LONGEST_MESSAGE:
         facts["message"] = facts["message"][: len(facts["message"]) * 3 // 4]
     try:
         TERMINATION_LOG.write_bytes(line)

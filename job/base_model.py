@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class BaseModel:
 
     path: Path
     name: str
+    weights: tuple[Path, ...]
+    """The files that hold the weights: those that the index names, or all where there is none."""
     architecture: str
     parameters: int
     """Number of weights, counted unpacked where they are stored quantised."""
@@ -56,11 +59,13 @@ def inspect(path: Path, *, name: str) -> BaseModel:
     """
     config = _config(path, name)
     _refuse(path, name, config)
-    tensors = _tensors(path, name)
-    text = config.get("text_config", config)
+    weights = _weights(path, name)
+    tensors = {key: tensor for file in weights for key, tensor in _header(file, name).items()}
+    text = config.get("text_config") or config
     return BaseModel(
         path=path,
         name=name,
+        weights=weights,
         architecture=config["architectures"][0],
         parameters=sum(_count(key, tensor) for key, tensor in tensors.items()),
         positions=text.get("max_position_embeddings"),
@@ -69,12 +74,18 @@ def inspect(path: Path, *, name: str) -> BaseModel:
     )
 
 
-def check_fits(model: BaseModel, *, precision: str, max_length: int) -> None:
+def check_fits(model: BaseModel, *, precision: str, max_length: int, export: Sequence[str]) -> None:
     """Refuse settings that this model cannot honour.
 
     Raises:
-        ConfigError: the precision contradicts the checkpoint, or examples may be longer than the model's positions.
+        ConfigError: the precision contradicts the checkpoint, examples may be longer than the model's positions, or
+            merged weights are asked for that cannot be made.
     """
+    if model.prequantised == "8bit" and "merged_16bit" in export:
+        raise ConfigError(
+            f"TUNE_EXPORT names merged_16bit, but {model.name} is stored in 8bit, which cannot be merged exactly.",
+            remedy="Set TUNE_EXPORT=adapter, or name the model's 16-bit original.",
+        )
     if model.prequantised and model.prequantised != precision:
         raise ConfigError(
             f"TUNE_PRECISION={precision}, but {model.name} is stored in {model.prequantised}.",
@@ -124,7 +135,7 @@ def _refuse(path: Path, name: str, config: dict[str, Any]) -> None:
             f"{name} is a {architecture} ({why}). This job trains text-only causal language models.",
             remedy="Use the text-only variant of the model.",
         )
-    experts = [key for key in EXPERTS if (config.get(key) or 0) > 1]
+    experts = [key for key in EXPERTS if config.get(key) not in (None, 0, 1)]
     if experts:
         raise DataError(
             f"{name} is a mixture of experts ({experts[0]}={config[experts[0]]}): 4-bit LoRA would leave its experts "
@@ -149,20 +160,21 @@ def _quantisation(name: str, config: dict[str, Any]) -> str | None:
     return "4bit" if quantisation.get("load_in_4bit") else "8bit"
 
 
-def _tensors(path: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Headers of all tensors: an index that names a missing file, or a file cut short, is found here."""
+def _weights(path: Path, name: str) -> tuple[Path, ...]:
+    """The weight files. A missing one is found here. What lies beside the index (an original in another layout) is
+    not part of the model."""
     index = path / "model.safetensors.index.json"
-    files = sorted(path.glob("*.safetensors"))
-    if index.exists():
-        wanted = set(json.loads(index.read_text())["weight_map"].values())
-        missing = sorted(wanted - {file.name for file in files})
-        if missing:
-            raise DataError(f"{name} is incomplete: {missing[0]} is missing ({len(missing)} of {len(wanted)} files).")
-        files = sorted(path / file for file in wanted)
-    tensors: dict[str, dict[str, Any]] = {}
-    for file in files:
-        tensors |= _header(file, name)
-    return tensors
+    if not index.exists():
+        whole = path / "model.safetensors"
+        return (whole,) if whole.exists() else tuple(sorted(path.glob("*.safetensors")))
+    try:
+        wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{index.name} of {name} is damaged: {type(error).__name__}: {error}.") from None
+    missing = [file for file in wanted if not (path / file).exists()]
+    if missing:
+        raise DataError(f"{name} is incomplete: {missing[0]} is missing ({len(missing)} of {len(wanted)} files).")
+    return tuple(path / file for file in wanted)
 
 
 def _header(file: Path, name: str) -> dict[str, Any]:
@@ -174,10 +186,10 @@ def _header(file: Path, name: str) -> dict[str, Any]:
             raise DataError(f"{file.name} of {name} is damaged: its header does not fit the file.")
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError:
-            raise DataError(f"{file.name} of {name} is damaged: its header is not JSON.") from None
-    header.pop("__metadata__", None)
-    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+            header.pop("__metadata__", None)
+            end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise DataError(f"{file.name} of {name} is damaged: its header is not one of safetensors.") from None
     if 8 + length + end != size:
         raise DataError(f"{file.name} of {name} is damaged: {size} bytes, {8 + length + end} expected.")
     return header

@@ -36,6 +36,14 @@ class Card:
         name = [f"base_model: {json.dumps(self.base.partition('@')[0])}"] if on_hub else []
         return ["---", "library_name: peft", "pipeline_tag: text-generation", *name, "tags: [lora]", "---", ""]
 
+    def _load(self) -> list[str]:
+        if "://" in self.base:
+            copy = f"# path/of/the/base: a copy of {self.base}"
+            return [copy, 'base = AutoModelForCausalLM.from_pretrained("path/of/the/base")']
+        name = self.base if self.base.startswith("/") else self.base.partition("@")[0]
+        revision = f', revision="{self.base_revision}"' if self.base_revision else ""
+        return [f'base = AutoModelForCausalLM.from_pretrained("{name}"{revision})']
+
     def _body(self) -> list[str]:
         revision = f" at revision `{self.base_revision}`" if self.base_revision else ""
         return [
@@ -49,7 +57,7 @@ class Card:
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f'base = AutoModelForCausalLM.from_pretrained("{self.base}")  # the base model named above',
+            *self._load(),
             'model = PeftModel.from_pretrained(base, "path/of/this/directory")',
             'tokenizer = AutoTokenizer.from_pretrained("path/of/this/directory")',
             "```",

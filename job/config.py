@@ -235,7 +235,7 @@ class Config:
     weight_decay: float = _setting(_number(0, 1), "AdamW weight decay", default=0.01, fingerprint=True)
     optimizer: str = _setting(
         _choice("adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "paged_adamw_32bit"),
-        "optimizer; the 8-bit and paged ones need a GPU (on a CPU: adamw_torch, logged)",
+        "optimizer; on a CPU always fused AdamW (logged in the plan)",
         default="adamw_8bit",
         fingerprint=True,
     )

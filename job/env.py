@@ -22,7 +22,8 @@ from job.config import PREFIX, SETTINGS, Config, Setting
 from job.errors import ConfigError
 
 FILE_SUFFIX = "_FILE"
-SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY", "CREDENTIAL")
+SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "_KEY", "CREDENTIAL", "SIGNATURE")
+NOT_SECRET = ("_ID", "_FILE", "_PATH", "TOKENIZERS_PARALLELISM")  # identifiers, and names of files
 SHORTEST_SECRET = 6
 NEAR = 0.75
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -108,7 +109,7 @@ def _unknown_names() -> list[str]:
             continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
         remedy = f"Did you mean {near[0]}?" if near else "`python -m job variables` lists them all."
-        problems.append(f"{name}={os.environ[name]!r} is not a variable of this job. {remedy}")
+        problems.append(f"{name} is not a variable of this job. {remedy}")
     return problems
 
 
@@ -120,16 +121,19 @@ def _doubled_names() -> list[str]:
     ]
 
 
-def asked_log_format() -> str:
+def asked_log_format() -> Any:
     """`TUNE_LOG_FORMAT` before anything is validated, so that the error itself is shown in that format."""
-    return os.environ.get("TUNE_LOG_FORMAT", "auto")
+    try:
+        return _read(next(setting for setting in SETTINGS if setting.name == "log_format")) or "auto"
+    except ValueError:
+        return "auto"
 
 
 def process() -> Process:
     """The facts that torchrun and Kubernetes pass along."""
     return Process(
-        rank=int(os.environ.get("RANK", "0")),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        rank=int(os.environ.get("RANK") or "0"),
+        world_size=int(os.environ.get("WORLD_SIZE") or "1"),
         host=socket.gethostname(),
         pod=os.environ.get("POD_NAME") or os.environ.get("HOSTNAME"),
     )
@@ -140,8 +144,13 @@ def scratch() -> Path:
 
     It lies under `TMPDIR` and is private to the user, since `/tmp` may be shared.
     """
-    path = Path(tempfile.gettempdir()) / f"finetune-job-{os.getuid()}"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path = Path(tempfile.gettempdir()) / f"finetune-job-{os.getuid()}"
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"No directory to work in: {error}.", remedy="Set TMPDIR to a writable directory with room for the model."
+        ) from None
     if path.stat().st_uid != os.getuid():
         raise ConfigError(
             f"The scratch directory {path} belongs to another user.", remedy="Set TMPDIR to a directory of your own."
@@ -190,6 +199,8 @@ def prepare_libraries(scratch: Path, *, expect_gpu: bool, cpu_only: bool = False
         os.environ.setdefault("OMP_NUM_THREADS", str(quota))
     if expect_gpu:
         os.environ["UNSLOTH_DISABLE_CPU_FALLBACK"] = "1"
+    # One card: with more in sight the trainer would spread the batch over them.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     if cpu_only:
         os.environ.update(CUDA_VISIBLE_DEVICES="", UNSLOTH_FORCE_CPU="1")
 
@@ -220,7 +231,7 @@ def secrets() -> frozenset[str]:
 def _secret_values(environment: Mapping[str, str]) -> frozenset[str]:
     found = set()
     for name, value in environment.items():
-        if any(word in name.upper() for word in SECRET_WORDS) and not name.endswith(FILE_SUFFIX):
+        if any(word in name.upper() for word in SECRET_WORDS) and not name.endswith(NOT_SECRET):
             found.add(value.strip())
         if "://" in value and "@" in value:
             user_info = value.split("://", 1)[1].rpartition("@")[0]

@@ -106,7 +106,7 @@ KINDS: tuple[type[JobError], ...] = (
 
 
 class Stop(BaseException):
-    """Raised in the main thread by SIGTERM or SIGINT. Not an Exception, so that no library swallows it."""
+    """Raised in the main thread by SIGTERM or SIGINT. Not an Exception, so that few libraries swallow it."""
 
     def __init__(self, signal_name: str) -> None:
         super().__init__(signal_name)

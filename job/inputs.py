@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from job import hub
 from job.config import HUB_NAME, Config
+from job.errors import DataError
 from job.storage.fetch import Fetched, fetch, look
 
 MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
@@ -83,7 +85,7 @@ def pull(config: Config, *, scratch: Path, pinned: dict[str, Any] | None) -> Inp
         model_revision=revision,
         dataset=puller.data(config.dataset),
         eval_dataset=puller.data(config.eval_dataset),
-        template_text=template_files[0].path.read_text() if template_files else None,
+        template_text=_text(template_files[0]) if template_files else None,
         template_files=template_files,
         date=datetime.date.fromisoformat(pinned["date"]) if pinned else datetime.datetime.now(datetime.UTC).date(),
     )
@@ -126,8 +128,9 @@ class _Puller:
         files = self._fetch(name, place, wanted=_is_model_file)
         if not name.startswith("s3://"):
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.unlink(missing_ok=True)
-            place.symlink_to(name)
+            link = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
+            link.symlink_to(name)
+            link.replace(place)  # at once: another run may be reading through it
         return place, tuple(_file(file, named=False) for file in files), None
 
     def data(self, uris: Sequence[str]) -> tuple[File, ...]:
@@ -144,6 +147,13 @@ class _Puller:
 
     def _place(self, uri: str) -> Path:
         return self.directory / hashlib.sha256(uri.encode()).hexdigest()[:16]
+
+
+def _text(file: File) -> str:
+    try:
+        return file.path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file.name} is not UTF-8: {error}.", remedy="Save the template as UTF-8.") from None
 
 
 def _file(fetched: Fetched, *, named: bool) -> File:

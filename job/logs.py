@@ -102,8 +102,9 @@ def observe(observer: Callable[[EventDict], None]) -> None:
 
 def redact(text: str) -> str:
     """The text with every known secret replaced."""
-    for secret in _state.secrets:
-        text = text.replace(secret, "***")
+    for secret in sorted(_state.secrets, key=len, reverse=True):  # a secret may begin with another
+        for form in (secret, json.dumps(secret, ensure_ascii=False)[1:-1], json.dumps(secret)[1:-1]):
+            text = text.replace(form, "***")
     return text
 
 
@@ -137,11 +138,7 @@ def _observe(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 
 def _redact(_: WrappedLogger, __: str, line: Any) -> Any:
-    if not isinstance(line, str):
-        return line
-    for secret in _state.secrets:
-        line = line.replace(json.dumps(secret, ensure_ascii=False)[1:-1], "***")
-    return line
+    return redact(line) if isinstance(line, str) else line
 
 
 def _exceptions(*, as_json: bool) -> Processor:
@@ -212,7 +209,7 @@ def _capture() -> None:
                 data = data[os.write(own_write, data) :]
 
     def control() -> None:
-        message = {"context": _state.context, "secrets": sorted(_state.secrets)}
+        message = {"context": _state.context, "secrets": sorted(_state.secrets, key=len, reverse=True)}
         write(pump.CONTROL.decode() + json.dumps(message, default=str))
 
     def drain() -> None:

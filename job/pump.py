@@ -41,9 +41,6 @@ class Pump:
 
     def foreign(self, line: bytes) -> None:
         """A line that somebody printed. What a carriage return overwrote is dropped, as a terminal would."""
-        if line.startswith(b'{"timestamp"') and line.rstrip().endswith(b"}"):
-            self._write(line.rstrip())  # a child process of ours that logs by itself
-            return
         text = line.rstrip(b"\r\n").rpartition(b"\r")[2].decode(errors="replace")
         text = ANSI.sub("", text).rstrip()
         if not text.strip():

@@ -158,7 +158,7 @@ class Record:
 
     def _write_latest(self, done: dict[str, Any]) -> None:
         body = {"run_id": self.run_id, "uri": self.uri, "artifacts": done["artifacts"]}
-        self.store.write("latest.json", _encode(body))
+        self.store.write("latest.json", _encode(body).encode())
 
     def _read(self, name: str) -> dict[str, Any] | None:
         data = self.store.read(f"{self.run_id}/{name}")
@@ -171,10 +171,12 @@ class Record:
         return body
 
     def _create(self, name: str, body: dict[str, Any]) -> bool:
-        return self.store.create(f"{self.run_id}/{name}", _encode(body))
+        return self.store.create(f"{self.run_id}/{name}", _encode(body).encode())
 
     def _write(self, name: str, body: dict[str, Any]) -> None:
-        self.store.write(f"{self.run_id}/{name}", _encode(body))
+        # Messages of errors are free text, which may quote anything; settings, inputs and artefacts are addresses and
+        # numbers, and are compared later.
+        self.store.write(f"{self.run_id}/{name}", logs.redact(_encode(body)).encode())
 
 
 def changed_inputs(pinned: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -183,8 +185,8 @@ def changed_inputs(pinned: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
 
-def _encode(body: dict[str, Any]) -> bytes:
-    return (logs.redact(json.dumps(body, indent=2, ensure_ascii=False, default=str)) + "\n").encode()
+def _encode(body: dict[str, Any]) -> str:
+    return json.dumps(body, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 def _now() -> str:

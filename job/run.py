@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +24,7 @@ from job.checkpoints import Place, commit
 from job.config import Config
 from job.digests import hashes
 from job.errors import ConfigError, JobError, Stop
+from job.examples import Example, RowError
 from job.inputs import Inputs
 from job.record import Record, versions
 from job.rendering import Prompt, Renderer
@@ -31,6 +34,15 @@ from job.tokenizer import Tokenizer
 log = structlog.get_logger()
 EVALUATIONS = 10  # over a run, where TUNE_EVAL_STEPS is auto
 SHOWN_CHARACTERS = 2000  # of a sample in the log; the record has it whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """What was read."""
+
+    split: dataset.Split
+    files: tuple[dataset.FileFacts, ...]
+    skipped: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +64,10 @@ def run(config: Config) -> None:
         Stop: SIGTERM or SIGINT; the attempt's end is recorded.
     """
     process = env.process()
+    if process.world_size > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={process.world_size}, but this job trains on one GPU.", remedy="Start one process without it."
+        )
     store = open_store(config.output, patience_seconds=config.storage_patience_minutes * 60)
     record = Record(store=store, run_id=config.identity())
     logs.bind(run_id=record.run_id, rank=process.rank)
@@ -61,8 +77,10 @@ def run(config: Config) -> None:
     if expect_gpu and not env.gpu_present():
         raise no_gpu(config.device, "this machine shows no GPU device")
     logs.bind(attempt=record.claim_attempt(process))
+    scratch = env.scratch()
+    work = Path(tempfile.mkdtemp(prefix=f"{record.run_id}-", dir=scratch))
     try:
-        _work(config, record, expect_gpu=expect_gpu)
+        _work(config, record, expect_gpu=expect_gpu, scratch=scratch, work=work)
     except Stop:
         _quietly(lambda: record.end_attempt({"outcome": "interrupted"}))
         raise
@@ -70,6 +88,8 @@ def run(config: Config) -> None:
         reason = error
         _quietly(lambda: record.fail(reason))
         raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def no_gpu(asked: str, why: str) -> ConfigError:
@@ -97,9 +117,8 @@ def already_complete(config: Config, record: Record) -> bool:
     return True
 
 
-def _work(config: Config, record: Record, *, expect_gpu: bool) -> None:
+def _work(config: Config, record: Record, *, expect_gpu: bool, scratch: Path, work: Path) -> None:
     started = time.monotonic()
-    scratch = env.scratch()
     log.info("run_started", uri=record.uri, config=config.as_variables(), versions=versions())
 
     pinned = record.pinned(config)
@@ -107,8 +126,8 @@ def _work(config: Config, record: Record, *, expect_gpu: bool) -> None:
     if pinned is not None:
         record.check_inputs(pinned, pulled.as_json())
     base = base_model.inspect(pulled.model, name=config.model)
-    base_model.check_fits(base, precision=config.precision, max_length=config.max_length)
-    reading, split = read(config, pulled)
+    base_model.check_fits(base, precision=config.precision, max_length=config.max_length, export=config.export)
+    examples = read(config, pulled)
 
     env.prepare_libraries(scratch, expect_gpu=expect_gpu, cpu_only=config.device == "cpu")
     try:
@@ -116,8 +135,8 @@ def _work(config: Config, record: Record, *, expect_gpu: bool) -> None:
     except NotImplementedError as error:  # how Unsloth says that it must not fall back to the CPU
         raise no_gpu(config.device, f"the training library finds none that it can use: {error}") from error
 
-    work = scratch / "runs" / record.run_id / f"{record.attempt:04d}"
-    data = render(config, pulled, reading, split, directory=work / "data")
+    data = render(config, pulled, examples, directory=work / "data")
+    del examples  # from here on they are on disk
     finetune = Finetune.load(base, config, data, directory=work)
 
     record.pin(config, pulled.as_json())
@@ -136,7 +155,6 @@ def _work(config: Config, record: Record, *, expect_gpu: bool) -> None:
     results = {"train_loss": finetune.final_loss, "eval_loss_before": before, "eval_loss": after}
     artifacts = export(config, finetune, data, record, pulled, base, results, directory=work / "export")
     record.finish(_done(config, finetune, results, artifacts))
-    shutil.rmtree(work, ignore_errors=True)
     seconds = round(time.monotonic() - started, 1)
     record.end_attempt({"outcome": "complete", "exit_code": 0, "seconds": seconds})
     log.info(
@@ -149,17 +167,20 @@ def _work(config: Config, record: Record, *, expect_gpu: bool) -> None:
     )
 
 
-def read(config: Config, pulled: Inputs) -> tuple[dataset.Reading, dataset.Split]:
+def read(config: Config, pulled: Inputs) -> Examples:
     """Files to examples, split into training and evaluation."""
     reading = dataset.read(_sources(pulled.dataset), format=config.format)
     if not pulled.eval_dataset:
-        return reading, dataset.split(reading, fraction=config.eval_fraction)
+        split = dataset.split(reading, fraction=config.eval_fraction)
+        return Examples(split=split, files=reading.facts, skipped=reading.skipped)
     held_out = dataset.read(_sources(pulled.eval_dataset), format=config.format)
-    return reading, dataset.given(reading, held_out)
+    split = dataset.given(reading, held_out)
+    return Examples(split=split, files=(*reading.facts, *held_out.facts), skipped=(*reading.skipped, *held_out.skipped))
 
 
-def render(config: Config, pulled: Inputs, reading: dataset.Reading, split: dataset.Split, *, directory: Path) -> Data:
+def render(config: Config, pulled: Inputs, examples: Examples, *, directory: Path) -> Data:
     """Examples to token ids and labels on disk; logs `dataset_ready`."""
+    split = examples.split
     tokenizer = tokenizers.load(
         pulled.model, chat_template=config.chat_template, template_text=pulled.template_text, date=pulled.date
     )
@@ -170,15 +191,14 @@ def render(config: Config, pulled: Inputs, reading: dataset.Reading, split: data
     )
     train = prepare(split.train, renderer=renderer, directory=directory, name="train")
     held_out = prepare(split.evaluation, renderer=renderer, directory=directory, name="evaluation", may_be_empty=True)
-    shown = split.evaluation[: config.samples] or split.train[: config.samples]
     log.info(
         "dataset_ready",
         **asdict(train.counts),
-        files=[asdict(facts) for facts in reading.facts],
-        skipped_files=list(reading.skipped),
+        evaluation=asdict(held_out.counts),
+        files=[asdict(facts) for facts in examples.files],
+        skipped_files=list(examples.skipped),
         duplicates=split.duplicates,
         eval_rows=held_out.counts.rows,
-        eval_sequences=held_out.counts.sequences,
         eval_rows_shared=split.shared,
         eval_note=split.note,
         chat_template=tokenizer.name,
@@ -187,9 +207,22 @@ def render(config: Config, pulled: Inputs, reading: dataset.Reading, split: data
         tokenizer=tokenizer,
         train=train,
         evaluation=held_out if held_out.counts.sequences else None,
-        files=reading.facts,
-        prompts=tuple(renderer.prompt(example) for example in shown),
+        files=examples.files,
+        prompts=_prompts(config, renderer, split.evaluation or split.train),
     )
+
+
+def _prompts(config: Config, renderer: Renderer, examples: Sequence[Example]) -> tuple[Prompt, ...]:
+    """The first prompts that leave room for an answer; rows that cannot be one are passed over."""
+    found: list[Prompt] = []
+    for example in examples:
+        if len(found) == config.samples:
+            break
+        with contextlib.suppress(RowError):
+            prompt = renderer.prompt(example)
+            if len(prompt.input_ids) < config.max_length:
+                found.append(prompt)
+    return tuple(found)
 
 
 def look(finetune: Any, data: Data, record: Record, *, phase: str, step: int) -> float | None:

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from structlog.typing import EventDict, WrappedLogger
 
-HIDDEN = {"timestamp", "level", "event", "run_id", "attempt", "rank", "exception", "message"}
+HIDDEN = {"timestamp", "level", "event", "run_id", "attempt", "rank", "exception", "message", "remedy", "problems"}
 STYLES = {"debug": "dim", "info": "", "warning": "yellow", "error": "bold red", "critical": "bold red"}
 LONGEST_VALUE = 300
 
@@ -30,7 +30,9 @@ class Screen:
             self._stop()
         head = f"{event['timestamp'][11:19]} {event['event'].replace('_', ' ')}"
         fields = "  ".join(f"{key}={_short(value)}" for key, value in event.items() if key not in HIDDEN)
-        body = "\n".join(part for part in (event.get("message", ""), event.get("exception", "")) if part)
+        problems = (f"- {problem}" for problem in event.get("problems", ()))
+        parts = (event.get("message"), event.get("exception"), *problems, event.get("remedy"))
+        body = "\n".join(str(part) for part in parts if part)
         return f"[{event['level']}]{head}  {fields}" + (f"\n{body}" if body else "")
 
     def write(self, line: str) -> None:

@@ -47,5 +47,4 @@ def _markdown() -> str:
 
 
 def _rule(setting: Setting) -> str:
-    text = setting.kind.rule
-    return text[0].upper() + text[1:] + "."
+    return f"Value: {setting.kind.rule}."

@@ -97,12 +97,34 @@ def test_damage_is_found_before_loading(model):
         inspect(model, name="m")
 
 
+def test_a_damaged_index_is_named(model):
+    """An index that is no index is a data error that names it."""
+    (model / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(DataError, match=r"model\.safetensors\.index\.json of m is damaged"):
+        inspect(model, name="m")
+
+
+def test_files_beside_the_index_are_not_the_model(model):
+    """An original in another layout, as some publishers add it, is not counted, loaded or merged."""
+    before = inspect(model, name="m")
+    shutil.copy(min(model.glob("*.safetensors")), model / "consolidated.safetensors")
+    after = inspect(model, name="m")
+    assert (before.parameters, before.weights) == (after.parameters, after.weights)
+
+
 def test_learning_rate_by_size():
     """The default learning rate falls with the model's size."""
     sizes = {1e8: 2e-4, 7e9: 2e-4, 8e9: 1e-4, 13e9: 1e-4, 70e9: 5e-5}
     made = {
         size: BaseModel(
-            path=Path(), name="", architecture="", parameters=int(size), positions=None, prequantised=None, config={}
+            path=Path(),
+            name="",
+            weights=(),
+            architecture="",
+            parameters=int(size),
+            positions=None,
+            prequantised=None,
+            config={},
         ).learning_rate()
         for size in sizes
     }
@@ -113,7 +135,10 @@ def test_settings_that_do_not_fit(model):
     """More tokens than positions, or another precision than the checkpoint's, is a configuration error."""
     base = inspect(model, name="m")
     with pytest.raises(ConfigError, match="positions for 512 tokens"):
-        check_fits(base, precision="4bit", max_length=513)
+        check_fits(base, precision="4bit", max_length=513, export=("adapter",))
+    change(model, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.raises(ConfigError, match="cannot be merged"):
+        check_fits(inspect(model, name="m"), precision="8bit", max_length=64, export=("adapter", "merged_16bit"))
     change(model, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(ConfigError, match="stored in 4bit"):
-        check_fits(inspect(model, name="m"), precision="16bit", max_length=64)
+        check_fits(inspect(model, name="m"), precision="16bit", max_length=64, export=("adapter",))

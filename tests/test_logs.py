@@ -83,6 +83,18 @@ def test_secrets_are_replaced_everywhere():
     assert text.count("***") >= 6
 
 
+def test_secrets_are_replaced_on_a_terminal_too():
+    """Readable lines hide the same secrets, and list every problem of a bad environment whole."""
+    program = PROLOGUE.replace('form="json"', 'form="text"') + textwrap.dedent("""
+    problems = [f"problem {n} " + "x" * 100 for n in range(9)]
+    log.error("run_failed", message='m s3cr3t-value quo"ted-secret', problems=problems)
+    logs.close()
+    """)
+    shown = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert "m *** ***" in shown
+    assert all(f"problem {n} " in shown for n in range(9))
+
+
 def test_last_words_of_an_abort_are_kept():
     """What a library writes right before it aborts the process is delivered, as JSON."""
     code, lines = speak("os.write(2, b'terminate called\\n'); os.kill(os.getpid(), 9)")

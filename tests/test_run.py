@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import boto3
@@ -163,6 +165,7 @@ def test_what_a_run_leaves(finished, place):
         data = place.get(f"runs/first/{artifact['name']}")
         assert (artifact["size"], artifact["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
     assert place.json("runs/latest.json")["run_id"] == "first"
+    assert place.json("runs/first/merged_16bit/generation_config.json")["eos_token_id"] == [257]
     assert place.json("runs/first/attempts/0001.end.json")["outcome"] == "complete"
 
 
@@ -320,6 +323,28 @@ def test_invalid_rows_are_named(settings, place, tmp_path):
     assert place.json("runs/invalid/attempts/0001.end.json")["outcome"] == "data"
 
 
+def test_a_second_signal_ends_at_once(settings, tmp_path):
+    """A signal repeated later ends the process at once, with 75 as well."""
+    child = start(tmp_path, **{**settings, "run_id": "twice", "max_steps": 500})
+    first = stop_at(child, "train_progress", signal.SIGINT)
+    assert first.code == 75
+    child = start(tmp_path, **{**settings, "run_id": "thrice", "max_steps": 500})
+    assert b"run_started" in child.stdout.readline()
+    child.send_signal(signal.SIGTERM)
+    time.sleep(1.2)
+    if child.poll() is None:
+        child.send_signal(signal.SIGTERM)
+    child.stdout.close()
+    assert child.wait(timeout=30) == 75
+
+
+def test_several_processes_are_refused(settings, tmp_path):
+    """A launcher that starts several ranks is told that this job is one process."""
+    ended = run(tmp_path, **settings, WORLD_SIZE=2, RANK=1)
+    assert ended.code == 78
+    assert ended.lines[-1]["rank"] == 1 or "WORLD_SIZE=2" in ended.lines[-1]["message"]
+
+
 def test_sigterm_exits_75(settings, place, tmp_path):
     """SIGTERM ends a training run with 75 and an `interrupted` event, and the attempt's end is recorded."""
     ended = stop_at(start(tmp_path, **{**settings, "run_id": "stopped", "max_steps": 500}), "train_progress")
@@ -359,7 +384,7 @@ from types import SimpleNamespace as N
 from job.errors import HopelessError
 from job.tuning.callbacks import Progress
 from job.tuning.trainer import CountingCollator
-progress = Progress(device=N(kind="cpu"), collator=CountingCollator(None), log_steps=1, record=print)
+progress = Progress(device=N(kind="cpu", dtype=None), collator=CountingCollator(None), log_steps=1, record=print)
 try:
     progress.on_log(None, N(global_step=3, max_steps=9, epoch=0.1), None, {"loss": float("nan"), "grad_norm": 1.0})
 except HopelessError as error:

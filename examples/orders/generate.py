@@ -34,9 +34,9 @@ CITIES = words(
     "Seattle Seoul Singapore Stockholm Tokyo Toronto Vancouver Vienna"
 )
 PRODUCTS = words(
-    "backpack bottle cable calendar camera chair clock desk keyboard lamp laptop mirror monitor notebook pen phone "
-    "printer radio speaker table"
-)
+    "backpack bottle cable calendar camera chair clock keyboard laptop mirror monitor notebook pen phone printer radio "
+    "speaker table"
+) + ["desk lamp", "coffee mug"]
 NUMBER_WORDS = dict(enumerate(words("one two three four five six seven eight nine ten eleven twelve"), start=1))
 SMALL_QUANTITIES = (1, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
 LARGE_QUANTITIES = (15, 20, 25, 30, 40, 50, 60, 75)
@@ -49,6 +49,7 @@ REQUESTS = (
     "Could you ship {items} to our office in {city}?",
     "I would like to order {items}. They go to {city}.",
     "We need {items} in {city}.",
+    "{items} to {city}, please.",
     "Our {city} branch is short of {items}.",
     "I'm setting up a shop in {city} and need {items}.",
     "Can I get {items}? I live in {city}.",
@@ -57,6 +58,7 @@ REQUESTS = (
 EXPRESS = (
     "Please use express delivery.",
     "Send it express.",
+    "Express!",
     "It is urgent: express, please.",
     "Express shipping, please.",
     "We need this fast, so by express.",

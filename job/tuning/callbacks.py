@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+import torch
 from transformers import TrainerCallback
 
 from job.errors import HopelessError
@@ -80,7 +81,8 @@ class Progress(TrainerCallback):
         }
 
     def _check(self, step: int, logs: dict[str, Any]) -> None:
-        for name in ("loss", "grad_norm"):
+        # In fp16 the gradient scaler meets an overflow by skipping the step: that is no divergence.
+        for name in ("loss", "grad_norm") if self.device.dtype is not torch.float16 else ("loss",):
             if not math.isfinite(float(logs.get(name, 0.0))):
                 raise HopelessError(
                     f"Training diverged: {name} is {float(logs[name])} at step {step}.",
@@ -120,9 +122,10 @@ class SavePoints(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         due_steps = self.steps is not None and state.global_step % self.steps == 0
         due_time = time.monotonic() - self._last >= self.minutes * 60
-        if due_steps or due_time or state.global_step == state.max_steps:
-            self._asked = time.monotonic()
-            control.should_save = True
+        control.should_save = due_steps or due_time or state.global_step == state.max_steps
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._asked = time.monotonic()  # the last callback before the trainer writes the files
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._last = time.monotonic()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from job.base_model import BaseModel
 from job.errors import HopelessError
 
 ADAPTER_FILE = "adapter_model.safetensors"
-COPIED = ("generation_config.json",)
 PREFIX = "base_model.model."
 TABLES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")
 
@@ -40,7 +39,8 @@ def save_adapter(model: Any, hf_tokenizer: Any, directory: Path, *, base: BaseMo
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
     save_file(state, directory / ADAPTER_FILE, metadata={"format": "pt"})
     config = model.peft_config["default"].to_dict()
-    name, _, revision = base.name.partition("@") if "://" not in base.name else (base.name, "", "")
+    on_hub = "://" not in base.name and not base.name.startswith("/")
+    name, _, revision = base.name.partition("@") if on_hub else (base.name, "", "")
     config |= {"base_model_name_or_path": name, "revision": revision or None, "inference_mode": True}
     config["target_modules"] = sorted(config["target_modules"])
     plain = {key: value for key, value in config.items() if _jsonable(value)}
@@ -64,11 +64,19 @@ def save_tokenizer(hf_tokenizer: Any, directory: Path, *, base: BaseModel) -> No
     written.write_text(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
 
 
-def merge(adapter: Path, directory: Path, *, base: BaseModel, dtype: torch.dtype = torch.bfloat16) -> None:
+def merge(
+    adapter: Path,
+    directory: Path,
+    *,
+    base: BaseModel,
+    stop_ids: Sequence[int],
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """Write base + adapter as a plain transformers checkpoint, in the base's own shards.
 
     Args:
         adapter: what `save_adapter` wrote.
+        stop_ids: the tokens that end an answer as it was learned; generation stops there, and where the base's did.
         dtype: of the merged weights where the base's are not 16-bit.
 
     Raises:
@@ -78,8 +86,9 @@ def merge(adapter: Path, directory: Path, *, base: BaseModel, dtype: torch.dtype
     deltas = _Deltas(adapter)
     names: dict[str, str] = {}
     size = 0
-    for shard in sorted(base.path.glob("*.safetensors")):
-        merged = {name: deltas.apply(name, weight, dtype) for name, weight in _weights(shard)}
+    tables = _Tables(base)
+    for shard in base.weights:
+        merged = {name: deltas.apply(name, weight, dtype) for name, weight in tables.weights(shard)}
         save_file(merged, directory / shard.name, metadata={"format": "pt"})
         names |= dict.fromkeys(merged, shard.name)
         size += sum(tensor.nbytes for tensor in merged.values())
@@ -88,6 +97,7 @@ def merge(adapter: Path, directory: Path, *, base: BaseModel, dtype: torch.dtype
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     _copy_configuration(adapter, directory, base, dtype)
+    _write_generation_config(directory, base, stop_ids)
     readable(directory)
 
 
@@ -129,22 +139,46 @@ class _Deltas:
             )
 
 
-def _weights(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a file, 4-bit ones dequantised (bitsandbytes keeps their tables beside them)."""
-    with safe_open(shard, framework="pt") as file:
-        keys = set(file.keys())
-        for name in sorted(keys):
-            tables = {key: file.get_tensor(key) for key in keys if key.startswith(f"{name}.")}
-            if tables:
-                state = QuantState.from_dict({k.removeprefix(f"{name}."): v for k, v in tables.items()}, device="cpu")
-                yield name, dequantize_4bit(file.get_tensor(name), state)
-            elif not _is_table(name, keys):
-                yield name, file.get_tensor(name)
+class _Tables:
+    """The base's weights, 4-bit ones dequantised.
+
+    bitsandbytes keeps their tables as tensors named after them, which may lie in another shard than the weight.
+    """
+
+    def __init__(self, base: BaseModel) -> None:
+        self._place: dict[str, Path] = {}
+        for shard in base.weights:
+            with safe_open(shard, framework="pt") as file:
+                self._place |= dict.fromkeys(file.keys(), shard)
+
+    def weights(self, shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        """The model's own tensors of one file, by name."""
+        with safe_open(shard, framework="pt") as file:
+            for name in sorted(file.keys()):
+                tables = {key.removeprefix(f"{name}."): key for key in self._place if key.startswith(f"{name}.")}
+                if tables:
+                    state = {short: self._read(key) for short, key in tables.items()}
+                    yield name, dequantize_4bit(file.get_tensor(name), QuantState.from_dict(state, device="cpu"))
+                elif not self._is_table(name):
+                    yield name, file.get_tensor(name)
+
+    def _read(self, key: str) -> torch.Tensor:
+        with safe_open(self._place[key], framework="pt") as file:
+            return file.get_tensor(key)
+
+    def _is_table(self, name: str) -> bool:
+        owner, found, last = name.rpartition(".weight.")
+        return bool(found) and f"{owner}.weight" in self._place and last.split(".")[0] in TABLES
 
 
-def _is_table(name: str, keys: set[str]) -> bool:
-    owner, _, last = name.rpartition(".weight.")
-    return f"{owner}.weight" in keys and last.split(".")[0] in TABLES
+def _write_generation_config(directory: Path, base: BaseModel, stop_ids: Sequence[int]) -> None:
+    """The base's generation settings, with every token that ends an answer."""
+    original = base.path / "generation_config.json"
+    settings = json.loads(original.read_text()) if original.exists() else {}
+    given = settings.get("eos_token_id", base.config.get("eos_token_id"))
+    ends = [] if given is None else given if isinstance(given, list) else [given]
+    settings["eos_token_id"] = list(dict.fromkeys([*stop_ids, *ends]))
+    (directory / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _copy_configuration(adapter: Path, directory: Path, base: BaseModel, dtype: torch.dtype) -> None:
@@ -154,9 +188,6 @@ def _copy_configuration(adapter: Path, directory: Path, base: BaseModel, dtype: 
         first = file.get_tensor(next(iter(file.keys())))
     config["dtype"] = str(first.dtype if first.is_floating_point() else dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in COPIED:
-        if (base.path / name).exists():
-            shutil.copyfile(base.path / name, directory / name)
     for path in adapter.iterdir():
         if path.name not in {ADAPTER_FILE, "adapter_config.json", "README.md"} and path.is_file():
             shutil.copyfile(path, directory / path.name)

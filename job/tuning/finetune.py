@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import structlog
+import torch
 
 from job.base_model import BaseModel
 from job.config import Config
@@ -23,6 +26,18 @@ from job.tuning.trainer import CountingCollator, Plan, build, plan, train
 
 log = structlog.get_logger()
 ANSWERS_AT_ONCE = 32
+
+
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+    """Turns running out of GPU memory into the failure that says what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise HopelessError(
+            f"The GPU ran out of memory: {str(error).splitlines()[0]}",
+            remedy="Lower TUNE_MICRO_BATCH or TUNE_MAX_LENGTH, or set TUNE_GRADIENT_CHECKPOINTING=unsloth.",
+        ) from error
 
 
 @dataclass(kw_only=True)
@@ -49,7 +64,8 @@ class Finetune:
         """
         started = time.monotonic()
         device = choose(asked=config.device)
-        loaded = models.load(base, config, device, directory=base.path)
+        with enough_memory():
+            loaded = models.load(base, config, device, directory=base.path)
         planned = plan(
             config,
             device,
@@ -112,7 +128,8 @@ class Finetune:
         trainer.data_collator = collator
         self.progress = Progress(device=self.device, collator=collator, log_steps=self.config.log_steps, record=note)
         points = SavePoints(steps=self.config.checkpoint_steps, minutes=self.config.checkpoint_minutes, saved=save)
-        train(trainer, [self.progress, Evaluations(every=evaluate_every, evaluate=evaluate), points])
+        with enough_memory():
+            train(trainer, [self.progress, Evaluations(every=evaluate_every, evaluate=evaluate), points])
         if trainer.state.global_step != self.plan.steps:
             raise HopelessError(
                 f"Training stopped after {trainer.state.global_step} of {self.plan.steps} steps.",
@@ -121,26 +138,34 @@ class Finetune:
 
     def evaluate(self, dataset: Any) -> Evaluation:
         """The loss on other rows."""
-        return evaluate(
-            self.model,
-            dataset,
-            batch=self.plan.micro_batch,
-            pad_id=self.tokenizer.hf.pad_token_id or 0,
-            device=self.device.kind,
-        )
+        with enough_memory():
+            found = evaluate(
+                self.model,
+                dataset,
+                batch=self.plan.micro_batch,
+                pad_id=self.tokenizer.hf.pad_token_id or 0,
+                device=self.device.kind,
+            )
+        if not math.isfinite(found.loss):
+            raise HopelessError(
+                f"The loss on the held-out rows is {found.loss}.",
+                remedy="Lower TUNE_LEARNING_RATE, or look for broken weights in the base model.",
+            )
+        return found
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy answers to prompts."""
         if not prompts:
             return []
-        return answer(
-            self.model,
-            prompts,
-            self.tokenizer.hf,
-            stop_ids=self.tokenizer.stop_ids,
-            batch=ANSWERS_AT_ONCE,
-            device=self.device.kind,
-        )
+        with enough_memory():
+            return answer(
+                self.model,
+                prompts,
+                self.tokenizer.hf,
+                stop_ids=self.tokenizer.stop_ids,
+                batch=ANSWERS_AT_ONCE,
+                device=self.device.kind,
+            )
 
     def save_adapter(self, directory: Path, *, base: BaseModel) -> None:
         """Write the adapter and its tokenizer."""
@@ -148,7 +173,7 @@ class Finetune:
 
     def merge(self, adapter: Path, directory: Path, *, base: BaseModel) -> None:
         """Write base + adapter in 16 bit."""
-        export.merge(adapter, directory, base=base)
+        export.merge(adapter, directory, base=base, stop_ids=self.tokenizer.stop_ids)
 
     def memory_report(self) -> dict[str, Any]:
         """Memory before and at the peak of the run, and what share of the card the peak was."""

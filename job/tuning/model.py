@@ -10,11 +10,12 @@ from typing import Any
 import bitsandbytes
 import structlog
 import torch
+from safetensors import SafetensorError
 from unsloth import FastLanguageModel
 
 from job.base_model import BaseModel
 from job.config import Config
-from job.errors import ConfigError
+from job.errors import ConfigError, DataError
 from job.tuning.device import Device
 
 log = structlog.get_logger()
@@ -42,20 +43,9 @@ def load(base: BaseModel, config: Config, device: Device, *, directory: Path) ->
 
     Raises:
         ConfigError: a target matches nothing, or this machine cannot load the asked precision.
+        DataError: the library does not know the architecture, or the weights are damaged.
     """
-    model, _ = FastLanguageModel.from_pretrained(
-        model_name=str(directory),
-        max_seq_length=config.max_length,
-        dtype=device.dtype,
-        load_in_4bit=config.precision == "4bit",
-        load_in_8bit=config.precision == "8bit",
-        load_in_16bit=config.precision == "16bit",
-        full_finetuning=False,
-        use_exact_model_name=True,
-        local_files_only=True,
-        trust_remote_code=False,
-        random_state=config.seed,
-    )
+    model = _load_base(base, config, device, directory)
     _check_precision(model, base, config)
     targets = _targets(model, config.lora_targets)
     checkpointing = _checkpointing(config.gradient_checkpointing, device)
@@ -76,6 +66,31 @@ def load(base: BaseModel, config: Config, device: Device, *, directory: Path) ->
     )
     _fix_generation(model)
     return loaded
+
+
+def _load_base(base: BaseModel, config: Config, device: Device, directory: Path) -> Any:
+    try:
+        model, _ = FastLanguageModel.from_pretrained(
+            model_name=str(directory),
+            max_seq_length=config.max_length,
+            dtype=device.dtype,
+            load_in_4bit=config.precision == "4bit",
+            load_in_8bit=config.precision == "8bit",
+            load_in_16bit=config.precision == "16bit",
+            full_finetuning=False,
+            use_exact_model_name=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            random_state=config.seed,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, SafetensorError) as error:
+        raise DataError(
+            f"{base.name} ({base.architecture}) cannot be loaded: {type(error).__name__}: {error}",
+            remedy="Check that the checkpoint is whole and that Unsloth supports its architecture.",
+        ) from error
+    return model
 
 
 def _checkpointing(asked: str, device: Device) -> str:

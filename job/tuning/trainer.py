@@ -12,7 +12,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from job.config import Config
-from job.errors import HopelessError
+from job.errors import ConfigError, HopelessError
 from job.tuning import model as adapter
 from job.tuning.device import Device
 
@@ -47,11 +47,20 @@ def plan(config: Config, device: Device, *, examples: int, learning_rate: float,
     Args:
         examples: sequences in the training set.
         learning_rate: the usual rate for the model's size, taken where the user set none.
+
+    Raises:
+        ConfigError: the warm-up is as long as the run.
     """
     micro = _micro_batch(config)
     per_epoch = math.ceil(examples / config.batch_size)
     steps = config.max_steps or max(1, math.ceil(per_epoch * config.epochs))
     gpu = device.kind == "cuda"
+    warmup = int(config.warmup) if config.warmup >= 1 else math.ceil(config.warmup * steps)
+    if warmup >= steps > 1:
+        raise ConfigError(
+            f"TUNE_WARMUP={config.warmup:g} is {warmup} steps, and the run has {steps}.",
+            remedy="Lower the warm-up: the learning rate would never reach its value.",
+        )
     return Plan(
         examples=examples,
         steps=steps,
@@ -63,7 +72,7 @@ def plan(config: Config, device: Device, *, examples: int, learning_rate: float,
         gradient_checkpointing=checkpointing,
         optimizer=config.optimizer if gpu else CPU_OPTIMIZER,
         learning_rate=learning_rate if config.learning_rate == "auto" else config.learning_rate,
-        warmup_steps=int(config.warmup) if config.warmup >= 1 else math.ceil(config.warmup * steps),
+        warmup_steps=0 if config.schedule == "constant" else min(warmup, steps - 1),
         schedule=config.schedule,
         compute_dtype=str(device.dtype).removeprefix("torch."),
     )
@@ -137,6 +146,8 @@ def _check(trainer: SFTTrainer, plan: Plan) -> None:
         "accumulation": (arguments.gradient_accumulation_steps, plan.accumulation),
         "steps": (arguments.max_steps, plan.steps),
         "learning rate": (arguments.learning_rate, plan.learning_rate),
+        "schedule": (getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type), plan.schedule),
+        "warm-up": (arguments.warmup_steps, plan.warmup_steps),
         "optimizer": (getattr(arguments.optim, "value", arguments.optim), plan.optimizer),
         "padding-free": (bool(getattr(trainer.data_collator, "padding_free", False)), plan.padding_free),
     }
@@ -168,18 +179,8 @@ class CountingCollator:
 
 
 def train(trainer: SFTTrainer, callbacks: list[TrainerCallback]) -> None:
-    """Run all steps. The callbacks log, evaluate and save.
-
-    Raises:
-        HopelessError: out of memory.
-    """
+    """Run all steps. The callbacks log, evaluate and save."""
     for callback in callbacks:
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train()
-    except torch.OutOfMemoryError as error:
-        raise HopelessError(
-            f"The GPU ran out of memory: {str(error).splitlines()[0]}",
-            remedy="Lower TUNE_MICRO_BATCH or TUNE_MAX_LENGTH, or set TUNE_GRADIENT_CHECKPOINTING=unsloth.",
-        ) from error
+    trainer.train()
