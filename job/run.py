@@ -64,13 +64,13 @@ def run(config: Config) -> None:
         Stop: SIGTERM or SIGINT; the attempt's end is recorded.
     """
     process = env.process()
+    store = open_store(config.output, patience_seconds=config.storage_patience_minutes * 60)
+    record = Record(store=store, run_id=config.identity())
+    logs.bind(run_id=record.run_id, rank=process.rank)
     if process.world_size > 1:
         raise ConfigError(
             f"WORLD_SIZE={process.world_size}, but this job trains on one GPU.", remedy="Start one process without it."
         )
-    store = open_store(config.output, patience_seconds=config.storage_patience_minutes * 60)
-    record = Record(store=store, run_id=config.identity())
-    logs.bind(run_id=record.run_id, rank=process.rank)
     if already_complete(config, record):
         return
     expect_gpu = config.device == "cuda" or (config.device == "auto" and env.gpu_present())

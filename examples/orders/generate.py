@@ -33,10 +33,11 @@ CITIES = words(
     "Hamburg Istanbul Lima London Madrid Melbourne Miami Milan Montreal Mumbai Nairobi Oslo Paris Portland Rome "
     "Seattle Seoul Singapore Stockholm Tokyo Toronto Vancouver Vienna"
 )
-PRODUCTS = words(
+ONE_WORD_PRODUCTS = words(
     "backpack bottle cable calendar camera chair clock keyboard laptop mirror monitor notebook pen phone printer radio "
     "speaker table"
-) + ["desk lamp", "coffee mug"]
+)
+PRODUCTS = [*ONE_WORD_PRODUCTS, "desk lamp", "coffee mug"]
 NUMBER_WORDS = dict(enumerate(words("one two three four five six seven eight nine ten eleven twelve"), start=1))
 SMALL_QUANTITIES = (1, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
 LARGE_QUANTITIES = (15, 20, 25, 30, 40, 50, 60, 75)
