@@ -1,0 +1,49 @@
+"""The demo, whole: a real model learns a real task through S3, and the adapter keeps what the log promises."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.jobs import ROOT
+
+PLAIN = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, adapter = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter).eval()
+for prompt in json.load(sys.stdin):
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        output = loaded.generate(**ids, max_new_tokens=120, do_sample=False)
+    answer = tokenizer.decode(output[0, ids.input_ids.shape[1]:], skip_special_tokens=True).strip()
+    print(json.dumps(answer))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_demo_and_its_adapter():
+    """The demo succeeds (at most 10 % right before, at least 90 % after), every line of the job's log is JSON, and the
+    adapter from the bucket, loaded with plain peft, gives the answers that the log claims."""
+    done = subprocess.run([sys.executable, "-m", "job", "demo"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "Exactly right: before" in done.stdout
+    lines = [json.loads(line) for line in (ROOT / ".demo/run.log").read_text().splitlines()]
+    after = [line for line in lines if line["event"] == "sample" and line["phase"] == "after"]
+    assert len(after) == 20
+    model, adapter = ROOT / ".demo/model", ROOT / ".demo/adapter"
+    shown = subprocess.check_output(
+        [sys.executable, "-c", PLAIN, model, adapter],
+        input=json.dumps([line["prompt"] for line in after]),
+        text=True,
+        cwd="/",
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    answers = [json.loads(line) for line in shown.splitlines() if line.startswith('"')]
+    # The log's answers come from the 4-bit base, these from the 16-bit one: one of twenty may differ by rounding.
+    assert sum(mine == line["answer"] for mine, line in zip(answers, after, strict=True)) >= 19
