@@ -12,10 +12,13 @@ from tests.jobs import ROOT
 PLAIN = """
 import json, sys, torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 model, adapter = sys.argv[1:]
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                         bnb_4bit_compute_dtype=torch.bfloat16)
+base = AutoModelForCausalLM.from_pretrained(model, quantization_config=nf4, dtype=torch.bfloat16, device_map="cpu")
 tokenizer = AutoTokenizer.from_pretrained(adapter)
-loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter).eval()
+loaded = PeftModel.from_pretrained(base, adapter).eval()
 for prompt in json.load(sys.stdin):
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     with torch.no_grad():
@@ -29,7 +32,8 @@ for prompt in json.load(sys.stdin):
 @pytest.mark.timeout(1500)
 def test_the_demo_and_its_adapter():
     """The demo succeeds (at most 10 % right before, at least 90 % after), every line of the job's log is JSON, and the
-    adapter from the bucket, loaded with plain peft, gives the answers that the log claims."""
+    adapter from the bucket, loaded with plain peft on the base in NF4 (what it was trained on), gives the answers that
+    the log claims."""
     done = subprocess.run([sys.executable, "-m", "job", "demo"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "Exactly right: before" in done.stdout
@@ -45,5 +49,5 @@ def test_the_demo_and_its_adapter():
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     answers = [json.loads(line) for line in shown.splitlines() if line.startswith('"')]
-    # The log's answers come from the 4-bit base, these from the 16-bit one: one of twenty may differ by rounding.
-    assert sum(mine == line["answer"] for mine, line in zip(answers, after, strict=True)) >= 19
+    # One by one here, padded to a batch there: an answer or two may part where two tokens are equally likely.
+    assert sum(mine == line["answer"] for mine, line in zip(answers, after, strict=True)) >= 18
