@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
-from types import FrameType
+from job import signals
 
-from job.errors import InterruptedError, Stop  # noqa: A004 - the domain's word
-
-SAME_SIGNAL_SECONDS = 1.0  # `timeout`, make and terminals signal a whole group: the same wish arrives twice
-_asked: list[float] = []
-
-
-def _stop(number: int, _: FrameType | None) -> None:
-    """The first signal asks the run to stop; another one, later, ends the process at once."""
-    now = time.monotonic()
-    if not _asked:
-        _asked.append(now)
-        raise Stop(signal.Signals(number).name)
-    if now - _asked[0] > SAME_SIGNAL_SECONDS:
-        os._exit(InterruptedError.exit_code)
-
-
-signal.signal(signal.SIGTERM, _stop)
-signal.signal(signal.SIGINT, _stop)
+signals.install()
 
 import argparse  # noqa: E402 - the handlers come before everything that takes time
+import contextlib  # noqa: E402
 import errno  # noqa: E402
 import json  # noqa: E402
+import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any, NoReturn  # noqa: E402
@@ -36,7 +18,7 @@ from typing import Any, NoReturn  # noqa: E402
 import structlog  # noqa: E402
 
 from job import env, logs, variables  # noqa: E402
-from job.errors import ConfigError, DeniedError, HopelessError, JobError, StorageError  # noqa: E402
+from job.errors import ConfigError, DeniedError, HopelessError, InterruptedError, JobError, Stop, StorageError  # noqa: A004, E402
 
 TERMINATION_LOG = Path("/dev/termination-log")
 LONGEST_MESSAGE = 4000  # bytes; Kubernetes cuts at 4096
@@ -51,6 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str]) -> int:
     """Run a subcommand; the return value is the process's exit code (README, "Exit codes")."""
+    signals.last_words(_say_interrupted)
     try:
         chosen = _parse(arguments)
         if chosen.command == "variables":
@@ -65,6 +48,7 @@ def main(arguments: list[str]) -> int:
     except SystemExit as asked:  # argparse's --help
         return asked.code if isinstance(asked.code, int) else 0
     except BaseException as error:  # noqa: BLE001 - every end of the process is reported here
+        signals.hear()
         logs.configure(form=env.asked_log_format(), level="info", secrets=env.secrets())
         return _report(error)
 
@@ -112,6 +96,13 @@ def _report(error: BaseException) -> int:
     return ended.exit_code
 
 
+def _say_interrupted() -> None:
+    """The grace is over, or a second signal came: the main thread may be anywhere, so as little as can be."""
+    ended = InterruptedError(f"{signals.asked()} asked the run to stop.", remedy="Start it again.")
+    structlog.get_logger().warning("interrupted", signal=signals.asked(), exit_code=ended.exit_code, at_once=True)
+    _tell_kubernetes(ended)
+
+
 def _known(error: BaseException) -> JobError | None:
     """The kind of failure that an operating-system error or a lack of memory is."""
     number = error.errno if isinstance(error, OSError) else None
@@ -143,8 +134,20 @@ def _tell_kubernetes(error: JobError) -> None:
         structlog.get_logger().warning("termination_log_not_written")
 
 
+def _end_children() -> None:
+    """Leave nothing running: what libraries started and forgot ends with the job."""
+    import psutil  # noqa: PLC0415 - not needed to report a bad environment
+
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in logs.processes()]
+    for child in left:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    psutil.wait_procs(left, timeout=1.0)
+
+
 if __name__ == "__main__":
     code = main(sys.argv[1:])
+    _end_children()
     logs.close()
     sys.stdout.flush()
     # Not sys.exit: a thread or an exit handler of a library could hold the pod for ever.

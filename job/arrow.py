@@ -6,6 +6,7 @@ meanwhile by another thread in compiled code, on all cores.
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -70,6 +71,8 @@ class Prepared:
     dataset: Any
     """A memory-mapped `datasets.Dataset`: input_ids and labels (list of int32), length (int32)."""
     counts: Counts
+    digest: str
+    """SHA-256 of all token ids, labels and lengths in order: what is learned, and in which order."""
 
 
 def prepare(
@@ -85,16 +88,25 @@ def prepare(
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.arrow"
     tally = _Tally()
+    digest = hashlib.sha256()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         for chunk in _rendered(examples, renderer, tally):
             for sequence in chunk:
                 tally.add(sequence)
-            writer.write_batch(_batch([sequence for sequence in chunk if sequence.trained]))
+            batch = _batch([sequence for sequence in chunk if sequence.trained])
+            _add(digest, batch)
+            writer.write_batch(batch)
     tally.invalid.raise_if_any(tally.rows + tally.invalid.total)
     counts = tally.counts()
     if not (counts.sequences or may_be_empty):
         raise _nothing_left(counts, renderer)
-    return Prepared(dataset=Dataset.from_file(str(path)), counts=counts)
+    return Prepared(dataset=Dataset.from_file(str(path)), counts=counts, digest=digest.hexdigest())
+
+
+def _add(digest: Any, batch: pa.RecordBatch) -> None:
+    for column in batch.columns:
+        values = column.flatten() if pa.types.is_list(column.type) else column
+        digest.update(values.to_numpy(zero_copy_only=True).tobytes())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

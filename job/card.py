@@ -104,5 +104,11 @@ def _table(head: Sequence[str], rows: Any) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else ", ".join(value) if isinstance(value, tuple) else str(value)
+    text = (
+        f"{value:.6g}"
+        if isinstance(value, float)
+        else ", ".join(value)
+        if isinstance(value, (tuple, list))
+        else str(value)
+    )
     return text.replace("|", "\\|").replace("\n", " ")

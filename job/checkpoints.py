@@ -1,74 +1,161 @@
-"""Checkpoints in the output: files under the attempt's own prefix, then one object that is manifest and marker.
+"""Checkpoints in the output: files under the attempt's own prefix, then one ledger record that is manifest and marker.
 
-A checkpoint exists once its commit object does; files without one are leftovers of an attempt that died.
+A checkpoint exists once its record does; files without one are leftovers of an attempt that died. What is read back
+is verified against the record before anybody may use it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import time
+import re
+import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import structlog
 
 from job.digests import hashes
-from job.errors import StorageError
+from job.errors import DataError, HopelessError, JobError
+from job.ledger import Entry, Ledger
+from job.storage.faults import ChangedError, DamagedError, MissingError
 from job.storage.store import Store
 
 log = structlog.get_logger()
-LEFT_OUT = {"training_args.bin"}  # a pickle of settings that the run's record holds as JSON
-TRIES = 100
+HISTORY = "history.jsonl"
+_DATA = re.compile(r"checkpoints/data/(?P<attempt>\d+)/step-(?P<step>\d+)/")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where one attempt of one run keeps its checkpoints."""
+class Restored:
+    """A checkpoint that was verified, on this disk."""
 
-    store: Store
-    run_id: str
-    attempt: int
+    directory: Path
+    step: int
+    number: int
+    """Of its ledger record."""
+    prefix: str
+    """Where its files are in the output."""
+    body: dict[str, Any]
+    """The whole record: fingerprint, plan, device, versions, and the attempt that wrote it."""
+
+    def history(self) -> list[dict[str, Any]]:
+        """The metrics up to this checkpoint."""
+        return [json.loads(line) for line in (self.directory / HISTORY).read_text(encoding="utf-8").splitlines()]
 
 
-def commit(place: Place, *, step: int, directory: Path, stall_seconds: float) -> str:
-    """Upload a checkpoint directory and commit it; logs `checkpoint_committed`.
-
-    Args:
-        step: optimizer steps done.
-        stall_seconds: how long training already waited for the files to be written; the upload is added.
+def upload(store: Store, *, run_id: str, attempt: int, step: int, directory: Path) -> dict[str, Any]:
+    """Bring a checkpoint's files to the output, under the attempt's own prefix.
 
     Returns:
-        the key of the commit object.
+        what its ledger record says of them: `step`, `data` (the prefix) and `files` (name, size, sha256).
     """
-    started = time.monotonic()
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in LEFT_OUT)
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
     found = hashes(files)
-    prefix = f"{place.run_id}/checkpoints/data/{place.attempt:04d}/step-{step:06d}"
+    prefix = f"{run_id}/checkpoints/data/{attempt:04d}/step-{step:06d}"
     manifest = []
     for path in files:
         name = path.relative_to(directory).as_posix()
-        place.store.upload(path, f"{prefix}/{name}", sha256=found[path])
+        store.upload(path, f"{prefix}/{name}", sha256=found[path])
         manifest.append({"name": name, "size": path.stat().st_size, "sha256": found[path]})
-    key = _mark(place, {"step": step, "attempt": place.attempt, "data": prefix, "files": manifest})
-    seconds = time.monotonic() - started
-    log.info(
-        "checkpoint_committed",
-        step=step,
-        bytes=sum(path.stat().st_size for path in files),
-        stall_seconds=round(stall_seconds + seconds, 3),
-        upload_seconds=round(seconds, 3),
-        commit=key,
-    )
-    return key
+    return {"step": step, "data": prefix, "files": manifest}
 
 
-def _mark(place: Place, body: dict[str, object]) -> str:
-    """Create the next commit object; the number is taken by whoever creates it first."""
-    commits = f"{place.run_id}/checkpoints/commits/"
-    taken = [int(Path(entry.key).stem) for entry in place.store.entries(commits)]
-    first = max(taken, default=0) + 1
-    for number in range(first, first + TRIES):
-        key = f"{commits}{number:06d}.json"
-        if place.store.create(key, json.dumps(body, indent=1).encode()):
-            return key
-    raise StorageError(f"No free commit number from {first} on under {commits}.", remedy="Another attempt is running.")
+def restore(ledger: Ledger, directory: Path, *, check: Callable[[Path, int], None]) -> Restored | None:
+    """The newest good checkpoint below the attempt's own fence, downloaded and verified; None if none was ever made.
+
+    A bad one is logged, marked, and passed over.
+
+    Args:
+        directory: where to; emptied first.
+        check: reads the files as the trainer will and raises DamagedError where they do not fit together.
+
+    Raises:
+        HopelessError: checkpoints exist, and none is good.
+        StorageError, DeniedError: the store; never taken for "no checkpoint".
+    """
+    bad: list[str] = []
+    for entry in ledger.newest_first(below=ledger.last):
+        if entry.kind not in {"checkpoint", None}:
+            continue
+        try:
+            return _bring(ledger, entry, directory, check)
+        except (DamagedError, MissingError, ChangedError) as error:
+            bad.append(f"commit {entry.number}: {error.message}")
+            log.warning("checkpoint_damaged", commit=entry.number, reason=error.message)
+            _mark(ledger, entry, error)
+    if bad:
+        raise HopelessError(
+            f"No checkpoint of run {ledger.run_id} is whole ({'; '.join(bad[:3])}).",
+            remedy="Restore the objects from the bucket's versions or a backup, or start over with TUNE_RESUME=fresh.",
+        )
+    return None
+
+
+def _bring(ledger: Ledger, entry: Entry, directory: Path, check: Callable[[Path, int], None]) -> Restored:
+    body = entry.body
+    if body is None:
+        raise DamagedError("the record itself cannot be understood")
+    try:
+        step, prefix, files = int(body["step"]), str(body["data"]), list(body["files"])
+        wanted = {str(file["name"]): (int(file["size"]), str(file["sha256"])) for file in files}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"the record lacks {error}") from None
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    for name, (size, _) in wanted.items():
+        _download(ledger.store, f"{prefix}/{name}", size, directory / _safe(name))
+    found = hashes([directory / name for name in wanted])
+    for name, (_, sha256) in wanted.items():
+        if found[directory / name] != sha256:
+            raise DamagedError(f"{prefix}/{name} does not have the SHA-256 of its record")
+    check(directory, step)
+    return Restored(directory=directory, step=step, number=entry.number, prefix=prefix, body=body)
+
+
+def _safe(name: str) -> str:
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name:
+        raise DamagedError(f"the record names a file {name!r}")
+    return name
+
+
+def _download(store: Store, key: str, size: int, path: Path) -> None:
+    entry = store.head(key)
+    if entry is None:
+        raise MissingError(f"{key} is not there")
+    if entry.size != size:
+        raise DamagedError(f"{key} has {entry.size} bytes, its record says {size}")
+    store.download(entry, path)
+
+
+def _mark(ledger: Ledger, entry: Entry, error: DataError) -> None:
+    """Leave a note beside the commits. Nobody decides by it: damage on the way may have spared the object itself."""
+    body = {"commit": entry.number, "attempt": ledger.attempt, "reason": error.message}
+    with contextlib.suppress(JobError):
+        ledger.store.write(
+            f"{ledger.run_id}/checkpoints/damaged/{entry.number:06d}.json", json.dumps(body, indent=1).encode()
+        )
+
+
+def prune(store: Store, *, run_id: str, attempt: int, kept: Iterable[str]) -> int:
+    """Delete checkpoint files that nobody needs any more: those of lower attempts and of this one, but for `kept`.
+
+    Only to be called after an own commit: then no lower attempt can commit any more. Ledger and attempts stay.
+
+    Args:
+        kept: prefixes whose files stay.
+
+    Returns:
+        how many objects were deleted.
+    """
+    stay = tuple(f"{prefix}/" for prefix in kept)
+    deleted = 0
+    for entry in store.entries(f"{run_id}/checkpoints/data/"):
+        place = _DATA.match(entry.key.removeprefix(f"{run_id}/"))
+        if place and int(place["attempt"]) <= attempt and not entry.key.startswith(stay):
+            store.delete(entry.key)
+            deleted += 1
+    return deleted

@@ -21,6 +21,10 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 TARGET = re.compile(r"[A-Za-z_][\w.-]*")
 EXPORTS = ("adapter", "merged_16bit")
+CONTENTS = ("base_weights", "tokenizer", "training_data")
+"""What a run is fingerprinted by besides its variables."""
+FIXED = ("TUNE_LORA_R", "TUNE_LORA_TARGETS", "TUNE_PRECISION")
+"""Variables that a checkpoint cannot be carried over: its tensors would not fit."""
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text")
 
 
@@ -256,6 +260,29 @@ class Config:
     checkpoint_steps: int | None = _setting(
         _integer(1), "optimizer steps between checkpoints; whichever comes first", default=None
     )
+    checkpoint_keep: int = _setting(_integer(1), "checkpoints whose files are kept", default=2)
+    resume: Literal["auto", "fresh", "require"] = _setting(
+        _choice("auto", "fresh", "require"),
+        "`auto` goes on where the run stopped; `require` refuses to begin anew; `fresh` begins anew at every start and "
+        "sets aside what is there",
+        default="auto",
+    )
+    allow_change: tuple[str, ...] = _setting(
+        _names(
+            _text(rf"{PREFIX}[A-Z_]+|{'|'.join(CONTENTS)}", "a variable marked *, or " + ", ".join(CONTENTS)),
+            "variables marked *, or any of " + ", ".join(CONTENTS) + ", separated by commas",
+        ),
+        "what may differ from the checkpoint on resume; everything else is refused",
+        default=(),
+    )
+    fencing: Literal["auto", "require"] = _setting(
+        _choice("auto", "require"),
+        "`require` refuses a store without conditional writes; `auto` warns and reads back",
+        default="auto",
+    )
+    grace_seconds: float = _setting(
+        _number(2), "what the platform leaves between its signal and SIGKILL; the run ends within it", default=15.0
+    )
     storage_patience_minutes: float = _setting(
         _number(0), "how long an unreachable store is tried before the run ends with code 74", default=60.0
     )
@@ -292,6 +319,15 @@ class Config:
             )
         if self.device == "cpu" and self.precision == "8bit":
             found.append("TUNE_PRECISION=8bit needs a GPU, and TUNE_DEVICE=cpu asks for none. Use 4bit or 16bit.")
+        marked = {s.variable for s in SETTINGS if s.fingerprint}
+        for name in self.allow_change:
+            if name in FIXED:
+                found.append(f"TUNE_ALLOW_CHANGE names {name}: no checkpoint fits another one. Set a new TUNE_RUN_ID.")
+            elif name not in marked and name not in CONTENTS:
+                found.append(
+                    f"TUNE_ALLOW_CHANGE names {name}, which no checkpoint depends on. Name variables marked * in "
+                    "`python -m job variables`, or " + ", ".join(CONTENTS) + "."
+                )
         return found
 
     def fingerprint_fields(self) -> dict[str, Any]:

@@ -6,15 +6,18 @@ variables that the training libraries read at import, and names the secrets that
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from environs import EnvValidationError, FileAwareEnv
 from marshmallow import ValidationError
 
@@ -39,6 +42,8 @@ class Process:
     world_size: int
     host: str
     pod: str | None
+    gpus: tuple[str, ...]
+    """The cards' names, as the driver tells without any library."""
 
 
 def load() -> Config:
@@ -136,7 +141,22 @@ def process() -> Process:
         world_size=int(os.environ.get("WORLD_SIZE") or "1"),
         host=socket.gethostname(),
         pod=os.environ.get("POD_NAME") or os.environ.get("HOSTNAME"),
+        gpus=_gpus(),
     )
+
+
+def seconds_since_start() -> float:
+    """How long this process has been running."""
+    return time.time() - psutil.Process().create_time()
+
+
+def _gpus() -> tuple[str, ...]:
+    found = []
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        with contextlib.suppress(OSError):
+            lines = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+            found.append(lines.get("Model", "unknown").strip())
+    return tuple(found)
 
 
 def scratch() -> Path:

@@ -3,6 +3,7 @@ was read. Knows places, not contents."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import uuid
@@ -13,6 +14,7 @@ from typing import Any
 
 from job import hub
 from job.config import HUB_NAME, Config
+from job.digests import sha256
 from job.errors import DataError
 from job.storage.fetch import Fetched, fetch, look
 
@@ -68,14 +70,18 @@ def pull(config: Config, *, scratch: Path, pinned: dict[str, Any] | None) -> Inp
 
     Args:
         scratch: where downloads are kept and found again.
-        pinned: `inputs.json` of an earlier attempt, whose date holds.
+        pinned: `inputs.json` of an earlier attempt: exactly its files are read, and its date holds.
 
     Raises:
         DataError: something is missing.
         DeniedError: credentials or a licence.
         StorageError: unreachable past the patience, or the disk is full.
     """
-    puller = _Puller(directory=scratch / "inputs", patience_seconds=config.storage_patience_minutes * 60)
+    puller = _Puller(
+        directory=scratch / "inputs",
+        patience_seconds=config.storage_patience_minutes * 60,
+        names=None if pinned is None else frozenset(file["name"] for file in pinned["files"]),
+    )
     model, model_files, revision = puller.model(config.model)
     template = config.chat_template if config.chat_template.startswith(NAMED_TEMPLATE) else None
     template_files = puller.data([template]) if template else ()
@@ -105,10 +111,23 @@ def listing(config: Config, *, pinned: dict[str, Any]) -> dict[str, Any]:
         if uri.startswith(NAMED_TEMPLATE):
             found = look(uri, patience_seconds=patience, wanted=wanted)
             files += [
-                {"name": name, "size": entry.size, "etag": entry.etag, "version": entry.version}
+                {
+                    "name": name,
+                    "size": entry.size,
+                    "etag": _identity(name, entry.etag, None if wanted else Path(name)),
+                    "version": entry.version,
+                }
                 for name, entry in found.items()
             ]
     return {**pinned, "files": files}
+
+
+def _identity(name: str, etag: str | None, path: Path | None) -> str | None:
+    """What tells a file's content from another's: the store's ETag, or the SHA-256 of a data file on this disk. The
+    time of change would not do: a volume that is filled anew for every pod has other times and the same content."""
+    if not name.startswith("/"):
+        return etag
+    return None if path is None else f"sha256:{sha256(path)}"
 
 
 def _is_model_file(key: str) -> bool:
@@ -119,6 +138,8 @@ def _is_model_file(key: str) -> bool:
 class _Puller:
     directory: Path
     patience_seconds: float
+    names: frozenset[str] | None
+    """What an earlier attempt read; None for the first."""
 
     def model(self, name: str) -> tuple[Path, tuple[File, ...], str | None]:
         place = self._place(name)
@@ -131,7 +152,8 @@ class _Puller:
             link = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
             link.symlink_to(name)
             link.replace(place)  # at once: another run may be reading through it
-        return place, tuple(_file(file, named=False) for file in files), None
+        read = (_file(file, named=False) for file in files)
+        return place, tuple(dataclasses.replace(f, etag=_identity(f.name, f.etag, None)) for f in read), None
 
     def data(self, uris: Sequence[str]) -> tuple[File, ...]:
         found: list[File] = []
@@ -139,11 +161,14 @@ class _Puller:
             if uri.startswith("hf://"):
                 found += _hub_files(hub.fetch_dataset(uri, self._place(uri), patience_seconds=self.patience_seconds))
             else:
-                found += [_file(f, named=f.name == uri) for f in self._fetch(uri, self._place(uri))]
+                found += [
+                    dataclasses.replace(_file(f, named=f.name == uri), etag=_identity(f.name, f.etag, f.path))
+                    for f in self._fetch(uri, self._place(uri))
+                ]
         return tuple(found)
 
     def _fetch(self, uri: str, place: Path, **options: Any) -> list[Fetched]:
-        return fetch(uri, place, patience_seconds=self.patience_seconds, **options)
+        return fetch(uri, place, patience_seconds=self.patience_seconds, names=self.names, **options)
 
     def _place(self, uri: str) -> Path:
         return self.directory / hashlib.sha256(uri.encode()).hexdigest()[:16]

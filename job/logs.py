@@ -41,6 +41,7 @@ class _State:
     control: Callable[[], None] = lambda: None
     close: Callable[[], None] = lambda: None
     configured: bool = False
+    pump: int | None = None
     observers: list[Callable[[EventDict], None]] = field(default_factory=list)
 
 
@@ -106,6 +107,11 @@ def redact(text: str) -> str:
         for form in (secret, json.dumps(secret, ensure_ascii=False)[1:-1], json.dumps(secret)[1:-1]):
             text = text.replace(form, "***")
     return text
+
+
+def processes() -> set[int]:
+    """The ids of the processes that logging needs to its end."""
+    return set() if _state.pump is None else {_state.pump}
 
 
 def close() -> None:
@@ -225,5 +231,5 @@ def _capture() -> None:
             process.kill()
             process.wait()
 
-    _state.write, _state.control, _state.close = write, control, drain
+    _state.write, _state.control, _state.close, _state.pump = write, control, drain, process.pid
     control()

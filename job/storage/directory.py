@@ -120,6 +120,22 @@ class DirectoryStore:
                 if folder == Path() or not _removed_if_empty(self.root / folder):
                     break
 
+    def copy(self, key: str, target: str) -> None:
+        """See `Store.copy`."""
+        if self.head(key) is None:
+            raise MissingError(f"{self._path(key)} is gone.", remedy="Restore it.")
+        self.upload(self._path(key), target)
+
+    def sweep(self, prefix: str) -> int:
+        """See `Store.sweep`."""
+        top = self.root / prefix.rpartition("/")[0]
+        found = [Path(folder, name) for folder, _, names in os.walk(top) for name in names if is_temporary(name)]
+        mine = [path for path in found if path.relative_to(self.root).as_posix().startswith(prefix)]
+        with disk_errors(top):
+            for path in mine:
+                path.unlink(missing_ok=True)
+        return len(mine)
+
     def _path(self, key: str) -> Path:
         return self.root / checked_key(key)
 

@@ -51,6 +51,7 @@ def fetch(
     *,
     patience_seconds: float = 3600.0,
     wanted: Callable[[str], bool] | None = None,
+    names: frozenset[str] | None = None,
 ) -> list[Fetched]:
     """Download an object, or all objects under a prefix, and return them sorted by key.
 
@@ -59,6 +60,7 @@ def fetch(
         directory: where the files go, under their relative keys. It also keeps an index of what it holds.
         patience_seconds: see `open_store`.
         wanted: which keys to take; all when None.
+        names: take only these, by full URI; what else is there is logged and left.
 
     Raises:
         MissingError: nothing is there; it names what stands near.
@@ -67,10 +69,10 @@ def fetch(
     """
     for attempt in range(1, _CHANGED_ATTEMPTS):
         try:
-            return _bring(uri, directory, patience_seconds, wanted)
+            return _bring(uri, directory, patience_seconds, wanted, names)
         except ChangedError as error:
             structlog.get_logger().warning("fetch_changed", error=error.message, attempt=attempt)
-    return _bring(uri, directory, patience_seconds, wanted)
+    return _bring(uri, directory, patience_seconds, wanted, names)
 
 
 def look(
@@ -165,8 +167,16 @@ def _nothing(uri: str, near: list[str]) -> MissingError:
     )
 
 
-def _bring(uri: str, directory: Path, patience_seconds: float, wanted: Callable[[str], bool] | None) -> list[Fetched]:
+def _bring(
+    uri: str,
+    directory: Path,
+    patience_seconds: float,
+    wanted: Callable[[str], bool] | None,
+    names: frozenset[str] | None,
+) -> list[Fetched]:
     found = _find(uri, patience_seconds, wanted)
+    if names is not None:
+        found = _only(found, names)
     if isinstance(parse(uri), Path):
         return [found.fetched(entry, Path(found.store.uri) / entry.key) for entry in found.entries]
     _require_distinct(found.entries)
@@ -176,6 +186,15 @@ def _bring(uri: str, directory: Path, patience_seconds: float, wanted: Callable[
     finally:
         index.save()
     return [found.fetched(entry, directory / entry.key) for entry in found.entries]
+
+
+def _only(found: _Found, names: frozenset[str]) -> _Found:
+    """What the run began with: objects that came later are not part of it."""
+    entries = [entry for entry in found.entries if found.name(entry) in names]
+    later = [found.name(entry) for entry in found.entries if found.name(entry) not in names]
+    if later:
+        structlog.get_logger().warning("inputs_added_later", ignored=len(later), first=later[:_NEARBY])
+    return dataclasses.replace(found, entries=entries)
 
 
 def _require_distinct(entries: list[Entry]) -> None:

@@ -13,7 +13,7 @@ from job.storage.bucket import Bucket
 from job.storage.checksum import upload_arguments
 from job.storage.client import Connection
 from job.storage.download import again_if_damaged, download
-from job.storage.faults import DamagedError
+from job.storage.faults import DamagedError, MissingError
 from job.storage.store import Entry
 from job.storage.upload import upload
 from job.storage.uri import S3Address, checked_key
@@ -156,6 +156,42 @@ class S3Store:
             self._bucket.call(
                 "DeleteObject", name, lambda client: client.delete_object(Bucket=self._bucket.name, Key=name)
             )
+
+    def copy(self, key: str, target: str) -> None:
+        """See `Store.copy`. The server copies; boto3 does so in parts where the object is large."""
+        source = {"Bucket": self._bucket.name, "Key": self._key(key)}
+        name = self._key(target)
+
+        def act(client: S3Client) -> None:
+            client.copy(source, self._bucket.name, name)  # type: ignore[arg-type]
+
+        try:
+            self._bucket.call("CopyObject", name, act)
+        except ClientError as error:
+            if not is_missing(error):
+                raise
+            raise MissingError(f"{self.uri}/{key} is gone.", remedy="Restore it.") from None
+
+    def sweep(self, prefix: str) -> int:
+        """See `Store.sweep`."""
+        found = self._unfinished(self._root + prefix)
+        for name, upload_id in found:
+
+            def act(client: S3Client, name: str = name, upload_id: str = upload_id) -> None:
+                client.abort_multipart_upload(Bucket=self._bucket.name, Key=name, UploadId=upload_id)
+
+            with _absent():
+                self._bucket.call("AbortMultipartUpload", name, act)
+        return len(found)
+
+    def _unfinished(self, prefix: str) -> list[tuple[str, str]]:
+        """Key and upload id of every multipart upload that was begun under a prefix and not ended."""
+
+        def act(client: S3Client) -> list[tuple[str, str]]:
+            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket.name, Prefix=prefix)
+            return [(item["Key"], item["UploadId"]) for page in pages for item in page.get("Uploads", [])]
+
+        return self._bucket.call("ListMultipartUploads", prefix, act)
 
     def _key(self, key: str) -> str:
         return self._root + checked_key(key)

@@ -82,6 +82,23 @@ class Store(Protocol):
         """Remove the object; nothing happens when there is none."""
         ...
 
+    def copy(self, key: str, target: str) -> None:
+        """Create or replace the object `target` with the content of `key`, inside the store.
+
+        Raises:
+            MissingError: there is no `key`.
+        """
+        ...
+
+    def sweep(self, prefix: str) -> int:
+        """Remove what uploads that were broken off have left under `prefix`, which no listing shows (parts of
+        multipart uploads, temporary files). Only for a prefix that nobody is uploading to.
+
+        Returns:
+            how many were removed.
+        """
+        ...
+
 
 def open_store(
     uri: str,

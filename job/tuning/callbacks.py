@@ -1,4 +1,4 @@
-"""Trainer events -> progress events, evaluations and save points. Decides when; run.py says what happens then."""
+"""Trainer events -> progress events, evaluations and save points. Decides when; `training` says what happens then."""
 
 from __future__ import annotations
 
@@ -13,12 +13,39 @@ import structlog
 import torch
 from transformers import TrainerCallback
 
-from job.errors import HopelessError
+from job import signals
+from job.errors import HopelessError, Stop
 from job.tuning.device import Device, memory
 from job.tuning.trainer import CountingCollator
 
 log = structlog.get_logger()
 SMOOTH_STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What a run does at the events of its training loop."""
+
+    note: Callable[[dict[str, Any]], None]
+    """Keeps a line of the metrics."""
+    first_step: Callable[[], None]
+    """After the first step of this process."""
+    evaluate: Callable[[int], Any]
+    evaluated: Callable[[int], bool]
+    """Whether the evaluation at a step was done already, before an interruption."""
+    evaluate_every: int
+    """Optimizer steps."""
+    save: Callable[[int, Path, Callable[[], float]], None]
+    """Takes over the files of a checkpoint: the step, where they are, and the seconds that training has waited."""
+    save_every: int
+    """Optimizer steps."""
+    save_minutes: float
+    """The longest time between checkpoints."""
+    worth_saving: Callable[[float], bool]
+    """When asked to stop: whether a checkpoint fits into what is left of the grace, given how long the last one made
+    training wait."""
+    poll: Callable[[], None]
+    """Every step; raises what ends the run."""
 
 
 @dataclass
@@ -28,24 +55,16 @@ class Progress(TrainerCallback):
     device: Device
     collator: CountingCollator
     log_steps: int
-    record: Callable[[dict[str, Any]], None]
-    losses: list[float] = field(default_factory=list)
-    first_step_seconds: float | None = None
-    _began: float = 0.0
+    hooks: Hooks
+    step: int = 0
+    """Optimizer steps done."""
+    _began: bool = False
     _started: float = 0.0
     _seconds: list[float] = field(default_factory=list)
     _tokens: list[int] = field(default_factory=list)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._began = time.perf_counter()
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        now = time.perf_counter()
-        if self.first_step_seconds is None:
-            self.first_step_seconds = now - self._began
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """Called once a step, after the step's loss was read (which waits for the GPU)."""
@@ -55,9 +74,13 @@ class Progress(TrainerCallback):
         self._tokens.append(self.collator.tokens)
         self.collator.tokens = 0
         self._check(state.global_step, logs)
-        self.losses.append(float(logs["loss"]))
+        self.step = state.global_step
+        state.log_history.clear()  # the run's record keeps it; here it would grow with every checkpoint
         entry = self._entry(state, logs)
-        self.record({"event": "train_progress", **entry})
+        self.hooks.note({"event": "train_progress", **entry})
+        if not self._began:
+            self._began = True
+            self.hooks.first_step()
         if state.global_step % self.log_steps == 0 or state.global_step == state.max_steps:
             log.info("train_progress", **entry)
 
@@ -92,42 +115,84 @@ class Progress(TrainerCallback):
 
 @dataclass
 class Evaluations(TrainerCallback):
-    """Runs `evaluate` every so many steps. The last step is left to the caller, which evaluates at the end anyway.
+    """Evaluates every so many steps. The last step is left to the caller, which evaluates at the end anyway.
 
-    It acts on `on_log`, after `Progress` has taken the step's time.
+    It acts on `on_log`, after `Progress` has taken the step's time. Nothing of an evaluation stays in the model, so a
+    signal may break it off.
     """
 
-    every: int
-    evaluate: Callable[[int], None]
+    hooks: Hooks
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """What the interruption kept from being evaluated."""
+        if state.global_step > 0 and not self.hooks.evaluated(state.global_step):
+            self._evaluate_if_due(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        due = state.global_step % self.every == 0 and state.global_step < state.max_steps
-        if due and "loss" in logs:
-            self.evaluate(state.global_step)
+        if "loss" in logs:
+            self._evaluate_if_due(state)
+
+    def _evaluate_if_due(self, state: Any) -> None:
+        step = state.global_step
+        if step % self.hooks.evaluate_every or step >= state.max_steps:
+            return
+        try:
+            with signals.immediate():
+                self.hooks.evaluate(step)
+        except Stop:
+            log.info("evaluation_broken_off", step=step)
 
 
 @dataclass
 class SavePoints(TrainerCallback):
-    """Asks for a checkpoint every so many steps or minutes, whichever comes first, and at the last step."""
+    """Asks for a checkpoint every so many steps or minutes, whichever comes first, at the last step, and when a signal
+    asks the run to stop, if there is time.
 
-    steps: int | None
-    minutes: float
-    saved: Callable[[int, Path, float], None]
+    It decides on `on_log`, the last event before the trainer saves: only then is the step complete.
+    """
+
+    hooks: Hooks
     _last: float = 0.0
     _asked: float = 0.0
+    _stall_seconds: float = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._last = time.monotonic()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        due_steps = self.steps is not None and state.global_step % self.steps == 0
-        due_time = time.monotonic() - self._last >= self.minutes * 60
-        control.should_save = due_steps or due_time or state.global_step == state.max_steps
-
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._asked = time.monotonic()  # the last callback before the trainer writes the files
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if "loss" not in logs:
+            return
+        self.hooks.poll()
+        step, now = state.global_step, time.monotonic()
+        due = step % self.hooks.save_every == 0 or now - self._last >= self.hooks.save_minutes * 60
+        stop = signals.asked() is not None
+        if stop:
+            due = self.hooks.worth_saving(self._stall_seconds)
+            control.should_training_stop = True
+        control.should_save = due or (step == state.max_steps and not stop)
+        self._asked = now
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._last = time.monotonic()
         directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.saved(state.global_step, directory, self._last - self._asked)
+        if directory.exists():  # or the disk was full
+            self.hooks.save(state.global_step, directory, lambda: time.monotonic() - self._asked)
+            self._stall_seconds = time.monotonic() - self._asked
+
+
+@dataclass
+class Hyperparameters(TrainerCallback):
+    """A resumed optimizer brings the settings of its checkpoint along: where the user changed them on purpose, the new
+    ones hold from here on."""
+
+    learning_rate: float
+    weight_decay: float
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **events: Any) -> None:
+        groups = events["optimizer"].param_groups
+        scheduler = getattr(events["lr_scheduler"], "scheduler", events["lr_scheduler"])
+        scheduler.base_lrs = [self.learning_rate] * len(groups)
+        for number, (group, factor) in enumerate(zip(groups, scheduler.lr_lambdas, strict=True)):
+            group["initial_lr"] = self.learning_rate
+            group["lr"] = self.learning_rate * factor(scheduler.last_epoch)
+            group["weight_decay"] = self.weight_decay if number == 0 else 0.0  # the second: biases and norms

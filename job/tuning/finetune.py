@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,20 @@ from typing import Any
 import structlog
 import torch
 
+from job import signals
 from job.base_model import BaseModel
 from job.config import Config
 from job.errors import HopelessError
 from job.rendering import Prompt
-from job.tuning import export
+from job.tuning import checkpoint, export
 from job.tuning import model as models
-from job.tuning.callbacks import Evaluations, Progress, SavePoints
+from job.tuning.callbacks import Evaluations, Hooks, Hyperparameters, Progress, SavePoints
 from job.tuning.device import Device, choose, memory
 from job.tuning.evaluate import Evaluation, answer, evaluate
 from job.tuning.trainer import CountingCollator, Plan, build, plan, train
 
 log = structlog.get_logger()
+check_checkpoint = checkpoint.check
 ANSWERS_AT_ONCE = 32
 
 
@@ -100,21 +102,35 @@ class Finetune:
         )
 
     @property
-    def final_loss(self) -> float:
-        """The training loss of the last step."""
-        if self.progress is None or not self.progress.losses:
-            raise HopelessError("No step was trained.", remedy="Check the log for what the trainer printed.")
-        return self.progress.losses[-1]
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.progress.step if self.progress else 0
 
-    def train(
-        self,
-        *,
-        note: Callable[[dict[str, Any]], None],
-        evaluate: Callable[[int], Any],
-        evaluate_every: int,
-        save: Callable[[int, Path, float], None],
-    ) -> None:
-        """All optimizer steps, with progress events, evaluations and checkpoints."""
+    def circumstances(self) -> dict[str, Any]:
+        """What a checkpoint must meet again for the run to go on bit for bit."""
+        return {"plan": asdict(self.plan), "device": self.device.name}
+
+    def hooks(self, **hooks: Any) -> Hooks:
+        """The events of the training loop; `Hooks` has the names."""
+        return Hooks(save_minutes=self.config.checkpoint_minutes, **hooks)
+
+    def train(self, hooks: Hooks, *, resume_from: tuple[Path, int] | None, changed: bool = False) -> None:
+        """All optimizer steps that are left, with progress events, evaluations and checkpoints.
+
+        A signal is served between two steps.
+
+        Args:
+            resume_from: a verified checkpoint and its step.
+            changed: whether settings of the optimizer may differ from the checkpoint's.
+
+        Raises:
+            HopelessError: it diverged, ran out of memory, or ended early.
+            Stop: a signal came; a checkpoint was saved if there was time.
+        """
+        directory, done = resume_from or (None, 0)
+        if directory is not None and done >= self.plan.steps:
+            checkpoint.load_adapter(self.model, directory)  # the trainer would train one step too many
+            return
         trainer = build(
             self.model,
             self.dataset,
@@ -126,10 +142,14 @@ class Finetune:
         )
         collator = CountingCollator(trainer.data_collator)
         trainer.data_collator = collator
-        self.progress = Progress(device=self.device, collator=collator, log_steps=self.config.log_steps, record=note)
-        points = SavePoints(steps=self.config.checkpoint_steps, minutes=self.config.checkpoint_minutes, saved=save)
-        with enough_memory():
-            train(trainer, [self.progress, Evaluations(every=evaluate_every, evaluate=evaluate), points])
+        self.progress = Progress(
+            device=self.device, collator=collator, log_steps=self.config.log_steps, hooks=hooks, step=done
+        )
+        callbacks = [self.progress, Evaluations(hooks), SavePoints(hooks)]
+        if changed:
+            callbacks.append(Hyperparameters(self.plan.learning_rate, self.config.weight_decay))
+        with enough_memory(), signals.deferred():
+            train(trainer, callbacks, resume_from=directory)
         if trainer.state.global_step != self.plan.steps:
             raise HopelessError(
                 f"Training stopped after {trainer.state.global_step} of {self.plan.steps} steps.",

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from safetensors import SafetensorError
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from job.config import Config
 from job.errors import ConfigError, HopelessError
 from job.tuning import model as adapter
+from job.tuning.checkpoint import write_adapter
 from job.tuning.device import Device
 
+log = structlog.get_logger()
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+LEAST_FREE_BYTES = 1 << 20
 AUTO_MICRO_BATCH = 8
 IGNORED = -100
 CPU_OPTIMIZER = "adamw_torch_fused"
@@ -84,6 +92,33 @@ def _micro_batch(config: Config) -> int:
     return max(n for n in range(1, AUTO_MICRO_BATCH + 1) if config.batch_size % n == 0)
 
 
+class _Trainer(SFTTrainer):
+    """Checkpoints hold what a resume needs: no model card and no tokenizer, which would cost training a second each."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            Trainer._save_checkpoint(self, model, trial)  # noqa: SLF001 - not TRL's, which writes a model card first
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(directory, ignore_errors=True)
+            if not _disk_full(error, directory.parent):
+                raise
+            log.warning("checkpoint_skipped", step=self.state.global_step, reason=f"the disk is full: {error}")
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_adapter(self.model, directory)
+        self.model.peft_config["default"].save_pretrained(directory)
+
+
+def _disk_full(error: Exception, directory: Path) -> bool:
+    """Torch and safetensors say in words only that a write failed."""
+    words = any(f"os error {number}" in str(error) for number in NO_SPACE)
+    known = isinstance(error, OSError) and error.errno in NO_SPACE
+    return words or known or shutil.disk_usage(directory).free < LEAST_FREE_BYTES
+
+
 def build(
     model: Any, dataset: Any, hf_tokenizer: Any, *, config: Config, plan: Plan, device: Device, directory: Path
 ) -> SFTTrainer:
@@ -132,7 +167,7 @@ def build(
     # Rendering has cut the rows already. Without this claim Unsloth turns padding-free batches off, since it could not
     # cut ready rows itself.
     rows._unsloth_truncated_to = config.max_length  # noqa: SLF001
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=hf_tokenizer)
+    trainer = _Trainer(model=model, args=arguments, train_dataset=rows, processing_class=hf_tokenizer)
     adapter.cast_trainable(trainer.model)
     _check(trainer, plan)
     return trainer
@@ -178,9 +213,13 @@ class CountingCollator:
         return self.inner(rows)
 
 
-def train(trainer: SFTTrainer, callbacks: list[TrainerCallback]) -> None:
-    """Run all steps. The callbacks log, evaluate and save."""
+def train(trainer: SFTTrainer, callbacks: list[TrainerCallback], *, resume_from: Path | None = None) -> None:
+    """Run all steps that are left. The callbacks log, evaluate and save.
+
+    Args:
+        resume_from: a verified checkpoint, never the trainer's own search for the newest.
+    """
     for callback in callbacks:
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

@@ -1,0 +1,179 @@
+"""The process starts of a run: `attempts/<n>.json` when one begins, `.end.json` how it ended, `failure.json` why."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import threading
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from job import logs
+from job.env import Process
+from job.errors import ConfigError, FencedError, HopelessError, JobError, StorageError
+from job.storage.store import Store
+
+log = structlog.get_logger()
+TRIES = 1000
+MOST_FAILURES = 3
+OWN_ERRORS = frozenset({"unknown"})  # kinds of ends that the program itself is to blame for
+
+
+@dataclass(kw_only=True)
+class Attempts:
+    """One run's attempts, as one of them sees them."""
+
+    store: Store
+    run_id: str
+    number: int = 0
+    conditional: bool = True
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the end of this attempt will say of it, such as where it resumed from."""
+    _ended: threading.Lock = field(default_factory=threading.Lock)
+
+    def claim(self, process: Process, *, fencing: str, from_step: int, versions: dict[str, str]) -> int:
+        """Create the next `attempts/<n>.json`; the number is this process's alone.
+
+        Args:
+            fencing: `require` refuses a store without conditional writes, `auto` warns of it.
+            from_step: of the newest checkpoint at this moment.
+
+        Raises:
+            ConfigError: the store does not honour conditional writes, and they are required.
+        """
+        taken = [int(e.key.rpartition("/")[2][:4]) for e in self.store.entries(f"{self.run_id}/attempts/")]
+        first = max(taken, default=0) + 1
+        body: dict[str, Any] = {"host": process.host, "pod": process.pod, "gpus": list(process.gpus), "started": now()}
+        body |= {"versions": versions, "from_step": from_step}
+        for number in range(first, first + TRIES):
+            claim = _encode({"attempt": number, "nonce": uuid.uuid4().hex, **body})
+            if self.store.create(self._key(number), claim):
+                self.number = number
+                self._probe(claim, fencing)
+                return number
+        raise StorageError(f"No free attempt number from {first} on in {self.store.uri}/{self.run_id}/attempts/.")
+
+    def _probe(self, claim: bytes, fencing: str) -> None:
+        """Create the own claim a second time: a store that lets that happen does not honour conditional writes."""
+        key = self._key(self.number)
+        again = claim.replace(b'"nonce"', b'"probe"')
+        self.conditional = not self.store.create(key, again)
+        if self.conditional:
+            return
+        self.store.write(key, claim)
+        if fencing == "require":
+            raise ConfigError(
+                f"TUNE_FENCING=require, but {self.store.uri} does not honour conditional writes (If-None-Match).",
+                remedy="Use a store that does, or TUNE_FENCING=auto and never run one run id twice at the same time.",
+            )
+        log.warning(
+            "fencing_weak",
+            reason="the store ignores If-None-Match: two attempts at the same moment may both believe to own the run",
+        )
+
+    def end(self, outcome: str, **facts: Any) -> None:
+        """Write how this attempt ended; the first word counts.
+
+        It may be called from two threads at once: when a signal comes, the end is written at once, because there may
+        be no later.
+        """
+        if not self.number or not self._ended.acquire(blocking=False):
+            return
+        body = {"attempt": self.number, "outcome": outcome, "ended": now(), **self.facts, **facts}
+        self.store.write(self._key(self.number, "end."), _redacted(body))
+
+    def fail(self, error: Exception, *, step: int | None) -> JobError | None:
+        """Write `failure.json` and end the attempt.
+
+        Args:
+            error: what ended it.
+            step: the optimizer step that it happened in; None outside training.
+
+        Returns:
+            another error to report instead, when this was the last of too many like it.
+        """
+        if isinstance(error, FencedError):  # the run belongs to somebody else, also its failure.json
+            self.end(error.kind, exit_code=error.exit_code)
+            return None
+        hopeless = None
+        if not isinstance(error, JobError) and self._failures_before(step) + 1 >= MOST_FAILURES:
+            hopeless = HopelessError(
+                f"{MOST_FAILURES} attempts in a row ended at the same step ({step or 'before training'}), the last by "
+                f"{type(error).__name__}: {error}",
+                remedy="The log has the traceback. Mend the cause, then start the run again: it resumes.",
+            )
+        shown = hopeless or error
+        body: dict[str, Any] = {
+            "attempt": self.number,
+            "kind": shown.kind if isinstance(shown, JobError) else "unknown",
+            "exit_code": shown.exit_code if isinstance(shown, JobError) else 1,
+            "message": shown.message if isinstance(shown, JobError) else f"{type(shown).__name__}: {shown}",
+            "remedy": shown.remedy if isinstance(shown, JobError) else "",
+            "step": step,
+            "foreseen": isinstance(error, JobError),
+            "time": now(),
+        }
+        self.store.write(f"{self.run_id}/failure.json", _redacted(body))
+        self.end(body["kind"], exit_code=body["exit_code"], step=step)
+        return hopeless
+
+    def check_progress(self, from_step: int) -> None:
+        """Refuse to go on where others died without a word, one after the other, and none got any further.
+
+        Args:
+            from_step: of the newest checkpoint.
+
+        Raises:
+            HopelessError: the attempts before this one were killed from outside and left no new checkpoint.
+        """
+        before = [self._look(number) for number in range(self.number - 1, self.number - 1 - MOST_FAILURES, -1)]
+        if all(found and found[1] is None and found[0].get("from_step") == from_step for found in before):
+            raise HopelessError(
+                f"{MOST_FAILURES} attempts in a row died without a word, none got past step {from_step}.",
+                remedy="Most often the kernel killed them for their memory: give the job more, then start it again.",
+            )
+
+    def _failures_before(self, step: int | None) -> int:
+        """How many attempts just before this one ended by their own error at this step, or died there."""
+        count, from_step = 0, (self._look(self.number) or ({}, None))[0].get("from_step")
+        for number in range(self.number - 1, 0, -1):
+            start, end = self._look(number) or ({}, {})
+            died = end is None and start.get("from_step") == from_step
+            failed = end is not None and end.get("outcome") in OWN_ERRORS and end.get("step") == step
+            if not (died or failed):
+                break
+            count += 1
+        return count
+
+    def _look(self, number: int) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
+        """The start and the end of an attempt; None for what is not there."""
+        start = self._read(self._key(number)) if number > 0 else None
+        return None if start is None else (start, self._read(self._key(number, "end.")))
+
+    def _read(self, key: str) -> dict[str, Any] | None:
+        data = self.store.read(key)
+        try:
+            body = json.loads(data) if data is not None else None
+        except ValueError:
+            return {}  # unreadable counts as neither died nor failed
+        return body if isinstance(body, dict) or body is None else {}
+
+    def _key(self, number: int, what: str = "") -> str:
+        return f"{self.run_id}/attempts/{number:04d}.{what}json"
+
+
+def now() -> str:
+    """The time as records show it (RFC 3339, UTC)."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _encode(body: dict[str, Any]) -> bytes:
+    return (json.dumps(body, indent=2, ensure_ascii=False, default=str) + "\n").encode()
+
+
+def _redacted(body: dict[str, Any]) -> bytes:
+    # Messages of errors are free text, which may quote anything.
+    return logs.redact(_encode(body).decode()).encode()

@@ -1,0 +1,170 @@
+"""The order of things in a run: numbered records that are created once and never changed, `checkpoints/commits/`.
+
+Whoever creates a number owns it, so that the records of all attempts stand in one order without clocks or leases. An
+attempt fences the others by creating a record: whoever meets the record of a higher attempt where its own should go
+knows that it has been replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import structlog
+
+from job.errors import FencedError, StorageError
+from job.storage.store import Store
+
+Kind = Literal["checkpoint", "fence", "fresh", "final"]
+LAYOUT = 1
+TRIES = 10_000
+VANISHED_TRIES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One record of the ledger."""
+
+    number: int
+    body: dict[str, Any] | None
+    """None where the object cannot be understood."""
+
+    @property
+    def kind(self) -> str | None:
+        """Its kind, or None where it is damaged."""
+        return None if self.body is None else self.body.get("kind")
+
+    @property
+    def attempt(self) -> int:
+        """The attempt that wrote it; 0 where it is damaged."""
+        return int((self.body or {}).get("attempt", 0))
+
+
+@dataclass(kw_only=True)
+class Ledger:
+    """One run's records, as one attempt reads and writes them."""
+
+    store: Store
+    run_id: str
+    attempt: int = 0
+    conditional: bool = True
+    """Whether the store honours conditional writes. Where it does not, a record is looked for before it is created
+    and read back afterwards, which leaves a moment in which two writers may both believe to have won."""
+    last: int = 0
+    """The number of this attempt's last record. The next is the one after it, never what a new listing shows."""
+
+    def fence(self, kind: Kind = "fence", **facts: Any) -> int:
+        """Create this attempt's first record behind all that there are; from here on lower attempts cannot commit.
+
+        Returns:
+            its number. What this attempt reads lies below it.
+
+        Raises:
+            FencedError: a higher attempt was quicker.
+        """
+        self.last = max(self._numbers(), default=0)
+        return self.append(kind, **facts)
+
+    def append(self, kind: Kind, *, nonce: str | None = None, **facts: Any) -> int:
+        """Create the next record.
+
+        Args:
+            kind: what it means.
+            nonce: the same one makes a repetition of an append, whose outcome was lost, find the first.
+            facts: what it says.
+
+        Returns:
+            its number.
+
+        Raises:
+            FencedError: a higher attempt has written where this record should go.
+        """
+        nonce = nonce or uuid.uuid4().hex
+        body = {"layout": LAYOUT, "kind": kind, "attempt": self.attempt, "nonce": nonce, **facts}
+        data = json.dumps(body, indent=1, default=str).encode()
+        for number in range(self.last + 1, self.last + 1 + TRIES):
+            if self._take(number, data):
+                self.last = number
+                return number
+        raise StorageError(f"No free number after {self.last} under {self._key(0)}.", remedy="Use another TUNE_RUN_ID.")
+
+    def _take(self, number: int, data: bytes) -> bool:
+        """Whether the number is now ours."""
+        mine = json.loads(data)
+        for _ in range(VANISHED_TRIES):
+            if self._create(self._key(number), data):
+                return True
+            found = self.read(number)
+            if found is None:
+                continue  # a store that shows an object to one request and not to the next
+            if found.body is not None and found.body.get("nonce") == mine["nonce"]:
+                return True
+            if found.attempt > self.attempt:
+                raise FencedError(
+                    f"Attempt {found.attempt} of run {self.run_id} has taken over; this is attempt {self.attempt}.",
+                    remedy="Nothing is lost: the newer attempt goes on. Do not run one run id twice at the same time.",
+                )
+            return False
+        raise StorageError(f"{self._key(number)} exists for writing and not for reading.")
+
+    def _create(self, key: str, data: bytes) -> bool:
+        return create(self.store, key, data, conditional=self.conditional)
+
+    def read(self, number: int) -> Entry | None:
+        """One record, or None if there is none."""
+        data = self.store.read(self._key(number))
+        if data is None:
+            return None
+        try:
+            body = json.loads(data)
+        except ValueError:
+            body = None
+        return Entry(number=number, body=body if isinstance(body, dict) and "kind" in body else None)
+
+    def newest_first(self, *, below: int | None = None) -> Iterator[Entry]:
+        """The records of this run's present life, back to a `fresh` one, which is left out.
+
+        Args:
+            below: only records with lower numbers.
+        """
+        for number in sorted(self._numbers(), reverse=True):
+            if below is not None and number >= below:
+                continue
+            found = self.read(number)
+            if found is None:
+                continue
+            if found.kind == "fresh":
+                return
+            yield found
+
+    def newest(self, kind: Kind, *, below: int | None = None) -> Entry | None:
+        """The newest record of a kind."""
+        return next((entry for entry in self.newest_first(below=below) if entry.kind == kind), None)
+
+    def _numbers(self) -> list[int]:
+        stems = [PurePosixPath(entry.key).stem for entry in self.store.entries(f"{self.run_id}/checkpoints/commits/")]
+        strange = [stem for stem in stems if not stem.isdecimal()]
+        if strange:
+            structlog.get_logger().warning("ledger_strangers", names=strange[:10])
+        return [int(stem) for stem in stems if stem.isdecimal()]
+
+    def _key(self, number: int) -> str:
+        return f"{self.run_id}/checkpoints/commits/{number:06d}.json"
+
+
+def create(store: Store, key: str, data: bytes, *, conditional: bool) -> bool:
+    """Create an object that must not be there; the data must be unlike that of any other writer.
+
+    Args:
+        conditional: whether the store is known to refuse a second creation. If not, look first and read back after.
+    """
+    if conditional:
+        return store.create(key, data)
+    if store.head(key) is not None:
+        return False
+    store.write(key, data)
+    return store.read(key) == data

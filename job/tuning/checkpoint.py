@@ -1,0 +1,64 @@
+"""A checkpoint's files as the trainer writes and reads them: complete, readable, and all of the same step."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.trainer_pt_utils import safe_globals
+
+from job.storage.faults import DamagedError
+
+ADAPTER = "adapter_model.safetensors"
+FILES = (ADAPTER, "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+GENERATORS = ("python", "numpy", "cpu")
+
+
+def write_adapter(model: Any, directory: Path) -> None:
+    """Write the adapter's weights as they are in memory."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, directory / ADAPTER, metadata={"format": "pt"})
+
+
+def load_adapter(model: Any, directory: Path) -> None:
+    """Put the weights of a checkpoint's adapter into the model."""
+    set_peft_model_state_dict(model, load_file(directory / ADAPTER))
+
+
+def check(directory: Path, step: int) -> None:
+    """Read every file as the trainer will, and compare their steps.
+
+    A file that is missing would be left out by the trainer in silence, and training would go on as another run.
+
+    Raises:
+        DamagedError: a file is missing or cannot be read, or the parts are of different steps.
+    """
+    missing = [name for name in FILES if not (directory / name).is_file()]
+    if missing:
+        raise DamagedError(f"it lacks {', '.join(missing)}")
+    try:
+        load_file(directory / ADAPTER)
+        state = json.loads((directory / "trainer_state.json").read_text())
+        with safe_globals():
+            optimizer, scheduler, generators = (
+                torch.load(directory / name, weights_only=True, map_location="cpu")
+                for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+            )
+        steps = {"trainer": state["global_step"], "scheduler": scheduler["last_epoch"]}
+        counted = [int(one["step"]) for one in optimizer["state"].values() if "step" in one]
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise DamagedError(f"it cannot be read: {type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
+    lacking = [name for name in GENERATORS if name not in generators]
+    if lacking:
+        raise DamagedError(f"rng_state.pth lacks the generator {lacking[0]}")
+    steps |= {"optimizer": max(counted)} if counted else {}
+    wrong = [f"{part} {found}" for part, found in steps.items() if found != step]
+    if wrong:
+        raise DamagedError(f"its parts are of different steps: record {step}, {', '.join(wrong)}")
