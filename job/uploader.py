@@ -58,7 +58,7 @@ class Saved:
 class Uploader:
     """One upload in flight and one pending, of which the newest wins.
 
-    The process is started with the first checkpoint and started again if it dies.
+    The process is started at once, so that the first checkpoint need not wait for it, and again if it dies.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -75,6 +75,8 @@ class Uploader:
         self.kept = list(setup.kept)
         self.upload_seconds: float | None = None
         """How long the last upload took, with its commit."""
+        with self._changed:
+            self._start()
 
     def submit(self, saved: Saved) -> None:
         """Take a checkpoint over. Returns at once.

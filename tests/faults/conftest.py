@@ -1,0 +1,77 @@
+"""A zygote and a bucket for the fault matrix."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+
+from tests.faults.harness import SETTINGS, Bench, Place, Zygote
+from tests.servers import ACCESS_KEY, SECRET_KEY
+
+
+@pytest.fixture(scope="session", autouse=True)
+def credentials() -> Iterator[None]:
+    """Credentials of the local servers, and no other way to any cloud."""
+    values = {
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("TUNE_") or name.upper().endswith("_PROXY")]:
+            patch.delenv(name)
+        for name, value in values.items():
+            patch.setenv(name, value)
+        boto3.setup_default_session()
+        yield
+    boto3.setup_default_session()
+
+
+@pytest.fixture(scope="session")
+def zygote(credentials: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """The process that forks jobs."""
+    process = Zygote(tmp_path_factory.mktemp("zygote"))
+    yield process
+    process.close()
+
+
+def make_bench(zygote: Zygote, endpoint: str, directory: Path, tiny_model: Path, rows: Path, name: str) -> Bench:
+    """A bucket with the data in it; the model stays on the disk."""
+    place = Place(bucket=name, endpoint=endpoint)
+    place.client.create_bucket(Bucket=name)
+    place.put("data/rows.jsonl", rows.read_bytes())
+    common = {
+        **SETTINGS,
+        "AWS_ENDPOINT_URL_S3": endpoint,
+        "model": tiny_model,
+        "dataset": f"s3://{name}/data/",
+        "output": f"s3://{name}/out",
+    }
+    return Bench(zygote=zygote, place=place, directory=directory, common=common, baselines={})
+
+
+@pytest.fixture(scope="session")
+def bench(zygote, moto, tmp_path_factory, tiny_model, rows) -> Bench:
+    """Jobs against a store that honours conditional writes."""
+    return make_bench(zygote, moto, tmp_path_factory.mktemp("bench"), tiny_model, rows, "faults")
+
+
+@pytest.fixture(scope="session")
+def plain_bench(zygote, rclone, tmp_path_factory, tiny_model, rows) -> Bench:
+    """Jobs against a store that ignores conditional writes, whose objects are files that a test can damage."""
+    return make_bench(zygote, rclone.endpoint, tmp_path_factory.mktemp("plain"), tiny_model, rows, "faults")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(zygote) -> Iterator[None]:
+    """No test may leave a job behind."""
+    yield
+    import psutil
+
+    left = psutil.Process(zygote._process.pid).children(recursive=True)
+    for child in left:
+        child.kill()
+    assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE] or not left

@@ -1,0 +1,282 @@
+"""Jobs that are disturbed: how they are started, watched and killed, and what must be true in the end."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import boto3
+import psutil
+
+from tests.jobs import KEPT, ROOT
+
+SETTINGS = {
+    "max_steps": 12,
+    "batch_size": 4,
+    "micro_batch": 2,
+    "max_length": 128,
+    "lora_r": 4,
+    "lora_dropout": 0.1,
+    "learning_rate": 1e-2,
+    "checkpoint_steps": 2,
+    "eval_steps": 5,
+    "samples": 1,
+    "log_format": "json",
+    "storage_patience_minutes": 0.5,
+}
+INTERRUPTED, FENCED, STORAGE, HOPELESS, DENIED, CONFIG, KILLED = 75, 76, 74, 70, 77, 78, -signal.SIGKILL
+
+
+class Zygote:
+    """The process that forks jobs."""
+
+    def __init__(self, scratch: Path) -> None:
+        kept = {name: value for name, value in os.environ.items() if name.startswith(KEPT)}
+        self._errors = (scratch / "zygote.log").open("wb")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.zygote", str(scratch)],
+            cwd=ROOT,
+            env={**kept, "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self._lock = threading.Condition()
+        self._started: list[int] = []
+        self.codes: dict[int, int] = {}
+        assert json.loads(self._process.stdout.readline()) == {"ready": True}
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        for line in self._process.stdout:
+            message = json.loads(line)
+            with self._lock:
+                if "started" in message:
+                    self._started.append(message["started"])
+                else:
+                    self.codes[message["ended"]] = message["code"]
+                self._lock.notify_all()
+
+    def fork(self, request: dict[str, Any]) -> int:
+        """Start a job; returns its pid."""
+        with self._lock:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            while not self._started:
+                self._lock.wait(1)
+                assert self._process.poll() is None, "the zygote died"
+            return self._started.pop()
+
+    def wait(self, pid: int, seconds: float) -> int | None:
+        """The exit code, negative for a signal; None if it still runs."""
+        end = time.monotonic() + seconds
+        with self._lock:
+            while pid not in self.codes and time.monotonic() < end:
+                self._lock.wait(max(0.0, min(0.5, end - time.monotonic())))
+            return self.codes.get(pid)
+
+    def close(self) -> None:
+        """End it, and every job that it still has."""
+        for child in psutil.Process(self._process.pid).children(recursive=True):
+            child.kill()
+        self._process.stdin.close()
+        self._process.wait(10)
+        self._errors.close()
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One attempt."""
+
+    zygote: Zygote
+    pid: int
+    log: Path
+    started: float = field(default_factory=time.monotonic)
+
+    def lines(self) -> list[dict]:
+        """What it logged so far; every whole line is JSON."""
+        if not self.log.exists():
+            return []
+        text = self.log.read_bytes()
+        return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+
+    def events(self, name: str) -> list[dict]:
+        """All events of one kind."""
+        return [line for line in self.lines() if line["event"] == name]
+
+    def event(self, name: str) -> dict:
+        """The last event of one kind."""
+        found = self.events(name)
+        assert found, f"no {name} in {self.tail()}"
+        return found[-1]
+
+    def until(self, name: str, *, seconds: float = 60, **fields: Any) -> dict:
+        """Wait for an event with these fields."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for line in self.events(name):
+                if all(line.get(key) == value for key, value in fields.items()):
+                    return line
+            assert self.pid not in self.zygote.codes, f"ended before {name} {fields}: {self.tail()}"
+            time.sleep(0.01)
+        raise AssertionError(f"no {name} {fields} in {seconds} s: {self.tail()}")
+
+    def tail(self) -> list:
+        """The last lines, short."""
+        lines = [line for line in self.lines() if line["event"] != "library_output"]
+        return [str({k: v for k, v in line.items() if k not in ("timestamp", "config")})[:600] for line in lines[-6:]]
+
+    def send(self, number: int) -> None:
+        """A signal to the job's own process."""
+        os.kill(self.pid, number)
+
+    def family(self) -> list[psutil.Process]:
+        """The processes that it started."""
+        try:
+            return psutil.Process(self.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def uploader(self) -> psutil.Process:
+        """The process that uploads its checkpoints."""
+        return next(child for child in self.family() if "job.uploading" in child.cmdline())
+
+    def kill(self) -> None:
+        """What losing the machine does: SIGKILL to all of it."""
+        family = self.family()
+        for process in [psutil.Process(self.pid), *family]:
+            process.kill()
+        self.wait()
+        psutil.wait_procs(family, timeout=10)
+
+    def wait(self, seconds: float = 90) -> int:
+        """The exit code, negative for a signal."""
+        code = self.zygote.wait(self.pid, seconds)
+        if code is None:
+            tail = self.tail()
+            self.kill()
+            raise AssertionError(f"still running after {seconds} s: {tail}")
+        return code
+
+    def ends(self, code: int, seconds: float = 90) -> "Job":
+        """Wait, and insist on the exit code."""
+        found = self.wait(seconds)
+        assert found == code, f"exit code {found}, not {code}: {self.tail()}"
+        return self
+
+
+@dataclass(kw_only=True)
+class Place:
+    """A bucket, as an observer sees it; jobs and this process reach it at `endpoint`."""
+
+    bucket: str
+    endpoint: str
+
+    def __post_init__(self) -> None:
+        self.client = boto3.client("s3", endpoint_url=self.endpoint)
+
+    def names(self, prefix: str = "") -> list[str]:
+        """All keys under a prefix."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+        return [item["Key"] for page in pages for item in page.get("Contents", [])]
+
+    def get(self, key: str) -> bytes:
+        """An object's content."""
+        return self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+
+    def json(self, key: str) -> dict:
+        """A JSON object's content."""
+        return json.loads(self.get(key))
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object."""
+        self.client.put_object(Bucket=self.bucket, Key=key, Body=data)
+
+    def delete(self, key: str) -> None:
+        """Delete an object."""
+        self.client.delete_object(Bucket=self.bucket, Key=key)
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """Starts jobs on one bucket and compares how they end with a run that nothing disturbed."""
+
+    zygote: Zygote
+    place: Place
+    directory: Path
+    common: dict[str, Any]
+    baselines: dict[str, tuple[str, dict[int, float]]]
+
+    def name(self, what: str = "run") -> str:
+        """A run id of its own."""
+        return f"{what}-{uuid.uuid4().hex[:8]}"
+
+    def start(self, run_id: str, *, hooks: list[list] | None = None, endpoint: str | None = None, **variables: Any) -> Job:
+        """Start an attempt. Each of `hooks` is [a name in tests.faults.points, *its arguments]."""
+        kept = {name: value for name, value in os.environ.items() if name.startswith(KEPT)}
+        settings = {**self.common, "run_id": run_id, **variables}
+        named = {(k if k.isupper() else f"TUNE_{k.upper()}"): str(v) for k, v in settings.items() if v is not None}
+        scratch = self.directory / f"scratch-{uuid.uuid4().hex[:8]}"
+        scratch.mkdir()
+        environment = {**kept, "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch), **named}
+        if endpoint:
+            environment["AWS_ENDPOINT_URL_S3"] = endpoint
+        log = self.directory / f"{run_id}-{uuid.uuid4().hex[:8]}.jsonl"
+        request = {"env": environment, "log": str(log), "hooks": hooks or []}
+        return Job(zygote=self.zygote, pid=self.zygote.fork(request), log=log)
+
+    def key(self, run_id: str, name: str) -> str:
+        """An object of a run."""
+        return f"out/{run_id}/{name}"
+
+    def result(self, run_id: str) -> tuple[str, dict[int, float]]:
+        """SHA-256 of the published adapter, and the loss of each step."""
+        adapter = self.place.get(self.key(run_id, "adapter/adapter_model.safetensors"))
+        lines = [json.loads(line) for line in self.place.get(self.key(run_id, "metrics.jsonl")).splitlines()]
+        losses = {line["step"]: line["loss"] for line in lines if line["event"] == "train_progress"}
+        return hashlib.sha256(adapter).hexdigest(), losses
+
+    def baseline(self, **variables: Any) -> tuple[str, dict[int, float]]:
+        """The same of a run that nothing disturbed; made once for each set of settings."""
+        key = json.dumps(variables, sort_keys=True, default=str)
+        if key not in self.baselines:
+            run_id = self.name("baseline")
+            self.start(run_id, **variables).ends(0)
+            self.baselines[key] = self.result(run_id)
+        return self.baselines[key]
+
+    def check_whole(self, run_id: str, *, against: dict[str, Any] | None = None) -> None:
+        """The oracles for a run that has ended with 0: the very adapter and losses of an undisturbed run; `done.json`
+        tells the truth about every artefact; every commit that still has files verifies; no multipart upload is left.
+        """
+        assert self.result(run_id) == self.baseline(**(against or {}))
+        done = self.place.json(self.key(run_id, "done.json"))
+        for artifact in done["artifacts"]:
+            data = self.place.get(self.key(run_id, artifact["name"]))
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (artifact["size"], artifact["sha256"]), artifact
+        assert self.place.json("out/latest.json")["run_id"]
+        self.check_commits(run_id)
+        uploads = self.place.client.list_multipart_uploads(Bucket=self.place.bucket)
+        assert not [u for u in uploads.get("Uploads", []) if f"/{run_id}/" in u["Key"]]
+
+    def check_commits(self, run_id: str) -> list[dict]:
+        """Every readable checkpoint record whose files are there names exactly what is stored."""
+        records = []
+        for key in self.place.names(self.key(run_id, "checkpoints/commits/")):
+            body = self.place.json(key)
+            records.append(body)
+            if body["kind"] != "checkpoint" or not self.place.names(f"out/{body['data']}/"):
+                continue
+            for file in body["files"]:
+                data = self.place.get(f"out/{body['data']}/{file['name']}")
+                assert (len(data), hashlib.sha256(data).hexdigest()) == (file["size"], file["sha256"]), (key, file)
+        return records

@@ -1,0 +1,62 @@
+"""SIGKILL: anywhere, at any time."""
+
+import random
+import signal
+import time
+
+import pytest
+
+from tests.faults.harness import KILLED
+
+SEEDS = range(20)
+FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_kill_at_a_random_step(bench, seed):
+    """A machine lost at any step: the next attempt ends with the adapter of a run that was never disturbed, and has
+    lost no more steps than lie between two checkpoints."""
+    chance = random.Random(seed)
+    run_id, step = bench.name(f"kill-{seed}"), chance.randrange(1, 12)
+    first = bench.start(run_id, hooks=[["slow_steps", 0.1], ["stop_at_step", step]])
+    first.until("train_progress", step=step - 1) if step > 1 else first.until("model_loaded")
+    time.sleep(chance.random() * 0.3)
+    first.kill()
+    second = bench.start(run_id).ends(0)
+    resumed = second.events("resumed")
+    from_step = resumed[-1]["resumed_step"] if resumed else 0
+    assert from_step >= step - 1 - 2 * 2  # one upload in flight, one pending
+    assert not resumed or 0 < resumed[-1]["seconds_to_first_step"] < 60
+    bench.check_whole(run_id)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_kill_inside_a_save(bench, name):
+    """A machine lost while a file of a checkpoint was being written: what was half written is never used."""
+    run_id = bench.name("save")
+    bench.start(run_id, hooks=[["kill_in_save", name, 6]]).ends(KILLED)
+    bench.start(run_id).ends(0)
+    bench.check_whole(run_id)
+
+
+def test_kill_of_the_uploader_alone(bench):
+    """The uploading process dies: another one takes its place, and the run goes on."""
+    run_id = bench.name("uploader")
+    job = bench.start(run_id, hooks=[["slow_steps", 0.2]])
+    job.until("checkpoint_committed")
+    job.uploader().kill()
+    job.ends(0)
+    assert job.event("uploader_died")["status"] == -signal.SIGKILL
+    bench.check_whole(run_id)
+
+
+@pytest.mark.parametrize(
+    "place", ["job.ledger:Ledger.append", "job.record:Record.sweep", "job.record:Record.finish", "job.record:Record._create"]
+)
+def test_kill_after_the_last_commit(bench, place):
+    """A machine lost between the last checkpoint and `done.json`: the next attempt trains no step and publishes."""
+    run_id, number = bench.name("last"), {"job.ledger:Ledger.append": 2, "job.record:Record._create": 3}.get(place, 1)
+    bench.start(run_id, hooks=[["call_before", place, number, "SIGKILL"]]).ends(KILLED)
+    second = bench.start(run_id).ends(0)
+    assert second.events("train_progress") == []
+    bench.check_whole(run_id)

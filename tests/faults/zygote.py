@@ -1,0 +1,87 @@
+"""Starts jobs in a second instead of ten: a process that has imported the training stack, and forks for each job.
+
+What runs in the fork is `python -m job`'s own `__main__`, as a process of its own that is really signalled and really
+killed. A hook may be installed in the fork before it starts (`tests.faults.points`), for faults at an exact place.
+
+Requests are JSON lines on standard input, answers JSON lines on standard output: the pid of each job, later its status.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import select
+import sys
+import tempfile
+from pathlib import Path
+
+
+def main() -> None:
+    """Import, then fork until standard input closes."""
+    from job import env
+
+    env.prepare_libraries(Path(sys.argv[1]), expect_gpu=False)
+    import boto3  # noqa: F401
+    import datasets  # noqa: F401
+
+    import job.run
+    import job.storage.s3
+    import job.training  # noqa: F401
+    import job.tuning.finetune  # noqa: F401
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _say(answers, {"ready": True})
+    pids = set()
+    buffer = b""
+    while True:
+        readable, _, _ = select.select([0], [], [], 0.01)
+        if readable:
+            data = os.read(0, 65536)
+            if not data:
+                os._exit(0)
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                pid = _fork(json.loads(line))
+                pids.add(pid)
+                _say(answers, {"started": pid})
+        for pid in list(pids):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                pids.discard(pid)
+                _say(answers, {"ended": pid, "code": os.waitstatus_to_exitcode(status)})
+
+
+def _say(answers, message) -> None:
+    answers.write(json.dumps(message) + "\n")
+    answers.flush()
+
+
+def _fork(request) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(nothing, 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.closerange(3, 256)
+        os.environ.clear()
+        os.environ.update(request["env"])
+        tempfile.tempdir = None
+        sys.argv = ["job"]
+        for name, *arguments in request["hooks"]:
+            getattr(importlib.import_module("tests.faults.points"), name)(*arguments)
+        runpy.run_module("job", run_name="__main__", alter_sys=True)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    os._exit(99)
+
+
+if __name__ == "__main__":
+    main()
