@@ -7,6 +7,7 @@ knows that it has been replaced.
 
 from __future__ import annotations
 
+import itertools
 import json
 import uuid
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ class Ledger:
     last: int = 0
     """The number of this attempt's last record. The next is the one after it, never what a new listing shows."""
 
-    def fence(self, kind: Kind = "fence", **facts: Any) -> int:
+    def fence(self) -> int:
         """Create this attempt's first record behind all that there are; from here on lower attempts cannot commit.
 
         Returns:
@@ -67,7 +68,14 @@ class Ledger:
             FencedError: a higher attempt was quicker.
         """
         self.last = max(self._numbers(), default=0)
-        return self.append(kind, **facts)
+        number = self.append("fence")
+        # A higher attempt may have fenced while this one was on its way: then its record lies below. Behind any other
+        # record than a fence all attempts are at most the record's own, so that nothing further back need be read.
+        for entry in self._backwards(below=number):
+            self._yield_to(entry)
+            if entry.kind not in {"fence", None}:
+                break
+        return number
 
     def append(self, kind: Kind, *, nonce: str | None = None, **facts: Any) -> int:
         """Create the next record.
@@ -103,13 +111,16 @@ class Ledger:
                 continue  # a store that shows an object to one request and not to the next
             if found.body is not None and found.body.get("nonce") == mine["nonce"]:
                 return True
-            if found.attempt > self.attempt:
-                raise FencedError(
-                    f"Attempt {found.attempt} of run {self.run_id} has taken over; this is attempt {self.attempt}.",
-                    remedy="Nothing is lost: the newer attempt goes on. Do not run one run id twice at the same time.",
-                )
+            self._yield_to(found)
             return False
         raise StorageError(f"{self._key(number)} exists for writing and not for reading.")
+
+    def _yield_to(self, entry: Entry) -> None:
+        if entry.attempt > self.attempt:
+            raise FencedError(
+                f"Attempt {entry.attempt} of run {self.run_id} has taken over; this is attempt {self.attempt}.",
+                remedy="Nothing is lost: the newer attempt goes on. Do not run one run id twice at the same time.",
+            )
 
     def _create(self, key: str, data: bytes) -> bool:
         return create(self.store, key, data, conditional=self.conditional)
@@ -131,15 +142,13 @@ class Ledger:
         Args:
             below: only records with lower numbers.
         """
+        return itertools.takewhile(lambda entry: entry.kind != "fresh", self._backwards(below=below))
+
+    def _backwards(self, *, below: int | None) -> Iterator[Entry]:
         for number in sorted(self._numbers(), reverse=True):
-            if below is not None and number >= below:
-                continue
-            found = self.read(number)
-            if found is None:
-                continue
-            if found.kind == "fresh":
-                return
-            yield found
+            found = self.read(number) if below is None or number < below else None
+            if found is not None:
+                yield found
 
     def newest(self, kind: Kind, *, below: int | None = None) -> Entry | None:
         """The newest record of a kind."""

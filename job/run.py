@@ -64,7 +64,8 @@ def run(config: Config) -> None:
     with _recorded(attempts, record):
         attempts.check_progress(from_step)
         if config.resume == "fresh":
-            ledger.fence("fresh")
+            ledger.fence()
+            ledger.append("fresh")
             log.warning("run_set_aside", uri=record.set_aside())
         with _scratch(record.run_id) as (scratch, work):
             life = Life(

@@ -88,9 +88,9 @@ def train(life: Life, finetune: Any, data: Data, mark: dict[str, Any], restored:
         raise
     finally:
         uploader.close()
+    after = look(finetune, data, record, phase="after", step=finetune.plan.steps)
     if earlier is not None and earlier.body is not None:
         return {name: earlier.body[name] for name in FACTS}
-    after = look(finetune, data, record, phase="after", step=finetune.plan.steps)
     before = next((entry["eval_loss"] for entry in record.noted("evaluated", step=0)), None)
     loss = next(entry["loss"] for entry in record.noted("train_progress"))
     facts = {

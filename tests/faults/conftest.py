@@ -1,10 +1,13 @@
 """A zygote and a bucket for the fault matrix."""
 
+import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import psutil
 import pytest
 
 from tests.faults.harness import SETTINGS, Bench, Place, Zygote
@@ -66,12 +69,23 @@ def plain_bench(zygote, rclone, tmp_path_factory, tiny_model, rows) -> Bench:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(zygote) -> Iterator[None]:
-    """No test may leave a job behind."""
+def nothing_left(zygote, tmp_path_factory) -> Iterator[None]:
+    """No job leaves a process behind: not when it ends, not when it is killed."""
     yield
-    import psutil
+    base = str(tmp_path_factory.getbasetemp())
+    deadline = time.monotonic() + 8
+    while left := [child for child in psutil.process_iter() if _is_jobs(child, base, zygote)]:
+        if time.monotonic() > deadline:
+            lines = [child.cmdline() for child in left]
+            for child in left:
+                child.kill()
+            raise AssertionError(f"left running: {lines}")
+        time.sleep(0.05)
 
-    left = psutil.Process(zygote._process.pid).children(recursive=True)
-    for child in left:
-        child.kill()
-    assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE] or not left
+
+def _is_jobs(child: psutil.Process, base: str, zygote: Zygote) -> bool:
+    with contextlib.suppress(psutil.Error):
+        mine = child.environ().get("TMPDIR", "").startswith(f"{base}/") and "scratch-" in child.environ()["TMPDIR"]
+        forked = child.ppid() == zygote.pid and child.status() != psutil.STATUS_ZOMBIE
+        return (mine or forked) and child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+    return False

@@ -50,6 +50,7 @@ class Zygote:
             stderr=self._errors,
             text=True,
         )
+        self.pid = self._process.pid
         self._lock = threading.Condition()
         self._started: list[int] = []
         self.codes: dict[int, int] = {}
@@ -205,6 +206,13 @@ class Place:
         """Delete an object."""
         self.client.delete_object(Bucket=self.bucket, Key=key)
 
+    def unfinished(self) -> list[str]:
+        """The keys of multipart uploads that were begun and not ended."""
+        try:
+            return [u["Key"] for u in self.client.list_multipart_uploads(Bucket=self.bucket).get("Uploads", [])]
+        except self.client.exceptions.NoSuchUpload:  # how rclone says that there is none
+            return []
+
 
 @dataclass(kw_only=True)
 class Bench:
@@ -220,7 +228,9 @@ class Bench:
         """A run id of its own."""
         return f"{what}-{uuid.uuid4().hex[:8]}"
 
-    def start(self, run_id: str, *, hooks: list[list] | None = None, endpoint: str | None = None, **variables: Any) -> Job:
+    def start(
+        self, run_id: str, *, hooks: list[list] | None = None, endpoint: str | None = None, **variables: Any
+    ) -> Job:
         """Start an attempt. Each of `hooks` is [a name in tests.faults.points, *its arguments]."""
         kept = {name: value for name, value in os.environ.items() if name.startswith(KEPT)}
         settings = {**self.common, "run_id": run_id, **variables}
@@ -265,8 +275,7 @@ class Bench:
             assert (len(data), hashlib.sha256(data).hexdigest()) == (artifact["size"], artifact["sha256"]), artifact
         assert self.place.json("out/latest.json")["run_id"]
         self.check_commits(run_id)
-        uploads = self.place.client.list_multipart_uploads(Bucket=self.place.bucket)
-        assert not [u for u in uploads.get("Uploads", []) if f"/{run_id}/" in u["Key"]]
+        assert not [key for key in self.place.unfinished() if f"/{run_id}/" in key]
 
     def check_commits(self, run_id: str) -> list[dict]:
         """Every readable checkpoint record whose files are there names exactly what is stored."""
@@ -280,3 +289,33 @@ class Bench:
                 data = self.place.get(f"out/{body['data']}/{file['name']}")
                 assert (len(data), hashlib.sha256(data).hexdigest()) == (file["size"], file["sha256"]), (key, file)
         return records
+
+
+def killed_run(bench: Bench, what: str = "killed", step: int = 9, **variables: Any) -> str:
+    """A run whose only attempt was killed at a step (of 12), when every checkpoint before was committed."""
+    run_id = bench.name(what)
+    bench.start(run_id, hooks=[["commit_every_save"], ["kill_at_step", step]], **variables).ends(KILLED)
+    return run_id
+
+
+def copied_run(bench: Bench, source: str, what: str = "copy") -> str:
+    """Another run of the same content; its records name the new run. Cheaper than another training."""
+    run_id = bench.name(what)
+    for key in bench.place.names(bench.key(source, "")):
+        name, data = key.removeprefix(bench.key(source, "")), bench.place.get(key)
+        is_record = "/" not in name or name.startswith(("checkpoints/commits/", "attempts/"))
+        bench.place.put(bench.key(run_id, name), data.replace(source.encode(), run_id.encode()) if is_record else data)
+    return run_id
+
+
+def commits(bench: Bench, run_id: str) -> dict[int, str]:
+    """The key of the checkpoint record of each step, in order."""
+    keys = bench.place.names(bench.key(run_id, "checkpoints/commits/"))
+    records = {key: bench.place.json(key) for key in keys}
+    return {body["step"]: key for key, body in records.items() if body["kind"] == "checkpoint"}
+
+
+def damaged(data: bytes, how: str) -> bytes:
+    """What is left of an object."""
+    flipped = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :]
+    return {"empty": b"", "truncated": data[: len(data) // 2], "flipped": flipped}[how]

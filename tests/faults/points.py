@@ -95,3 +95,99 @@ def call_before(target: str, number: int, how: str) -> None:
         return inner(*arguments, **options)
 
     setattr(owner, name, call)
+
+
+def commit_every_save() -> None:
+    """Training waits for each checkpoint until it is committed and tidied up, so that none is superseded."""
+    from job.uploader import Uploader
+
+    def submit(self, saved, inner=Uploader.submit):
+        inner(self, saved)
+        self.drain()
+
+    Uploader.submit = submit
+
+
+def today(date: str) -> None:
+    """What this process takes for the day on which the run begins, e.g. `2024-02-29`."""
+    import datetime
+    from types import SimpleNamespace
+
+    import job.inputs
+
+    clock = SimpleNamespace(now=lambda _: datetime.datetime.fromisoformat(date))
+    job.inputs.datetime = SimpleNamespace(date=datetime.date, datetime=clock, UTC=datetime.UTC)
+
+
+def may_mount() -> bool:
+    """Whether this user may give a process file systems of its own."""
+    import shutil
+    import subprocess
+
+    return bool(shutil.which("unshare")) and subprocess.call(["unshare", "-m", "true"], stderr=subprocess.DEVNULL) == 0
+
+
+def full_disk(from_step: int, to_step: int) -> None:
+    """Work on a small disk that nobody else sees, and have it full between the ends of two steps."""
+    import contextlib
+    import ctypes
+    from pathlib import Path
+
+    new_namespace, recursive, private = 0x20000, 1 << 14, 1 << 18
+    libc = ctypes.CDLL(None, use_errno=True)
+    place = os.environ["TMPDIR"].encode()
+    assert not libc.unshare(new_namespace), os.strerror(ctypes.get_errno())
+    assert not libc.mount(b"none", b"/", None, recursive | private, None), os.strerror(ctypes.get_errno())
+    assert not libc.mount(b"tmpfs", place, b"tmpfs", 0, b"size=16m"), os.strerror(ctypes.get_errno())
+    ballast = Path(os.environ["TMPDIR"], "ballast")
+
+    def fill():
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    _at_step(from_step, fill)
+    _at_step(to_step, ballast.unlink)
+
+
+def block(target: str, seconds: float) -> None:
+    """Before the first call of a function, stay in C code that no signal interrupts."""
+    import hashlib
+    import time
+
+    def act():
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            # In one call, so that Python's signal handlers wait: about half a second for each million rounds.
+            hashlib.pbkdf2_hmac("sha256", b"", b"", int(seconds * 2_000_000))
+
+    _before(target, act)
+
+
+def swallow(target: str) -> None:
+    """Before the first call of a function, a SIGTERM whose exception somebody swallows."""
+    import time
+
+    def act():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except BaseException:
+            pass
+        time.sleep(30)
+
+    _before(target, act)
+
+
+def _before(target: str, act) -> None:
+    import importlib
+
+    module, _, name = target.partition(":")
+    owner = importlib.import_module(module)
+    inner = getattr(owner, name)
+
+    def call(*arguments, **options):
+        act()
+        return inner(*arguments, **options)
+
+    setattr(owner, name, call)

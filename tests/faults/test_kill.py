@@ -51,7 +51,8 @@ def test_kill_of_the_uploader_alone(bench):
 
 
 @pytest.mark.parametrize(
-    "place", ["job.ledger:Ledger.append", "job.record:Record.sweep", "job.record:Record.finish", "job.record:Record._create"]
+    "place",
+    ["job.ledger:Ledger.append", "job.record:Record.sweep", "job.record:Record.finish", "job.record:Record._create"],
 )
 def test_kill_after_the_last_commit(bench, place):
     """A machine lost between the last checkpoint and `done.json`: the next attempt trains no step and publishes."""

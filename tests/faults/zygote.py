@@ -21,13 +21,10 @@ def main() -> None:
     from job import env
 
     env.prepare_libraries(Path(sys.argv[1]), expect_gpu=False)
-    import boto3  # noqa: F401
-    import datasets  # noqa: F401
-
-    import job.run
-    import job.storage.s3
-    import job.training  # noqa: F401
-    import job.tuning.finetune  # noqa: F401
+    for name in ("boto3", "datasets"):
+        importlib.import_module(name)
+    for name in ("job.run", "job.storage.s3", "job.training", "job.tuning.finetune"):
+        importlib.import_module(name)
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -76,7 +73,7 @@ def _fork(request) -> int:
         for name, *arguments in request["hooks"]:
             getattr(importlib.import_module("tests.faults.points"), name)(*arguments)
         runpy.run_module("job", run_name="__main__", alter_sys=True)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the fork must not go on as a second zygote
         import traceback
 
         traceback.print_exc()
