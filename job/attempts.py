@@ -27,6 +27,8 @@ class Attempts:
     """One run's attempts, as one of them sees them."""
 
     store: Store
+    closing: Store
+    """The same place with little patience: how an attempt ended must not hold a GPU through an outage of its own."""
     run_id: str
     number: int = 0
     conditional: bool = True
@@ -83,7 +85,7 @@ class Attempts:
         if not self.number or not self._ended.acquire(blocking=False):
             return
         body = {"attempt": self.number, "outcome": outcome, "ended": now(), **self.facts, **facts}
-        self.store.write(self._key(self.number, "end."), _redacted(body))
+        self.closing.write(self._key(self.number, "end."), _redacted(body))
 
     def fail(self, error: Exception, *, step: int | None) -> JobError | None:
         """Write `failure.json` and end the attempt.
@@ -116,7 +118,7 @@ class Attempts:
             "foreseen": isinstance(error, JobError),
             "time": now(),
         }
-        self.store.write(f"{self.run_id}/failure.json", _redacted(body))
+        self.closing.write(f"{self.run_id}/failure.json", _redacted(body))
         self.end(body["kind"], exit_code=body["exit_code"], step=step)
         return hopeless
 
@@ -154,7 +156,7 @@ class Attempts:
         return None if start is None else (start, self._read(self._key(number, "end.")))
 
     def _read(self, key: str) -> dict[str, Any] | None:
-        data = self.store.read(key)
+        data = self.closing.read(key)
         try:
             body = json.loads(data) if data is not None else None
         except ValueError:

@@ -98,11 +98,13 @@ def _bring(ledger: Ledger, entry: Entry, directory: Path, check: Callable[[Path,
     body = entry.body
     if body is None:
         raise DamagedError("the record itself cannot be understood")
+    step, prefix = body["step"], body["data"]
     try:
-        step, prefix, files = int(body["step"]), str(body["data"]), list(body["files"])
-        wanted = {str(file["name"]): (int(file["size"]), str(file["sha256"])) for file in files}
+        wanted = {str(file["name"]): (int(file["size"]), str(file["sha256"])) for file in body["files"]}
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedError(f"the record lacks {error}") from None
+        raise DamagedError(f"the record's files cannot be understood: {error!r}") from None
+    if not _DATA.fullmatch(f"{prefix.removeprefix(f'{ledger.run_id}/')}/") or HISTORY not in wanted:
+        raise DamagedError(f"the record names {prefix!r} with {', '.join(wanted) or 'no files'}")
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     for name, (size, _) in wanted.items():
@@ -112,12 +114,23 @@ def _bring(ledger: Ledger, entry: Entry, directory: Path, check: Callable[[Path,
         if found[directory / name] != sha256:
             raise DamagedError(f"{prefix}/{name} does not have the SHA-256 of its record")
     check(directory, step)
-    return Restored(directory=directory, step=step, number=entry.number, prefix=prefix, body=body)
+    restored = Restored(directory=directory, step=step, number=entry.number, prefix=prefix, body=body)
+    _check_history(restored)
+    return restored
+
+
+def _check_history(restored: Restored) -> None:
+    try:
+        steps = [entry["step"] for entry in restored.history() if entry["event"] == "train_progress"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{HISTORY} cannot be understood: {error!r}") from None
+    if steps != list(range(1, restored.step + 1)):
+        raise DamagedError(f"{HISTORY} is not of step {restored.step}")
 
 
 def _safe(name: str) -> str:
     parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name:
+    if name != "/".join(parts) or not parts or ".." in parts or parts[0] == "/" or "\\" in name:
         raise DamagedError(f"the record names a file {name!r}")
     return name
 

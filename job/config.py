@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from marshmallow import ValidationError, fields, validate
+from job.kinds import Kind, auto_or, choice, flag, integer, names, number, text
 
 PREFIX = "TUNE_"
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -26,15 +26,6 @@ CONTENTS = ("base_weights", "tokenizer", "training_data")
 FIXED = ("TUNE_LORA_R", "TUNE_LORA_TARGETS", "TUNE_PRECISION")
 """Variables that a checkpoint cannot be carried over: its tensors would not fit."""
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """How one value is read: the marshmallow field that parses it, the rule in words, and its JSON schema."""
-
-    field: fields.Field[Any]
-    rule: str
-    schema: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,79 +56,6 @@ class Setting:
         return str(self.default).lower() if isinstance(self.default, bool) else f"{self.default}"
 
 
-class _Auto(fields.Field[Any]):
-    """`auto`, or what the inner field accepts."""
-
-    def __init__(self, inner: fields.Field[Any]) -> None:
-        super().__init__()
-        self._inner = inner
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
-        return value if value == "auto" else self._inner.deserialize(value, attr, data, **kwargs)
-
-
-class _Names(fields.Field[Any]):
-    """A comma-separated list, kept in order as a tuple; every part must satisfy the inner field."""
-
-    def __init__(self, inner: fields.Field[Any]) -> None:
-        super().__init__()
-        self._inner = inner
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
-        parts = [part.strip() for part in value.split(",") if part.strip()]
-        if not parts:
-            raise ValidationError("The list is empty.")
-        return tuple(self._inner.deserialize(part, attr, data, **kwargs) for part in parts)
-
-
-def _integer(minimum: int) -> Kind:
-    return Kind(
-        field=fields.Integer(validate=validate.Range(min=minimum)),
-        rule=f"a whole number, at least {minimum}",
-        schema={"type": "integer", "minimum": minimum},
-    )
-
-
-def _number(minimum: float, maximum: float | None = None, *, exclusive: bool = False) -> Kind:
-    low = f"above {minimum:g}" if exclusive else f"at least {minimum:g}"
-    return Kind(
-        field=fields.Float(validate=validate.Range(min=minimum, max=maximum, min_inclusive=not exclusive)),
-        rule=f"a number, {low}" + (f" and at most {maximum:g}" if maximum is not None else ""),
-        schema={"type": "number", ("exclusiveMinimum" if exclusive else "minimum"): minimum}
-        | ({"maximum": maximum} if maximum is not None else {}),
-    )
-
-
-def _choice(*options: str) -> Kind:
-    return Kind(
-        field=fields.String(validate=validate.OneOf(options)),
-        rule="one of " + ", ".join(options),
-        schema={"type": "string", "enum": list(options)},
-    )
-
-
-def _text(pattern: re.Pattern[str] | str, rule: str) -> Kind:
-    expression = pattern if isinstance(pattern, str) else pattern.pattern
-    return Kind(
-        field=fields.String(validate=validate.Regexp(f"(?:{expression})\\Z")),
-        rule=rule,
-        schema={"type": "string", "pattern": f"^(?:{expression})$"},
-    )
-
-
-def _flag() -> Kind:
-    return Kind(field=fields.Boolean(), rule="true or false", schema={"type": "boolean"})
-
-
-def _auto_or(kind: Kind) -> Kind:
-    schema = {"anyOf": [{"const": "auto"}, kind.schema]}
-    return Kind(field=_Auto(kind.field), rule=f"auto, or {kind.rule}", schema=schema)
-
-
-def _names(kind: Kind, rule: str) -> Kind:
-    return Kind(field=_Names(kind.field), rule=rule, schema={"type": "string", "minLength": 1})
-
-
 def _setting(kind: Kind, meaning: str, *, default: Any = dataclasses.MISSING, fingerprint: bool = False) -> Any:
     return dataclasses.field(
         default=default, metadata={"kind": kind, "meaning": meaning, "fingerprint": fingerprint}, kw_only=True
@@ -145,14 +63,14 @@ def _setting(kind: Kind, meaning: str, *, default: Any = dataclasses.MISSING, fi
 
 
 _S3 = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
-_MODEL = _text(rf"{HUB_NAME.pattern}|{_S3}|/.+", "org/name[@revision], s3://bucket/prefix, or an absolute path")
-_PLACE = _text(rf"{_S3}|/.+", "s3://bucket/prefix, or an absolute path")
-_DATA = _text(
+_MODEL = text(rf"{HUB_NAME.pattern}|{_S3}|/.+", "org/name[@revision], s3://bucket/prefix, or an absolute path")
+_PLACE = text(rf"{_S3}|/.+", "s3://bucket/prefix, or an absolute path")
+_DATA = text(
     rf"{_S3}|hf://datasets/.+|/.+",
     "s3://bucket/key, an absolute path, or hf://datasets/org/name[@revision][:split]; several separated by commas",
 )
-_TEMPLATE = _text(rf"[a-z][\w.-]*|{_S3}|/.+", "tokenizer, a template's name such as chatml, or the URI of a Jinja file")
-_RUN = _text(RUN_ID, "letters, digits, '.', '_' and '-', at most 128, starting with a letter or digit")
+_TEMPLATE = text(rf"[a-z][\w.-]*|{_S3}|/.+", "tokenizer, a template's name such as chatml, or the URI of a Jinja file")
+_RUN = text(RUN_ID, "letters, digits, '.', '_' and '-', at most 128, starting with a letter or digit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,28 +79,28 @@ class Config:
 
     model: str = _setting(_MODEL, "base model", fingerprint=True)
     dataset: tuple[str, ...] = _setting(
-        _names(_DATA, _DATA.rule), "training data: objects, prefixes, paths or hub names", fingerprint=True
+        names(_DATA, _DATA.rule), "training data: objects, prefixes, paths or hub names", fingerprint=True
     )
     output: str = _setting(_PLACE, "a run writes under `<output>/<run id>/`, and `<output>/latest.json`")
     run_id: str | None = _setting(
         _RUN, "names the run; none = a hash of the variables marked * (they decide the result)", default=None
     )
     device: Literal["auto", "cuda", "cpu"] = _setting(
-        _choice("auto", "cuda", "cpu"),
+        choice("auto", "cuda", "cpu"),
         "`auto` takes a GPU where there is one; `cuda` refuses to train without one",
         default="auto",
     )
     eval_dataset: tuple[str, ...] = _setting(
-        _names(_DATA, _DATA.rule), "held-out data of its own; otherwise a split is made", default=(), fingerprint=True
+        names(_DATA, _DATA.rule), "held-out data of its own; otherwise a split is made", default=(), fingerprint=True
     )
     eval_fraction: float = _setting(
-        _number(0, 0.5),
+        number(0, 0.5),
         "share of rows held out, chosen by content so that a duplicate never lands on both sides; 0 = none",
         default=0.05,
         fingerprint=True,
     )
     format: str = _setting(
-        _choice("auto", *FORMATS), "format of the rows; `auto` detects it per file", default="auto", fingerprint=True
+        choice("auto", *FORMATS), "format of the rows; `auto` detects it per file", default="auto", fingerprint=True
     )
     chat_template: str = _setting(
         _TEMPLATE,
@@ -191,113 +109,113 @@ class Config:
         fingerprint=True,
     )
     train_on: Literal["responses", "last_response", "all"] = _setting(
-        _choice("responses", "last_response", "all"), "which tokens are learned", default="responses", fingerprint=True
+        choice("responses", "last_response", "all"), "which tokens are learned", default="responses", fingerprint=True
     )
-    max_length: int = _setting(_integer(8), "tokens per example", default=2048, fingerprint=True)
+    max_length: int = _setting(integer(8), "tokens per example", default=2048, fingerprint=True)
     overlong: Literal["truncate", "drop", "fail"] = _setting(
-        _choice("truncate", "drop", "fail"),
+        choice("truncate", "drop", "fail"),
         "what happens to longer examples; always counted and reported",
         default="truncate",
         fingerprint=True,
     )
     precision: Literal["4bit", "8bit", "16bit"] = _setting(
-        _choice("4bit", "8bit", "16bit"), "base weights: NF4, LLM.int8, or 16 bit", default="4bit", fingerprint=True
+        choice("4bit", "8bit", "16bit"), "base weights: NF4, LLM.int8, or 16 bit", default="4bit", fingerprint=True
     )
-    lora_r: int = _setting(_integer(1), "adapter rank", default=16, fingerprint=True)
-    lora_alpha: int = _setting(_integer(1), "adapter scale", default=16, fingerprint=True)
-    lora_dropout: float = _setting(_number(0, 0.9), "adapter dropout", default=0.0, fingerprint=True)
+    lora_r: int = _setting(integer(1), "adapter rank", default=16, fingerprint=True)
+    lora_alpha: int = _setting(integer(1), "adapter scale", default=16, fingerprint=True)
+    lora_dropout: float = _setting(number(0, 0.9), "adapter dropout", default=0.0, fingerprint=True)
     lora_targets: tuple[str, ...] = _setting(
-        _names(_text(TARGET, "module names"), "module names separated by commas"),
+        names(text(TARGET, "module names"), "module names separated by commas"),
         "layers that get an adapter; a name that matches nothing is an error",
         default=("all-linear",),
         fingerprint=True,
     )
-    lora_rslora: bool = _setting(_flag(), "rank-stabilised scaling", default=False, fingerprint=True)
-    epochs: float = _setting(_number(0, exclusive=True), "passes over the data", default=3.0, fingerprint=True)
+    lora_rslora: bool = _setting(flag(), "rank-stabilised scaling", default=False, fingerprint=True)
+    epochs: float = _setting(number(0, exclusive=True), "passes over the data", default=3.0, fingerprint=True)
     max_steps: int | None = _setting(
-        _integer(1), "optimizer steps; when set, decides alone", default=None, fingerprint=True
+        integer(1), "optimizer steps; when set, decides alone", default=None, fingerprint=True
     )
     batch_size: int = _setting(
-        _integer(1), "examples per optimizer step over all GPUs; never changed", default=8, fingerprint=True
+        integer(1), "examples per optimizer step over all GPUs; never changed", default=8, fingerprint=True
     )
     micro_batch: int | Literal["auto"] = _setting(
-        _auto_or(_integer(1)), "examples per pass; must divide `TUNE_BATCH_SIZE`; `auto` = at most 8", default="auto"
+        auto_or(integer(1)), "examples per pass; must divide `TUNE_BATCH_SIZE`; `auto` = at most 8", default="auto"
     )
     learning_rate: float | Literal["auto"] = _setting(
-        _auto_or(_number(0, 1, exclusive=True)),
+        auto_or(number(0, 1, exclusive=True)),
         "`auto` by model size: up to 7B 2e-4, to 13B 1e-4, above 5e-5",
         default="auto",
         fingerprint=True,
     )
-    warmup: float = _setting(_number(0), "below 1 a share of the steps, else steps", default=0.03, fingerprint=True)
+    warmup: float = _setting(number(0), "below 1 a share of the steps, else steps", default=0.03, fingerprint=True)
     schedule: str = _setting(
-        _choice("linear", "cosine", "constant", "constant_with_warmup"),
+        choice("linear", "cosine", "constant", "constant_with_warmup"),
         "learning-rate schedule",
         default="linear",
         fingerprint=True,
     )
-    weight_decay: float = _setting(_number(0, 1), "AdamW weight decay", default=0.01, fingerprint=True)
+    weight_decay: float = _setting(number(0, 1), "AdamW weight decay", default=0.01, fingerprint=True)
     optimizer: str = _setting(
-        _choice("adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "paged_adamw_32bit"),
+        choice("adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "paged_adamw_32bit"),
         "optimizer; on a CPU always fused AdamW (logged in the plan)",
         default="adamw_8bit",
         fingerprint=True,
     )
-    max_grad_norm: float = _setting(_number(0), "gradient clipping; 0 = off", default=1.0, fingerprint=True)
-    seed: int = _setting(_integer(0), "adapter initialisation, data order, dropout", default=3407, fingerprint=True)
+    max_grad_norm: float = _setting(number(0), "gradient clipping; 0 = off", default=1.0, fingerprint=True)
+    seed: int = _setting(integer(0), "adapter initialisation, data order, dropout", default=3407, fingerprint=True)
     gradient_checkpointing: Literal["auto", "unsloth", "on", "off"] = _setting(
-        _choice("auto", "unsloth", "on", "off"),
+        choice("auto", "unsloth", "on", "off"),
         "recompute activations to save memory; `auto` = `unsloth` on a GPU, `off` on a CPU",
         default="auto",
     )
     eval_steps: int | Literal["auto"] = _setting(
-        _auto_or(_integer(1)),
+        auto_or(integer(1)),
         "optimizer steps between evaluations; `auto` = ten over the run, fewer if dear",
         default="auto",
     )
-    samples: int = _setting(_integer(0), "held-out prompts answered before and after training", default=4)
-    checkpoint_minutes: float = _setting(_number(0, exclusive=True), "longest time between checkpoints", default=10.0)
+    samples: int = _setting(integer(0), "held-out prompts answered before and after training", default=4)
+    checkpoint_minutes: float = _setting(number(0, exclusive=True), "longest time between checkpoints", default=10.0)
     checkpoint_steps: int | None = _setting(
-        _integer(1), "optimizer steps between checkpoints; whichever comes first", default=None
+        integer(1), "optimizer steps between checkpoints; whichever comes first", default=None
     )
-    checkpoint_keep: int = _setting(_integer(1), "checkpoints whose files are kept", default=2)
+    checkpoint_keep: int = _setting(integer(1), "checkpoints whose files are kept", default=2)
     resume: Literal["auto", "fresh", "require"] = _setting(
-        _choice("auto", "fresh", "require"),
+        choice("auto", "fresh", "require"),
         "`auto` goes on where the run stopped; `require` refuses to begin anew; `fresh` begins anew at every start and "
         "sets aside what is there",
         default="auto",
     )
     allow_change: tuple[str, ...] = _setting(
-        _names(
-            _text(rf"{PREFIX}[A-Z_]+|{'|'.join(CONTENTS)}", "a variable marked *, or " + ", ".join(CONTENTS)),
+        names(
+            text(rf"{PREFIX}[A-Z_]+|{'|'.join(CONTENTS)}", "a variable marked *, or " + ", ".join(CONTENTS)),
             "variables marked *, or any of " + ", ".join(CONTENTS) + ", separated by commas",
         ),
         "what may differ from the checkpoint on resume; everything else is refused",
         default=(),
     )
     fencing: Literal["auto", "require"] = _setting(
-        _choice("auto", "require"),
+        choice("auto", "require"),
         "`require` refuses a store without conditional writes; `auto` warns and reads back",
         default="auto",
     )
     grace_seconds: float = _setting(
-        _number(2), "what the platform leaves between its signal and SIGKILL; the run ends within it", default=15.0
+        number(2), "what the platform leaves between its signal and SIGKILL; the run ends within it", default=15.0
     )
     storage_patience_minutes: float = _setting(
-        _number(0), "how long an unreachable store is tried before the run ends with code 74", default=60.0
+        number(0), "how long an unreachable store is tried before the run ends with code 74", default=60.0
     )
     export: tuple[str, ...] = _setting(
-        _names(_choice(*EXPORTS), "any of " + ", ".join(EXPORTS) + ", separated by commas"),
+        names(choice(*EXPORTS), "any of " + ", ".join(EXPORTS) + ", separated by commas"),
         "what to publish; the adapter always is",
         default=("adapter",),
     )
     log_format: Literal["auto", "json", "text"] = _setting(
-        _choice("auto", "json", "text"), "`auto` = text on a terminal, else JSON lines", default="auto"
+        choice("auto", "json", "text"), "`auto` = text on a terminal, else JSON lines", default="auto"
     )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
-        _choice("debug", "info", "warning", "error"), "least level that is logged", default="info"
+        choice("debug", "info", "warning", "error"), "least level that is logged", default="info"
     )
-    log_steps: int = _setting(_integer(1), "optimizer steps between `train_progress` events", default=1)
+    log_steps: int = _setting(integer(1), "optimizer steps between `train_progress` events", default=1)
 
     def problems(self) -> list[str]:
         """What no single value shows: rules between variables, each with the values, the rule and the remedy."""

@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from job.base_model import BaseModel
-from job.config import CONTENTS, Config
+from job.config import CONTENTS, FIXED, Config
 from job.digests import combined, hashes
 from job.errors import ConfigError
 
@@ -47,8 +47,9 @@ def fingerprint(
     """
     files = sorted({path for pattern in TOKENIZER_FILES for path in base.path.glob(pattern) if path.is_file()})
     tokenizer = {path.name: digest for path, digest in hashes(files).items()} | {"template": template}
+    configuration = {"config.json": hashes([base.path / "config.json"])[base.path / "config.json"]}
     contents = {
-        "base_weights": combined(base_hashes),
+        "base_weights": combined({**base_hashes, **configuration}),
         "tokenizer": combined(tokenizer),
         "training_data": training_data,
     }
@@ -77,10 +78,12 @@ def check(run_id: str, before: Mapping[str, Any], now: Mapping[str, Any], *, all
         may |= set(CONTENTS)
     refused = [name for name in changed if name not in may]
     if refused:
+        fits = not set(refused) & set(FIXED)
+        insist = f"; TUNE_ALLOW_CHANGE={','.join(refused)} goes on from its checkpoint all the same" if fits else ""
         raise ConfigError(
             f"Run {run_id} was started with other settings or contents.",
             remedy="Restore the old ones, or set another TUNE_RUN_ID for the new ones; TUNE_RESUME=fresh sets the old "
-            f"run aside; TUNE_ALLOW_CHANGE={','.join(refused)} goes on from its checkpoint all the same.",
+            f"run aside{insist}.",
             problems=[f"{name} was {before[name]!r}, is {now[name]!r}" for name in refused],
         )
     return changed

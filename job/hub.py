@@ -92,7 +92,7 @@ def _fetch(request: Request, patience_seconds: float) -> HubFetched:
             operation="hub_download",
             key=request.repo,
             error=str(state.outcome.exception()) if state.outcome else "",
-            attempt=state.attempt_number,
+            tries=state.attempt_number,
             next_seconds=round(state.upcoming_sleep, 3),
             patience_seconds=patience_seconds,
         )

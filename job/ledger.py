@@ -24,6 +24,12 @@ Kind = Literal["checkpoint", "fence", "fresh", "final"]
 LAYOUT = 1
 TRIES = 10_000
 VANISHED_TRIES = 5
+SHAPES: dict[str, dict[str, type]] = {
+    "fence": {},
+    "fresh": {},
+    "checkpoint": {"step": int, "data": str, "files": list, "fingerprint": dict, "plan": dict},
+    "final": {"steps": int, "plan": dict, "fingerprint": dict, "results": dict, "versions": dict},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +43,12 @@ class Entry:
     @property
     def kind(self) -> str | None:
         """Its kind, or None where it is damaged."""
-        return None if self.body is None else self.body.get("kind")
+        return None if self.body is None else str(self.body["kind"])
 
     @property
     def attempt(self) -> int:
         """The attempt that wrote it; 0 where it is damaged."""
-        return int((self.body or {}).get("attempt", 0))
+        return 0 if self.body is None else int(self.body["attempt"])
 
 
 @dataclass(kw_only=True)
@@ -134,7 +140,7 @@ class Ledger:
             body = json.loads(data)
         except ValueError:
             body = None
-        return Entry(number=number, body=body if isinstance(body, dict) and "kind" in body else None)
+        return Entry(number=number, body=body if _is_record(body) else None)
 
     def newest_first(self, *, below: int | None = None) -> Iterator[Entry]:
         """The records of this run's present life, back to a `fresh` one, which is left out.
@@ -163,6 +169,14 @@ class Ledger:
 
     def _key(self, number: int) -> str:
         return f"{self.run_id}/checkpoints/commits/{number:06d}.json"
+
+
+def _is_record(body: Any) -> bool:
+    """Whether everything that anybody will look up is there, and of its type."""
+    if not isinstance(body, dict) or body.get("kind") not in SHAPES:
+        return False
+    shape = {"attempt": int, "nonce": str} | SHAPES[body["kind"]]
+    return all(isinstance(body.get(name), wanted) for name, wanted in shape.items())
 
 
 def create(store: Store, key: str, data: bytes, *, conditional: bool) -> bool:

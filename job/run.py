@@ -29,6 +29,8 @@ from job.storage.store import open_store
 from job.training import Life, look, say_differences, train, with_plan
 
 log = structlog.get_logger()
+CLOSING_SECONDS = 10.0
+CLOSING_DENIED_SECONDS = 2.0
 
 
 def run(config: Config) -> None:
@@ -56,7 +58,12 @@ def run(config: Config) -> None:
     ledger = Ledger(store=store, run_id=record.run_id)
     newest = ledger.newest("checkpoint")
     from_step = newest.body["step"] if newest and newest.body else 0
-    attempts = Attempts(store=store, run_id=record.run_id)
+    closing = open_store(
+        config.output,
+        patience_seconds=min(CLOSING_SECONDS, config.storage_patience_minutes * 60),
+        denied_patience_seconds=CLOSING_DENIED_SECONDS,
+    )
+    attempts = Attempts(store=store, closing=closing, run_id=record.run_id)
     record.attempt = attempts.claim(process, fencing=config.fencing, from_step=from_step, versions=versions())
     ledger.attempt, ledger.conditional = record.attempt, attempts.conditional
     logs.bind(attempt=record.attempt)
@@ -98,9 +105,10 @@ def already_complete(config: Config, record: Record) -> bool:
     done = record.finished()
     if done is None:
         return False
-    fingerprint.check(record.run_id, done["fingerprint"], fingerprint.settings(config), allowed=config.allow_change)
-    pinned = record.inputs() or {}
-    record.check_inputs(pinned, inputs.listing(config, pinned=pinned), added_too=True)
+    fingerprint.check(record.run_id, done["fingerprint"], fingerprint.settings(config), allowed=())
+    if not fingerprint.contents_may_change(config):
+        pinned = record.inputs() or {}
+        record.check_inputs(pinned, inputs.listing(config, pinned=pinned), added_too=True)
     record.repair_latest(done)
     log.info("already_complete", uri=record.uri, artifacts=len(done["artifacts"]))
     return True
@@ -152,6 +160,11 @@ def _live(life: Life) -> None:
     restored = restore(life, mark, check=finetuning.check_checkpoint)
     config = with_plan(config, restored)
     finetune = finetuning.Finetune.load(base, config, data, directory=life.work)
+    if restored is not None and restored.step > finetune.plan.steps:
+        raise ConfigError(
+            f"The checkpoint has {restored.step} steps, and the settings ask for {finetune.plan.steps}.",
+            remedy="Raise TUNE_MAX_STEPS or TUNE_EPOCHS, or set another TUNE_RUN_ID to train less.",
+        )
     if restored is None:
         record.pin(config, inputs=pulled.as_json(), fingerprint=mark)
         look(finetune, data, record, phase="before", step=0)

@@ -23,7 +23,7 @@ import structlog
 from job.checkpoints import HISTORY, prune, upload
 from job.errors import JobError, StorageError
 from job.ledger import Ledger
-from job.storage.store import Store, open_store
+from job.storage.store import open_store
 
 END_SECONDS = 3.0
 TIDY_PATIENCE_SECONDS = 20.0
@@ -75,7 +75,7 @@ class Uploads:
         patience = setup["patience_seconds"]
         # A refusal in mid-run is an outage: tokens expire and roles are edited, and the run is worth waiting for.
         self._store = open_store(setup["uri"], patience_seconds=patience, denied_patience_seconds=patience)
-        self._tidying: Store | None = open_store(
+        self._tidying = open_store(
             setup["uri"],
             patience_seconds=min(patience, TIDY_PATIENCE_SECONDS),
             denied_patience_seconds=min(patience, TIDY_DENIED_SECONDS),
@@ -88,6 +88,7 @@ class Uploads:
             conditional=setup["conditional"],
             last=setup["last"],
         )
+        self._may_delete = True
         self._kept: deque[str] = deque(setup["kept"], maxlen=setup["keep"])
 
     def commit(self, request: dict[str, Any]) -> None:
@@ -109,17 +110,20 @@ class Uploads:
         """What may fail without harm: the metrics for those who watch, and the deletion of what is not needed."""
         if prefix not in self._kept:
             self._kept.append(prefix)
-        if self._tidying is None:
-            return
         log = structlog.get_logger()
         try:
-            self._tidying.write(f"{self._run_id}/metrics.jsonl", history)
-            prune(self._tidying, run_id=self._run_id, attempt=self._attempt, kept=self._kept)
+            # Under a name of this attempt's own: a write that is late must not replace what a successor published.
+            self._tidying.write(f"{self._run_id}/attempts/{self._attempt:04d}.metrics.jsonl", history)
+        except JobError as error:
+            log.warning("metrics_not_written", reason=error.message)
+        try:
+            if self._may_delete:
+                prune(self._tidying, run_id=self._run_id, attempt=self._attempt, kept=self._kept)
         except StorageError as error:
             log.warning("checkpoints_not_tidied", reason=error.message)
         except JobError as error:
             log.warning("checkpoints_kept", reason=error.message, remedy=error.remedy)
-            self._tidying = None  # it will be refused again
+            self._may_delete = False  # it would be refused again
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -93,15 +94,18 @@ class Seen:
     flip: bool = False  # one byte of the body changes
     truncate: bool = False  # the connection ends in the middle of the body
     before: Callable[[], None] = field(default=lambda: None)  # runs before the request is passed on
+    after: Callable[[], None] = field(default=lambda: None)  # runs when the server has acted, before the reply
+    reset: bool = False  # the connection is reset, and the server hears nothing
+    drip_seconds: float = 0.0  # between one eighth of the body and the next
 
 
 Rule = Callable[[Seen], None]
 
 
 @contextlib.contextmanager
-def serve_proxy(upstream: str, rule: Rule, *, tls: Path | None = None) -> Iterator[str]:
+def serve_proxy(upstream: str, rule: Rule, *, tls: Path | None = None, port: int = 0) -> Iterator[str]:
     """A reverse proxy in front of `upstream` (or a forward proxy for whoever uses it as one); yields its URL."""
-    server = _Proxy(upstream, rule)
+    server = _Proxy(upstream, rule, port)
     if tls is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(tls / "server.pem")
@@ -118,8 +122,8 @@ def serve_proxy(upstream: str, rule: Rule, *, tls: Path | None = None) -> Iterat
 class _Proxy(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, upstream: str, rule: Rule) -> None:
-        super().__init__(("127.0.0.1", 0), _Passing)
+    def __init__(self, upstream: str, rule: Rule, port: int) -> None:
+        super().__init__(("127.0.0.1", port), _Passing)
         self.upstream, self.rule = upstream, rule
         self.counts: Counter[str] = Counter()
         self.over = threading.Event()
@@ -146,6 +150,10 @@ class _Passing(BaseHTTPRequestHandler):
         if seen.hang_seconds:
             self.server.over.wait(seen.hang_seconds)
             self.close_connection = True
+        elif seen.reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
         elif seen.refuse:
             self._refuse(*seen.refuse)
         else:
@@ -169,14 +177,17 @@ class _Passing(BaseHTTPRequestHandler):
 
     def _pass_on(self, seen: Seen, body: bytes) -> None:
         status, headers, content = _forward(self.server.upstream, self, body)
+        seen.after()
         if seen.cut:
             self.close_connection = True
             return
         if seen.flip:
             content = content[:-1] + bytes([content[-1] ^ 1])
-        self._reply(status, headers, content, whole=not seen.truncate)
+        self._reply(status, headers, content, whole=not seen.truncate, drip_seconds=seen.drip_seconds)
 
-    def _reply(self, status: int, headers: list[tuple[str, str]], content: bytes, *, whole: bool) -> None:
+    def _reply(
+        self, status: int, headers: list[tuple[str, str]], content: bytes, *, whole: bool, drip_seconds: float = 0.0
+    ) -> None:
         self.send_response_only(status)
         for name, value in headers:
             if name.lower() not in {"connection", "transfer-encoding"}:
@@ -185,7 +196,11 @@ class _Passing(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content if whole else content[: len(content) // 2])
+            sent = content if whole else content[: len(content) // 2]
+            size = len(sent) // 8 + 1 if drip_seconds else len(sent) or 1
+            for start in range(0, len(sent), size):
+                self.wfile.write(sent[start : start + size])
+                self.server.over.wait(drip_seconds)
         self.close_connection = self.close_connection or not whole
 
     def log_message(self, *_: object) -> None:

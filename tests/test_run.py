@@ -176,7 +176,9 @@ def test_what_a_run_leaves(finished, place):
 
 def test_checkpoints_are_whole(finished, place):
     """A commit lists every file with its true size and hash, and no pickled settings."""
-    commit = place.json("runs/first/checkpoints/commits/000002.json")
+    commits = [place.json(f"runs/first/checkpoints/commits/{number:06d}.json") for number in (1, 2, 3, 4)]
+    assert [commit["kind"] for commit in commits] == ["fence", "checkpoint", "checkpoint", "final"]
+    commit = commits[2]
     assert (commit["step"], commit["attempt"]) == (4, 1)
     names = {file["name"] for file in commit["files"]}
     assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= names
@@ -390,7 +392,7 @@ from types import SimpleNamespace as N
 from job.errors import HopelessError
 from job.tuning.callbacks import Progress
 from job.tuning.trainer import CountingCollator
-progress = Progress(device=N(kind="cpu", dtype=None), collator=CountingCollator(None), log_steps=1, record=print)
+progress = Progress(device=N(kind="cpu", dtype=None), collator=CountingCollator(None), log_steps=1, hooks=None)
 try:
     progress.on_log(None, N(global_step=3, max_steps=9, epoch=0.1), None, {"loss": float("nan"), "grad_norm": 1.0})
 except HopelessError as error:

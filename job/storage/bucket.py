@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
-from tenacity import RetryCallState, Retrying, retry_if_exception, sleep_using_event, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, sleep_using_event
 
 from job.errors import ConfigError, DataError, DeniedError, JobError, StorageError
 from job.storage.client import Connection
@@ -21,11 +22,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_BACKOFF = {
-    Kind.WAIT: wait_random_exponential(multiplier=0.5, max=30.0),
-    Kind.DENIED: wait_random_exponential(multiplier=0.5, max=5.0),
-    Kind.UNTRUSTED: wait_random_exponential(multiplier=0.5, max=5.0),
-}
+_FIRST_SECONDS = 0.5
+_LONGEST_SECONDS = {Kind.WAIT: 30.0, Kind.DENIED: 5.0, Kind.UNTRUSTED: 5.0}
+# Of its own: training seeds the global one, which would send all pods of one seed back at the same moments.
+_jitter = random.SystemRandom()
 _PERMISSIONS = {
     "GetObject": "s3:GetObject (and kms:Decrypt where the bucket encrypts with a KMS key)",
     "HeadObject": "s3:GetObject and s3:ListBucket (without the second a missing object looks like a refusal)",
@@ -110,7 +110,7 @@ class _Call:
             return act(self.client)
 
         retrying = Retrying(
-            retry=retry_if_exception(lambda error: self._verdict(error).kind in _BACKOFF),
+            retry=retry_if_exception(lambda error: self._verdict(error).kind in _LONGEST_SECONDS),
             wait=self._wait,
             stop=lambda state: time.monotonic() >= self._deadline(state),
             sleep=sleep_using_event(self.stop),
@@ -147,7 +147,8 @@ class _Call:
 
     def _wait(self, state: RetryCallState) -> float:
         left = self._deadline(state) - time.monotonic()
-        return max(0.0, min(_BACKOFF[judge(_error(state)).kind](state), left))
+        most = min(_LONGEST_SECONDS[judge(_error(state)).kind], _FIRST_SECONDS * 2 ** min(state.attempt_number, 20))
+        return max(0.0, min(_jitter.uniform(0.0, most), left))
 
     def _before_sleep(self, state: RetryCallState) -> None:
         error, pause = _error(state), state.upcoming_sleep
@@ -162,7 +163,7 @@ class _Call:
             operation=self.operation,
             key=f"s3://{self.bucket.name}/{self.key}",
             error=in_words(error),
-            attempt=state.attempt_number,
+            tries=state.attempt_number,
             next_seconds=round(pause, 3),
             deadline=deadline.isoformat(timespec="seconds"),
         )

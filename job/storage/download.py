@@ -58,7 +58,7 @@ def again_if_damaged(act: Callable[[], T]) -> T:
         try:
             return act()
         except DamagedError as error:
-            structlog.get_logger().warning("download_damaged", error=error.message, attempt=attempt)
+            structlog.get_logger().warning("download_damaged", error=error.message, tries=attempt)
     return act()
 
 

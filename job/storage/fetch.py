@@ -71,7 +71,7 @@ def fetch(
         try:
             return _bring(uri, directory, patience_seconds, wanted, names)
         except ChangedError as error:
-            structlog.get_logger().warning("fetch_changed", error=error.message, attempt=attempt)
+            structlog.get_logger().warning("fetch_changed", error=error.message, tries=attempt)
     return _bring(uri, directory, patience_seconds, wanted, names)
 
 

@@ -191,7 +191,10 @@ class S3Store:
             pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket.name, Prefix=prefix)
             return [(item["Key"], item["UploadId"]) for page in pages for item in page.get("Uploads", [])]
 
-        return self._bucket.call("ListMultipartUploads", prefix, act)
+        try:
+            return self._bucket.call("ListMultipartUploads", prefix, act)
+        except ClientError:  # a reply with a meaning: some stores say "no such upload" where there is none
+            return []
 
     def _key(self, key: str) -> str:
         return self._root + checked_key(key)

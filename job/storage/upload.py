@@ -117,7 +117,7 @@ class _Upload:
             except ClientError as error:
                 if attempt == _LOST_ATTEMPTS or not is_upload_lost(error):
                     raise StorageError(f"{self.uri}: {in_words(error)}.", remedy="Look at the bucket.") from error
-                structlog.get_logger().warning("upload_lost", key=self.uri, error=in_words(error), attempt=attempt)
+                structlog.get_logger().warning("upload_lost", key=self.uri, error=in_words(error), tries=attempt)
 
     def _in_parts(self) -> None:
         upload_id = self.bucket.call("CreateMultipartUpload", self.key, self._begin)

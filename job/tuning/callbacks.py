@@ -196,3 +196,4 @@ class Hyperparameters(TrainerCallback):
             group["initial_lr"] = self.learning_rate
             group["lr"] = self.learning_rate * factor(scheduler.last_epoch)
             group["weight_decay"] = self.weight_decay if number == 0 else 0.0  # the second: biases and norms
+        scheduler._last_lr = [group["lr"] for group in groups]  # noqa: SLF001 - what is logged for the next step

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.trainer_pt_utils import safe_globals
 
@@ -20,11 +20,11 @@ FILES = (ADAPTER, "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_st
 GENERATORS = ("python", "numpy", "cpu")
 
 
-def write_adapter(model: Any, directory: Path) -> None:
-    """Write the adapter's weights as they are in memory."""
+def write_adapter(model: Any, directory: Path, *, step: int) -> None:
+    """Write the adapter's weights as they are in memory, after so many optimizer steps."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, directory / ADAPTER, metadata={"format": "pt"})
+    save_file(tensors, directory / ADAPTER, metadata={"format": "pt", "step": str(step)})
 
 
 def load_adapter(model: Any, directory: Path) -> None:
@@ -44,14 +44,15 @@ def check(directory: Path, step: int) -> None:
     if missing:
         raise DamagedError(f"it lacks {', '.join(missing)}")
     try:
-        load_file(directory / ADAPTER)
+        with safe_open(directory / ADAPTER, framework="pt") as file:
+            adapter = int(file.metadata()["step"])
         state = json.loads((directory / "trainer_state.json").read_text())
         with safe_globals():
             optimizer, scheduler, generators = (
                 torch.load(directory / name, weights_only=True, map_location="cpu")
                 for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
             )
-        steps = {"trainer": state["global_step"], "scheduler": scheduler["last_epoch"]}
+        steps = {"adapter": adapter, "trainer": state["global_step"], "scheduler": scheduler["last_epoch"]}
         counted = [int(one["step"]) for one in optimizer["state"].values() if "step" in one]
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise DamagedError(f"it cannot be read: {type(error).__name__}: {str(error).splitlines()[0][:200]}") from error

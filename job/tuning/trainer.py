@@ -108,7 +108,7 @@ class _Trainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        write_adapter(self.model, directory)
+        write_adapter(self.model, directory, step=self.state.global_step)
         self.model.peft_config["default"].save_pretrained(directory)
 
 

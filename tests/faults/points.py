@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 
 def kill_in_save(name: str, step: int) -> None:
@@ -12,10 +13,10 @@ def kill_in_save(name: str, step: int) -> None:
 
     def broken(inner, place):
         def write(*arguments, **options):
-            path = os.fspath(arguments[place])
+            path = Path(arguments[place])
             inner(*arguments, **options)
-            if os.path.basename(path) == name and f"checkpoint-{step}{os.sep}" in path:
-                os.truncate(path, os.path.getsize(path) // 2)
+            if path.name == name and path.parent.name == f"checkpoint-{step}":
+                os.truncate(path, path.stat().st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
 
         return write
@@ -172,7 +173,7 @@ def swallow(target: str) -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - what libraries do
             pass
         time.sleep(30)
 

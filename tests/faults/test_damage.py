@@ -58,14 +58,14 @@ def _rewrite(bench, key, change):
 def _resumes_from(bench, run_id, *, step=BEFORE, newest=NEWEST):
     """Start again: the newest commit is reported as damaged and passed over, and the run ends whole."""
     job = bench.start(run_id).ends(0)
-    number = int(commits_number(bench, run_id, newest))
+    number = _number(bench, run_id, newest)
     assert [event["commit"] for event in job.events("checkpoint_damaged")] == [number], job.tail()
     assert job.event("resumed")["resumed_step"] == step
     assert job.events("train_progress")[0]["step"] == step + 1
     return job
 
 
-def commits_number(bench, run_id, step):
+def _number(bench, run_id, step):
     """Of the record of a step that the killed attempt made: one record for its fence, then one for every two steps."""
     assert bench.place.names(bench.key(run_id, f"checkpoints/commits/{1 + step // 2:06d}"))
     return 1 + step // 2

@@ -138,7 +138,7 @@ def test_the_replaced_attempt_writes_late(bench):
         held.set()
         release.wait(60)
 
-    with through(bench, Fault(on="PUT .*/metrics.jsonl", act=to(before=hold))) as url:
+    with through(bench, Fault(on="PUT .*metrics.jsonl", act=to(before=hold))) as url:
         first = bench.start(run_id, endpoint=url, hooks=SLOW)
         assert held.wait(60), first.tail()
         bench.start(run_id).ends(0)
