@@ -9,7 +9,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-h
 STAMP := $(VENV)/installed-$(shell sha256sum requirements-dev.lock | cut -c1-16)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format lock readme bench-storage bench-gpu clean $(VENV)
+.PHONY: help demo test faults soak lint format lock readme bench-storage bench-resume-control bench-gpu bench-gpu-resume clean $(VENV)
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$][^:]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -19,6 +19,13 @@ demo: $(STAMP)  ## train a small real model on a local S3 server and show what i
 
 test: $(STAMP)  ## run the whole suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+faults: $(STAMP)  ## the whole fault matrix, also the rows that take long
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" tests/faults
+
+RUNS ?= 20
+soak: $(STAMP)  ## random faults for RUNS runs; prints its seed, SEED=... repeats it
+	$(BIN)/python -m tests.faults.soak --runs $(RUNS) $(if $(SEED),--seed $(SEED)) $(if $(OUT),--out $(OUT))
 
 lint: $(STAMP)  ## formatting, lint rules, types, import contracts
 	$(BIN)/ruff format --check .
@@ -37,8 +44,14 @@ lock: $(STAMP)  ## resolve both lock files anew
 readme: $(STAMP)  ## write the generated tables into the README
 	$(BIN)/python -m tests.readme
 
+bench-resume-control: $(STAMP)  ## the same kills against stock resume_from_checkpoint=True
+	$(BIN)/python benchmarks/resume_control.py
+
 bench-storage: $(STAMP)  ## object transfers beside aws s3 cp and s5cmd
 	$(BIN)/python benchmarks/storage.py
+
+bench-gpu-resume: $(STAMP)  ## kill and resume a 1B model on this machine's GPU
+	$(BIN)/python benchmarks/gpu_resume.py benchmarks/results
 
 bench-gpu: $(STAMP)  ## a 1B model through the job on this machine's GPU
 	$(BIN)/python benchmarks/gpu_run.py benchmarks/results

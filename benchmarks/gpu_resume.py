@@ -30,6 +30,18 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.gpu_run import LLAMA_1B, card  # noqa: E402
 
 STEPS, EVERY, KILLED_AFTER = 14, 5, 8
+MIDDLING = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
+DROPOUTS = {f"dropout {value}": {"lora_dropout": value} for value in (0.0, 0.1)}
+VARIANTS = {
+    "8 bit": {"precision": "8bit"},
+    "16 bit, no checkpointing": {"precision": "16bit", "gradient_checkpointing": "off"},
+    "paged_adamw_8bit": {"optimizer": "paged_adamw_8bit"},
+    "2 x 4, plain checkpointing, fused AdamW": {
+        "micro_batch": 2,
+        "gradient_checkpointing": "on",
+        "optimizer": "adamw_torch_fused",
+    },
+}
 LIMIT_SECONDS = 230
 
 
@@ -81,6 +93,7 @@ def main() -> int:
     parser.add_argument("output", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a tiny shape, to try this script on a CPU")
+    parser.add_argument("--variants", action="store_true", help="other settings, on a middling shape")
     parser.add_argument("--rank", type=int, default=512, help="of the large adapter")
     asked = parser.parse_args()
     asked.output.mkdir(parents=True, exist_ok=True)
@@ -90,7 +103,8 @@ def main() -> int:
 
 def measure(asked: argparse.Namespace, scratch: Path) -> int:
     model = scratch / "model"
-    shape = {} if asked.small else {**LLAMA_1B, "num_hidden_layers": 16}
+    shape = MIDDLING if asked.variants else {**LLAMA_1B, "num_hidden_layers": 16}
+    shape = {} if asked.small else shape
     pairs = [f"{key}={value}" for key, value in shape.items()]
     subprocess.run([sys.executable, "-m", "tests.tiny", str(model), *pairs], cwd=ROOT, check=True)
     settings = {
@@ -108,36 +122,39 @@ def measure(asked: argparse.Namespace, scratch: Path) -> int:
         "log_format": "json",
     }
     result = {"date": time.strftime("%Y-%m-%d"), "card": card(), "steps": STEPS}
-    result["resume"] = kill_and_resume(scratch, settings, asked.output)
+    cases = {name: {"lora_dropout": 0.1, **case} for name, case in VARIANTS.items()} if asked.variants else DROPOUTS
+    result["resume"] = kill_and_resume(scratch, settings, cases, asked.output)
     (asked.output / "gpu_resume.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1), flush=True)
-    result["large_checkpoint"] = large_checkpoint(scratch, settings, 8 if asked.small else asked.rank, asked.output)
-    (asked.output / "gpu_resume.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    if not asked.variants:
+        result["large_checkpoint"] = large_checkpoint(scratch, settings, 8 if asked.small else asked.rank, asked.output)
+        (asked.output / "gpu_resume.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result["large_checkpoint"], indent=1))
     return 0
 
 
-def kill_and_resume(scratch: Path, settings: dict, output: Path) -> list[dict]:
+def kill_and_resume(scratch: Path, settings: dict, cases: dict[str, dict], output: Path) -> list[dict]:
     rows = []
     undisturbed, killed = {}, {}
-    for dropout in (0.0, 0.1):
-        changes = {"lora_dropout": dropout}
-        undisturbed[dropout] = Attempt(f"whole-{dropout}", scratch, settings, run_id=f"whole-{dropout}", **changes)
-        killed[dropout] = Attempt(f"killed-{dropout}", scratch, settings, run_id=f"killed-{dropout}", **changes)
+    for number, (case, changes) in enumerate(cases.items()):
+        undisturbed[case] = Attempt(f"whole-{number}", scratch, settings, run_id=f"whole-{number}", **changes)
+        killed[case] = Attempt(f"killed-{number}", scratch, settings, run_id=f"killed-{number}", **changes)
     stopped = Attempt("stopped", scratch, settings, run_id="stopped")
     waiting, asked_at, took = set(killed), 0.0, None
     end = time.monotonic() + LIMIT_SECONDS
     resumed = {}
     while time.monotonic() < end and (waiting or took is None):
-        for dropout in sorted(waiting):
-            attempt = killed[dropout]
+        for number, case in enumerate(cases):
+            if case not in waiting:
+                continue
+            attempt = killed[case]
             after = attempt.has("checkpoint_committed", step=EVERY) and attempt.has("train_progress", step=KILLED_AFTER)
             if after or attempt.process.poll() is not None:
-                waiting.discard(dropout)
+                waiting.discard(case)
                 if attempt.process.poll() is None:
                     attempt.kill()
-                changes = {"run_id": f"killed-{dropout}", "lora_dropout": dropout}
-                resumed[dropout] = Attempt(f"resumed-{dropout}", scratch, settings, **changes)
+                changes = {"run_id": f"killed-{number}", **cases[case]}
+                resumed[case] = Attempt(f"resumed-{number}", scratch, settings, **changes)
         if not asked_at and stopped.has("model_loaded"):
             time.sleep(2)  # the first step compiles now
             stopped.process.send_signal(signal.SIGTERM)
@@ -145,8 +162,8 @@ def kill_and_resume(scratch: Path, settings: dict, output: Path) -> list[dict]:
         if asked_at and took is None and stopped.process.poll() is not None:
             took = time.monotonic() - asked_at
         time.sleep(0.1)
-    for dropout, attempt in undisturbed.items():
-        rows.append(compared(scratch, dropout, attempt, killed[dropout], resumed.get(dropout), output))
+    for number, (case, attempt) in enumerate(undisturbed.items()):
+        rows.append({"what": case} | compared(scratch, number, attempt, killed[case], resumed.get(case), output))
     rows.append(
         {
             "what": "SIGTERM while the first step compiles",
@@ -159,18 +176,18 @@ def kill_and_resume(scratch: Path, settings: dict, output: Path) -> list[dict]:
 
 
 def compared(
-    scratch: Path, dropout: float, whole: Attempt, killed: Attempt, resumed: Attempt | None, output: Path
+    scratch: Path, number: int, whole: Attempt, killed: Attempt, resumed: Attempt | None, output: Path
 ) -> dict:
     codes = [whole.wait(), killed.process.poll(), resumed.wait() if resumed else None]
     for attempt, code in ((whole, codes[0]), (resumed, codes[2])):
         if attempt and code:
             print(attempt.last_words())
-    row = {"what": f"4-bit, padding-free, dropout {dropout}", "exit_codes": codes}
+    row = {"exit_codes": codes}
     if codes[0] or codes[2]:
         return row
-    (output / f"gpu_resume-{dropout}.jsonl").write_bytes(resumed.log.read_bytes())
+    (output / f"gpu_resume-{number}.jsonl").write_bytes(resumed.log.read_bytes())
     adapters, losses = [], []
-    for name in (f"whole-{dropout}", f"killed-{dropout}"):
+    for name in (f"whole-{number}", f"killed-{number}"):
         run = scratch / "runs" / name
         adapters.append(run / "adapter/adapter_model.safetensors")
         history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -9,19 +9,15 @@ signals.install()
 import argparse  # noqa: E402 - the handlers come before everything that takes time
 import contextlib  # noqa: E402
 import errno  # noqa: E402
-import json  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any, NoReturn  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 import structlog  # noqa: E402
 
-from job import env, logs, variables  # noqa: E402
+from job import env, logs, termination, variables  # noqa: E402
 from job.errors import ConfigError, DeniedError, HopelessError, InterruptedError, JobError, Stop, StorageError  # noqa: A004, E402
 
-TERMINATION_LOG = Path("/dev/termination-log")
-LONGEST_MESSAGE = 4000  # bytes; Kubernetes cuts at 4096
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -85,14 +81,14 @@ def _report(error: BaseException) -> int:
     elif isinstance(error, JobError):
         ended = error
         problems = {"problems": list(error.problems)} if isinstance(error, ConfigError) and error.problems else {}
-        log.error("run_failed", **_facts(error), **problems)
+        log.error("run_failed", **termination.facts(error), **problems)
     elif (known := _known(error)) is not None:
         ended = known
-        log.error("run_failed", **_facts(ended), exc_info=error)
+        log.error("run_failed", **termination.facts(ended), exc_info=error)
     else:
         ended = JobError(f"{type(error).__name__}: {error}", remedy="The log has the traceback.")
-        log.error("run_failed", **_facts(ended), exc_info=error)
-    _tell_kubernetes(ended)
+        log.error("run_failed", **termination.facts(ended), exc_info=error)
+    termination.tell(ended)
     return ended.exit_code
 
 
@@ -100,7 +96,7 @@ def _say_interrupted() -> None:
     """The grace is over, or a second signal came: the main thread may be anywhere, so as little as can be."""
     ended = InterruptedError(f"{signals.asked()} asked the run to stop.", remedy="Start it again.")
     structlog.get_logger().warning("interrupted", signal=signals.asked(), exit_code=ended.exit_code, at_once=True)
-    _tell_kubernetes(ended)
+    termination.tell(ended)
 
 
 def _known(error: BaseException) -> JobError | None:
@@ -114,24 +110,6 @@ def _known(error: BaseException) -> JobError | None:
     if isinstance(error, MemoryError):
         return HopelessError("The machine ran out of memory.", remedy="Give the job more memory.")
     return None
-
-
-def _facts(error: JobError) -> dict[str, Any]:
-    return {"kind": error.kind, "exit_code": error.exit_code, "message": error.message, "remedy": error.remedy}
-
-
-def _tell_kubernetes(error: JobError) -> None:
-    """One line of JSON where the kubelet looks for it."""
-    if not TERMINATION_LOG.exists():
-        return
-    facts = _facts(error) | {"message": str(error)}
-    facts = {key: logs.redact(value) if isinstance(value, str) else value for key, value in facts.items()}
-    while len(line := json.dumps(facts, ensure_ascii=False).encode()) > LONGEST_MESSAGE:
-        facts["message"] = facts["message"][: len(facts["message"]) * 3 // 4]
-    try:
-        TERMINATION_LOG.write_bytes(line)
-    except OSError:
-        structlog.get_logger().warning("termination_log_not_written")
 
 
 def _end_children() -> None:

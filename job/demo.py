@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from job import env, local_s3
+from job import env, local_s3, signals
 from job.config import SETTINGS
 from job.demo_view import Sample, View, show_samples
 from job.errors import ConfigError, JobError
@@ -66,6 +66,7 @@ def demo(*, directory: Path = ROOT / ".demo") -> int:
         ConfigError: this is no checkout.
         JobError: the model could not be converted, or the run left no record.
     """
+    signals.grace(STOP_SECONDS + 10)  # the job that it starts has its own
     started = time.monotonic()
     if not ORDERS.is_dir():
         raise ConfigError(f"The demo needs {ORDERS}.", remedy="Run it from a checkout of the repository: make demo.")

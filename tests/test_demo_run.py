@@ -33,13 +33,18 @@ for prompt in json.load(sys.stdin):
 def test_the_demo_and_its_adapter():
     """The demo succeeds (at most 10 % right before, at least 90 % after), every line of the job's log is JSON, and the
     adapter from the bucket, loaded with plain peft on the base in NF4 (what it was trained on), gives the answers that
-    the log claims."""
+    the log claims. No checkpoint makes training wait for a second, and all of them for a hundredth of its time."""
     done = subprocess.run([sys.executable, "-m", "job", "demo"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "Exactly right: before" in done.stdout
     lines = [json.loads(line) for line in (ROOT / ".demo/run.log").read_text().splitlines()]
     after = [line for line in lines if line["event"] == "sample" and line["phase"] == "after"]
     assert len(after) == 20
+    trained = sum(line["step_seconds"] for line in lines if line["event"] == "train_progress")
+    stalls = [line["stall_seconds"] for line in lines if line["event"] == "checkpoint_committed"]
+    assert stalls
+    assert max(stalls) < 1
+    assert sum(stalls) < trained / 100
     model, adapter = ROOT / ".demo/model", ROOT / ".demo/adapter"
     shown = subprocess.check_output(
         [sys.executable, "-c", PLAIN, model, adapter],

@@ -192,3 +192,10 @@ def _before(target: str, act) -> None:
         return inner(*arguments, **options)
 
     setattr(owner, name, call)
+
+
+def termination_log(path: str) -> None:
+    """Kubernetes' message goes to this file."""
+    import job.termination
+
+    job.termination.PLACE = Path(path)

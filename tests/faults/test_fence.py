@@ -72,7 +72,7 @@ def test_a_zombie_that_publishes(bench, target, number):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("races", [50, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("races", [50, pytest.param(1000, marks=pytest.mark.full)])
 def test_fence_races(bench, races):
     """However attempts interleave: each number has one owner, and behind a fence no lower attempt ever commits."""
     bucket = f"races-{races}"
