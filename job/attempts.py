@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +15,14 @@ import structlog
 
 from job import logs
 from job.env import Process
-from job.errors import ConfigError, FencedError, HopelessError, JobError, StorageError
+from job.errors import ConfigError, DeniedError, FencedError, HopelessError, JobError, StorageError
 from job.storage.store import Store
 
 log = structlog.get_logger()
 TRIES = 1000
 MOST_FAILURES = 3
+PATIENCE_SECONDS = 10.0
+LAST_PATIENCE_SECONDS = 1.0
 OWN_ERRORS = frozenset({"unknown"})  # kinds of ends that the program itself is to blame for
 
 
@@ -27,14 +31,15 @@ class Attempts:
     """One run's attempts, as one of them sees them."""
 
     store: Store
-    closing: Store
-    """The same place with little patience: how an attempt ended must not hold a GPU through an outage of its own."""
+    closing: Callable[[float], Store]
+    """The same place with so many seconds of patience: how an attempt ended must not hold a GPU through an outage."""
     run_id: str
     number: int = 0
     conditional: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
     """What the end of this attempt will say of it, such as where it resumed from."""
-    _ended: threading.Lock = field(default_factory=threading.Lock)
+    _ending: threading.Lock = field(default_factory=threading.Lock)
+    _ended: bool = False
 
     def claim(self, process: Process, *, fencing: str, from_step: int, versions: dict[str, str]) -> int:
         """Create the next `attempts/<n>.json`; the number is this process's alone.
@@ -80,12 +85,17 @@ class Attempts:
         """Write how this attempt ended; the first word counts.
 
         It may be called from two threads at once: when a signal comes, the end is written at once, because there may
-        be no later.
+        be no later. Whoever comes second waits until it is written.
         """
-        if not self.number or not self._ended.acquire(blocking=False):
-            return
-        body = {"attempt": self.number, "outcome": outcome, "ended": now(), **self.facts, **facts}
-        self.closing.write(self._key(self.number, "end."), _redacted(body))
+        self._end(PATIENCE_SECONDS, outcome, **facts)
+
+    def _end(self, patience_seconds: float, outcome: str, **facts: Any) -> None:
+        with self._ending:
+            if self._ended or not self.number:
+                return
+            self._ended = True
+            body = {"attempt": self.number, "outcome": outcome, "ended": now(), **self.facts, **facts}
+            self.closing(patience_seconds).write(self._key(self.number, "end."), _redacted(body))
 
     def fail(self, error: Exception, *, step: int | None) -> JobError | None:
         """Write `failure.json` and end the attempt.
@@ -118,8 +128,11 @@ class Attempts:
             "foreseen": isinstance(error, JobError),
             "time": now(),
         }
-        self.closing.write(f"{self.run_id}/failure.json", _redacted(body))
-        self.end(body["kind"], exit_code=body["exit_code"], step=step)
+        # A store that has just used up all patience gets no more of it.
+        patience = LAST_PATIENCE_SECONDS if isinstance(error, StorageError | DeniedError) else PATIENCE_SECONDS
+        with contextlib.suppress(StorageError, DeniedError):
+            self.closing(patience).write(f"{self.run_id}/failure.json", _redacted(body))
+        self._end(patience, body["kind"], exit_code=body["exit_code"], step=step)
         return hopeless
 
     def check_progress(self, from_step: int) -> None:
@@ -156,7 +169,7 @@ class Attempts:
         return None if start is None else (start, self._read(self._key(number, "end.")))
 
     def _read(self, key: str) -> dict[str, Any] | None:
-        data = self.closing.read(key)
+        data = self.store.read(key)
         try:
             body = json.loads(data) if data is not None else None
         except ValueError:

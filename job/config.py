@@ -21,7 +21,7 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 TARGET = re.compile(r"[A-Za-z_][\w.-]*")
 EXPORTS = ("adapter", "merged_16bit")
-CONTENTS = ("base_weights", "tokenizer", "training_data")
+CONTENTS = ("base_weights", "model_config", "tokenizer", "training_data")
 """What a run is fingerprinted by besides its variables."""
 FIXED = ("TUNE_LORA_R", "TUNE_LORA_TARGETS", "TUNE_PRECISION")
 """Variables that a checkpoint cannot be carried over: its tensors would not fit."""

@@ -63,7 +63,11 @@ def load() -> Config:
         config = Config(**values)
         problems = config.problems()
     if problems:
-        raise ConfigError("The environment is not valid.", problems=problems)
+        raise ConfigError(
+            "The environment is not valid.",
+            remedy="Correct what is named here; `python -m job variables` lists every variable and its rule.",
+            problems=problems,
+        )
     return config
 
 

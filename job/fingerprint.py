@@ -14,7 +14,7 @@ import structlog
 
 from job.base_model import BaseModel
 from job.config import CONTENTS, FIXED, Config
-from job.digests import combined, hashes
+from job.digests import combined, hashes, sha256
 from job.errors import ConfigError
 
 log = structlog.get_logger()
@@ -47,9 +47,9 @@ def fingerprint(
     """
     files = sorted({path for pattern in TOKENIZER_FILES for path in base.path.glob(pattern) if path.is_file()})
     tokenizer = {path.name: digest for path, digest in hashes(files).items()} | {"template": template}
-    configuration = {"config.json": hashes([base.path / "config.json"])[base.path / "config.json"]}
     contents = {
-        "base_weights": combined({**base_hashes, **configuration}),
+        "base_weights": combined(base_hashes),
+        "model_config": sha256(base.path / "config.json"),
         "tokenizer": combined(tokenizer),
         "training_data": training_data,
     }
@@ -91,4 +91,4 @@ def check(run_id: str, before: Mapping[str, Any], now: Mapping[str, Any], *, all
 
 def contents_may_change(config: Config) -> bool:
     """Whether the user lets the run go on with other files than it began with."""
-    return bool(set(config.allow_change) & (DECIDE_CONTENTS | {"training_data", "base_weights"}))
+    return bool(set(config.allow_change) & (DECIDE_CONTENTS | {"training_data", "base_weights", "model_config"}))

@@ -25,12 +25,10 @@ from job.errors import ConfigError, JobError, Stop
 from job.inputs import Inputs
 from job.ledger import Ledger
 from job.record import Record, versions
-from job.storage.store import open_store
+from job.storage.store import Store, open_store
 from job.training import Life, look, say_differences, train, with_plan
 
 log = structlog.get_logger()
-CLOSING_SECONDS = 10.0
-CLOSING_DENIED_SECONDS = 2.0
 
 
 def run(config: Config) -> None:
@@ -58,11 +56,10 @@ def run(config: Config) -> None:
     ledger = Ledger(store=store, run_id=record.run_id)
     newest = ledger.newest("checkpoint")
     from_step = newest.body["step"] if newest and newest.body else 0
-    closing = open_store(
-        config.output,
-        patience_seconds=min(CLOSING_SECONDS, config.storage_patience_minutes * 60),
-        denied_patience_seconds=CLOSING_DENIED_SECONDS,
-    )
+
+    def closing(patience_seconds: float) -> Store:
+        return open_store(config.output, patience_seconds=patience_seconds, denied_patience_seconds=patience_seconds)
+
     attempts = Attempts(store=store, closing=closing, run_id=record.run_id)
     record.attempt = attempts.claim(process, fencing=config.fencing, from_step=from_step, versions=versions())
     ledger.attempt, ledger.conditional = record.attempt, attempts.conditional

@@ -26,7 +26,7 @@ from job.ledger import Ledger
 from job.storage.store import open_store
 
 END_SECONDS = 3.0
-TIDY_PATIENCE_SECONDS = 20.0
+TIDY_PATIENCE_SECONDS = 5.0
 TIDY_DENIED_SECONDS = 2.0
 
 
@@ -116,6 +116,8 @@ class Uploads:
             self._tidying.write(f"{self._run_id}/attempts/{self._attempt:04d}.metrics.jsonl", history)
         except JobError as error:
             log.warning("metrics_not_written", reason=error.message)
+            if isinstance(error, StorageError):
+                return  # the store is down: the next checkpoint needs the time
         try:
             if self._may_delete:
                 prune(self._tidying, run_id=self._run_id, attempt=self._attempt, kept=self._kept)

@@ -139,7 +139,7 @@ def test_refused_attempts_do_no_harm(bench, run_id):
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("model-0", "base_weights"), ("tokenizer_config.json", "tokenizer"), ("config.json", "config.json")],
+    [("model-0", "base_weights"), ("tokenizer_config.json", "tokenizer"), ("config.json", "model_config")],
 )
 def test_changed_model_on_disk(bench, own_model, name, says):
     """A model that changed on the disk, under its old name and with its old size, is refused, and says what changed;
@@ -150,7 +150,7 @@ def test_changed_model_on_disk(bench, own_model, name, says):
     new = {
         "base_weights": old[:-2] + bytes([old[-2] ^ 1]) + old[-1:],
         "tokenizer": old.replace(b'"model_max_length": 512', b'"model_max_length": 511'),
-        "config.json": old.replace(b'"rms_norm_eps": 1e-06', b'"rms_norm_eps": 1e-01'),
+        "model_config": old.replace(b'"rms_norm_eps": 1e-06', b'"rms_norm_eps": 1e-01'),
     }[says]
     assert (len(new), new == old) == (len(old), False)
     path.write_bytes(new)

@@ -209,7 +209,8 @@ def test_parts_of_different_steps(bench, run_id, name):
             file.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
     bench.place.put(records[NEWEST], json.dumps(newer).encode())
     job = _resumes_from(bench, run_id)
-    assert "different steps" in job.event("checkpoint_damaged")["reason"]
+    reason = job.event("checkpoint_damaged")["reason"]
+    assert "different steps" in reason or "history.jsonl is not of step" in reason
     bench.check_whole(run_id)
 
 

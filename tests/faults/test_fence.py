@@ -11,6 +11,8 @@ from job.ledger import Ledger
 from job.storage.store import open_store
 from tests.faults.harness import FENCED, HOPELESS, INTERRUPTED, KILLED
 
+CONTENT = {"data": "", "files": [], "fingerprint": {}, "plan": {}}  # of a record that is no checkpoint
+
 
 def published(bench, run_id) -> dict[str, bytes]:
     """Everything that a reader of the run relies on."""
@@ -95,7 +97,7 @@ def race_once(stores: list, run_id: str) -> None:
         try:
             ledger.fence()
             for step in range(2):
-                won[number].append(ledger.append("checkpoint", step=step))
+                won[number].append(ledger.append("checkpoint", step=step, **CONTENT))
         except FencedError:
             pass
 

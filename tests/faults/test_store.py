@@ -70,7 +70,7 @@ def test_the_reply_of_a_write_is_lost(bench, place):
     assert job.events("storage_retry")
     assert [body["kind"] for body in records(bench, run_id)] == ["fence", *["checkpoint"] * 6, "final"]
     attempts = bench.place.names(bench.key(run_id, "attempts/"))
-    assert attempts == [bench.key(run_id, f"attempts/0001.{end}") for end in ("end.json", "json")]
+    assert attempts == [bench.key(run_id, f"attempts/0001.{end}") for end in ("end.json", "json", "metrics.jsonl")]
     bench.check_whole(run_id)
 
 
