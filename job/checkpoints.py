@@ -41,9 +41,9 @@ class Restored:
     body: dict[str, Any]
     """The whole record: fingerprint, plan, device, versions, and the attempt that wrote it."""
 
-    def history(self) -> list[dict[str, Any]]:
-        """The metrics up to this checkpoint."""
-        return [json.loads(line) for line in (self.directory / HISTORY).read_text(encoding="utf-8").splitlines()]
+    def history(self) -> bytes:
+        """The metrics up to this checkpoint, as JSON Lines."""
+        return (self.directory / HISTORY).read_bytes()
 
 
 def upload(store: Store, *, run_id: str, attempt: int, step: int, directory: Path) -> dict[str, Any]:
@@ -121,7 +121,8 @@ def _bring(ledger: Ledger, entry: Entry, directory: Path, check: Callable[[Path,
 
 def _check_history(restored: Restored) -> None:
     try:
-        steps = [entry["step"] for entry in restored.history() if entry["event"] == "train_progress"]
+        entries = [json.loads(line) for line in restored.history().splitlines()]
+        steps = [entry["step"] for entry in entries if entry["event"] == "train_progress"]
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{HISTORY} cannot be understood: {error!r}") from None
     if steps != list(range(1, restored.step + 1)):

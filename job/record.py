@@ -43,7 +43,9 @@ class Record:
     store: Store
     run_id: str
     attempt: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    _history: list[dict[str, Any]] = field(default_factory=list)
+    _lines: list[bytes] = field(default_factory=list)
+    """The history as it is written, made line by line: a long run has a hundred thousand."""
 
     @property
     def uri(self) -> str:
@@ -109,17 +111,23 @@ class Record:
 
     def note(self, entry: dict[str, Any]) -> None:
         """Add a line to the history that becomes `metrics.jsonl`."""
-        self.history.append({**entry, "attempt": self.attempt})
+        entry = {**entry, "attempt": self.attempt}
+        self._history.append(entry)
+        self._lines.append(logs.redact(json.dumps(entry, ensure_ascii=False, default=str)).encode() + b"\n")
+
+    def resume(self, history: bytes) -> None:
+        """Take the history up to a checkpoint over."""
+        self._lines = history.splitlines(keepends=True)
+        self._history = [json.loads(line) for line in self._lines]
 
     def noted(self, event: str, **fields: Any) -> Iterable[dict[str, Any]]:
         """The lines of an event that have these fields, newest first."""
         wanted = {"event": event, **fields}.items()
-        return (entry for entry in reversed(self.history) if wanted <= entry.items())
+        return (entry for entry in reversed(self._history) if wanted <= entry.items())
 
     def history_text(self) -> bytes:
         """The history as JSON Lines."""
-        lines = [logs.redact(json.dumps(entry, ensure_ascii=False, default=str)) for entry in self.history]
-        return "".join(f"{line}\n" for line in lines).encode()
+        return b"".join(self._lines)
 
     def finish(self, done: dict[str, Any]) -> None:
         """Create `done.json`, last of all, and point `latest.json` at this run. Its content has no clock and no host,

@@ -226,7 +226,7 @@ def restore(life: Life, mark: dict[str, Any], *, check: Callable[[Path, int], No
     changed = fingerprint.check(record.run_id, restored.body["fingerprint"], mark, allowed=config.allow_change)
     if changed:
         log.warning("resumed_with_changes", changed=changed)
-    record.history = restored.history()
+    record.resume(restored.history())
     life.attempts.facts.update(resumed_from=restored.number, resumed_step=restored.step)
     log.info("checkpoint_restored", step=restored.step, commit=restored.number, from_attempt=restored.body["attempt"])
     return restored

@@ -26,12 +26,12 @@ class Evaluation:
     tokens: int
 
     @property
-    def perplexity(self) -> float:
-        """exp(loss), infinite where that overflows."""
+    def perplexity(self) -> float | None:
+        """exp(loss), None where that overflows: JSON has no infinity."""
         try:
             return math.exp(self.loss)
         except OverflowError:
-            return math.inf
+            return None
 
 
 @contextlib.contextmanager

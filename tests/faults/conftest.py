@@ -89,3 +89,44 @@ def _is_jobs(child: psutil.Process, base: str, zygote: Zygote) -> bool:
         forked = child.ppid() == zygote.pid and child.status() != psutil.STATUS_ZOMBIE
         return (mine or forked) and child.is_running() and child.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+# How many cases of a row `make test` runs; the others are marked `full`, and `make faults` runs them all.
+SAMPLED = {
+    "test_kill_at_a_random_step": 4,
+    "test_kill_inside_a_save": 2,
+    "test_damaged_file": 7,
+    "test_damaged_record": 5,
+    "test_record_with_a_path_that_escapes": 2,
+    "test_record_with_a_prefix_that_escapes": 1,
+    "test_latest_does_not_influence_a_resume": 1,
+    "test_latest_is_repaired": 1,
+    "test_parts_of_different_steps": 2,
+    "test_changed_variable": 7,
+    "test_names_that_cannot_be_allowed": 2,
+    "test_remedy_of_a_variable_that_cannot_be_allowed": 1,
+    "test_the_machine_is_lost_in_an_upload": 3,
+    "test_the_reply_of_a_write_is_lost": 4,
+    "test_a_signal_in_each_phase": 5,
+    "test_down_at_the_start": 1,
+    "test_down_in_mid_run": 1,
+    "test_down_past_the_patience": 1,
+    "test_down_at_the_end": 1,
+    "test_a_bad_line": 1,
+    "test_throttled": 0,
+    "test_denied_from_the_start": 0,
+    "test_a_hanging_server": 0,
+    "test_every_first_reply_is_lost": 0,
+    "test_template_that_prints_the_date": 1,
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what only the full matrix runs: of each sampled row all cases but some that lie on a diagonal."""
+    for name, count in SAMPLED.items():
+        cases = [item for item in items if getattr(item, "originalname", None) == name]
+        stride = -(-len(cases) // count) if count else 0
+        for index, item in enumerate(cases):
+            if not count or index % stride != (index // stride) % stride:
+                item.add_marker(pytest.mark.full)
