@@ -8,18 +8,14 @@ signals.install()
 
 import argparse  # noqa: E402 - the handlers come before everything that takes time
 import contextlib  # noqa: E402
-import errno  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
 import structlog  # noqa: E402
 
-from job import env, logs, termination, variables  # noqa: E402
-from job.errors import ConfigError, DeniedError, HopelessError, InterruptedError, JobError, Stop, StorageError  # noqa: A004, E402
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+from job import env, errors, logs, termination, variables  # noqa: E402
+from job.errors import ConfigError, InterruptedError, JobError, Stop  # noqa: A004, E402
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,7 +78,7 @@ def _report(error: BaseException) -> int:
         ended = error
         problems = {"problems": list(error.problems)} if isinstance(error, ConfigError) and error.problems else {}
         log.error("run_failed", **termination.facts(error), **problems)
-    elif (known := _known(error)) is not None:
+    elif (known := errors.known(error)) is not None:
         ended = known
         log.error("run_failed", **termination.facts(ended), exc_info=error)
     else:
@@ -99,19 +95,6 @@ def _say_interrupted() -> None:
     termination.tell(ended)
 
 
-def _known(error: BaseException) -> JobError | None:
-    """The kind of failure that an operating-system error or a lack of memory is."""
-    number = error.errno if isinstance(error, OSError) else None
-    # safetensors reports the system's error in words only.
-    if number in NO_SPACE or any(f"os error {code}" in str(error) for code in NO_SPACE):
-        return StorageError(f"The disk is full: {error}.", remedy="Give the scratch directory (TMPDIR) more room.")
-    if number in REFUSED:
-        return DeniedError(f"A file may not be read or written: {error}.", remedy="Correct its owner or mode.")
-    if isinstance(error, MemoryError):
-        return HopelessError("The machine ran out of memory.", remedy="Give the job more memory.")
-    return None
-
-
 def _end_children() -> None:
     """Leave nothing running: what libraries started and forgot ends with the job."""
     import psutil  # noqa: PLC0415 - not needed to report a bad environment
@@ -125,8 +108,11 @@ def _end_children() -> None:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    _end_children()
-    logs.close()
-    sys.stdout.flush()
-    # Not sys.exit: a thread or an exit handler of a library could hold the pod for ever.
-    os._exit(code)
+    try:
+        signals.hear()  # whatever comes now, this is how the run ended
+        _end_children()
+        logs.close()
+        sys.stdout.flush()
+    finally:
+        # Not sys.exit: a thread or an exit handler of a library could hold the pod for ever.
+        os._exit(code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import re
 import threading
 import uuid
 from collections.abc import Callable
@@ -23,6 +24,7 @@ TRIES = 1000
 MOST_FAILURES = 3
 PATIENCE_SECONDS = 10.0
 LAST_PATIENCE_SECONDS = 1.0
+_NUMBER = re.compile(r"(\d+)\.")
 OWN_ERRORS = frozenset({"unknown"})  # kinds of ends that the program itself is to blame for
 
 
@@ -35,6 +37,8 @@ class Attempts:
     """The same place with so many seconds of patience: how an attempt ended must not hold a GPU through an outage."""
     run_id: str
     number: int = 0
+    owner: str = ""
+    """The nonce of the claim."""
     conditional: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
     """What the end of this attempt will say of it, such as where it resumed from."""
@@ -51,15 +55,17 @@ class Attempts:
         Raises:
             ConfigError: the store does not honour conditional writes, and they are required.
         """
-        taken = [int(e.key.rpartition("/")[2][:4]) for e in self.store.entries(f"{self.run_id}/attempts/")]
-        first = max(taken, default=0) + 1
+        first = max(self._numbers(), default=0) + 1
         body: dict[str, Any] = {"host": process.host, "pod": process.pod, "gpus": list(process.gpus), "started": now()}
         body |= {"versions": versions, "from_step": from_step}
         for number in range(first, first + TRIES):
-            claim = _encode({"attempt": number, "nonce": uuid.uuid4().hex, **body})
-            if self.store.create(self._key(number), claim):
-                self.number = number
-                self._probe(claim, fencing)
+            nonce = uuid.uuid4().hex
+            claim = _encode({"attempt": number, "nonce": nonce, **body})
+            if not self.store.create(self._key(number), claim):
+                continue
+            self.number, self.owner = number, nonce
+            self._probe(claim, fencing)
+            if self.conditional or self.store.read(self._key(number)) == claim:
                 return number
         raise StorageError(f"No free attempt number from {first} on in {self.store.uri}/{self.run_id}/attempts/.")
 
@@ -80,6 +86,23 @@ class Attempts:
             "fencing_weak",
             reason="the store ignores If-None-Match: two attempts at the same moment may both believe to own the run",
         )
+
+    def completed(self) -> bool:
+        """Whether an attempt came to its very end: then nothing is left to be repaired."""
+        ends = (self._read(self._key(number, "end.")) for number in sorted(self._numbers(), reverse=True))
+        return any(end and end.get("outcome") == "complete" for end in ends)
+
+    def complete_late(self) -> None:
+        """Write the end that the attempt which finished the run could not write any more."""
+        number = max(self._numbers(), default=0)
+        if number:
+            body = {"attempt": number, "outcome": "complete", "ended": now(), "noted": "by a later start"}
+            self.store.write(self._key(number, "end."), _encode(body))
+
+    def _numbers(self) -> set[int]:
+        prefix = f"{self.run_id}/attempts/"
+        found = (_NUMBER.match(entry.key.removeprefix(prefix)) for entry in self.store.entries(prefix))
+        return {int(match[1]) for match in found if match}
 
     def end(self, outcome: str, **facts: Any) -> None:
         """Write how this attempt ended; the first word counts.

@@ -154,12 +154,13 @@ def _mark(ledger: Ledger, entry: Entry, error: DataError) -> None:
         )
 
 
-def prune(store: Store, *, run_id: str, attempt: int, kept: Iterable[str]) -> int:
-    """Delete checkpoint files that nobody needs any more: those of lower attempts and of this one, but for `kept`.
+def prune(store: Store, *, run_id: str, attempts: range, kept: Iterable[str]) -> int:
+    """Delete checkpoint files that nobody needs any more: those of these attempts, but for `kept`.
 
     Only to be called after an own commit: then no lower attempt can commit any more. Ledger and attempts stay.
 
     Args:
+        attempts: those of the run's present life, up to the caller.
         kept: prefixes whose files stay.
 
     Returns:
@@ -169,7 +170,7 @@ def prune(store: Store, *, run_id: str, attempt: int, kept: Iterable[str]) -> in
     deleted = 0
     for entry in store.entries(f"{run_id}/checkpoints/data/"):
         place = _DATA.match(entry.key.removeprefix(f"{run_id}/"))
-        if place and int(place["attempt"]) <= attempt and not entry.key.startswith(stay):
+        if place and int(place["attempt"]) in attempts and not entry.key.startswith(stay):
             store.delete(entry.key)
             deleted += 1
     return deleted

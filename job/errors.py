@@ -5,6 +5,7 @@ The codes are sysexits' where one fits, because schedulers decide by them whethe
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -103,6 +104,25 @@ KINDS: tuple[type[JobError], ...] = (
     StorageError,
     InterruptedError,
 )
+
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def known(error: BaseException) -> JobError | None:
+    """The kind of failure that an operating-system error or a lack of memory is; None for what nobody foresaw."""
+    if isinstance(error, JobError):
+        return error
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors reports the system's error in words only.
+    if number in NO_SPACE or any(f"os error {code}" in str(error) for code in NO_SPACE):
+        return StorageError(f"The disk is full: {error}.", remedy="Give the scratch directory (TMPDIR) more room.")
+    if number in REFUSED:
+        return DeniedError(f"A file may not be read or written: {error}.", remedy="Correct its owner or mode.")
+    if isinstance(error, MemoryError):
+        return HopelessError("The machine ran out of memory.", remedy="Give the job more memory.")
+    return None
 
 
 class Stop(BaseException):

@@ -61,10 +61,20 @@ def weights(base: BaseModel) -> dict[str, str]:
     return {path.name: digest for path, digest in hashes(list(base.weights)).items()}
 
 
-def check(run_id: str, before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: tuple[str, ...]) -> list[str]:
+def check(
+    run_id: str,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    allowed: tuple[str, ...],
+    finished: bool = False,
+) -> list[str]:
     """Compare with the fingerprint of a checkpoint, or of the run's first attempt.
 
     Only what both have is compared, so that settings can be checked before anything was read.
+
+    Args:
+        finished: whether there is nothing left to go on with.
 
     Returns:
         the names that differ and may.
@@ -78,7 +88,7 @@ def check(run_id: str, before: Mapping[str, Any], now: Mapping[str, Any], *, all
         may |= set(CONTENTS)
     refused = [name for name in changed if name not in may]
     if refused:
-        fits = not set(refused) & set(FIXED)
+        fits = not (finished or set(refused) & set(FIXED))
         insist = f"; TUNE_ALLOW_CHANGE={','.join(refused)} goes on from its checkpoint all the same" if fits else ""
         raise ConfigError(
             f"Run {run_id} was started with other settings or contents.",

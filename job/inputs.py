@@ -65,12 +65,13 @@ class Inputs:
         }
 
 
-def pull(config: Config, *, scratch: Path, pinned: dict[str, Any] | None) -> Inputs:
+def pull(config: Config, *, scratch: Path, pinned: dict[str, Any] | None, date: str | None = None) -> Inputs:
     """Bring everything to local disk.
 
     Args:
         scratch: where downloads are kept and found again.
-        pinned: `inputs.json` of an earlier attempt: exactly its files are read, and its date holds.
+        pinned: `inputs.json` of an earlier attempt: exactly its files are read.
+        date: of the run's first attempt (ISO 8601); today where None.
 
     Raises:
         DataError: something is missing.
@@ -93,7 +94,7 @@ def pull(config: Config, *, scratch: Path, pinned: dict[str, Any] | None) -> Inp
         eval_dataset=puller.data(config.eval_dataset),
         template_text=_text(template_files[0]) if template_files else None,
         template_files=template_files,
-        date=datetime.date.fromisoformat(pinned["date"]) if pinned else datetime.datetime.now(datetime.UTC).date(),
+        date=datetime.date.fromisoformat(date) if date else datetime.datetime.now(datetime.UTC).date(),
     )
 
 

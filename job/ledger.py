@@ -18,6 +18,7 @@ from typing import Any, Literal
 import structlog
 
 from job.errors import FencedError, StorageError
+from job.storage.faults import DamagedError
 from job.storage.store import Store
 
 Kind = Literal["checkpoint", "fence", "fresh", "final"]
@@ -58,6 +59,10 @@ class Ledger:
     store: Store
     run_id: str
     attempt: int = 0
+    owner: str = ""
+    """The nonce of the attempt's claim: where a store let two attempts claim one number, they still differ."""
+    life: int = 0
+    """The attempt that last began the run anew; 0 for the first life."""
     conditional: bool = True
     """Whether the store honours conditional writes. Where it does not, a record is looked for before it is created
     and read back afterwards, which leaves a moment in which two writers may both believe to have won."""
@@ -79,9 +84,29 @@ class Ledger:
         # record than a fence all attempts are at most the record's own, so that nothing further back need be read.
         for entry in self._backwards(below=number):
             self._yield_to(entry)
-            if entry.kind not in {"fence", None}:
+            if entry.body is not None and entry.kind != "fence":
+                self.life = entry.attempt if entry.kind == "fresh" else entry.body["life"]
                 break
         return number
+
+    def begin_anew(self) -> None:
+        """Leave all that there is to an older life of the run. Only behind the own fence.
+
+        Raises:
+            FencedError: a higher attempt has taken over.
+        """
+        self.append("fresh")
+        self.life = self.attempt
+
+    def check(self) -> None:
+        """Look whether a higher attempt has taken over since the last record.
+
+        Raises:
+            FencedError: one has.
+        """
+        found = self.read(self.last + 1)
+        if found is not None:
+            self._yield_to(found)
 
     def append(self, kind: Kind, *, nonce: str | None = None, **facts: Any) -> int:
         """Create the next record.
@@ -98,7 +123,8 @@ class Ledger:
             FencedError: a higher attempt has written where this record should go.
         """
         nonce = nonce or uuid.uuid4().hex
-        body = {"layout": LAYOUT, "kind": kind, "attempt": self.attempt, "nonce": nonce, **facts}
+        body = {"layout": LAYOUT, "kind": kind, "attempt": self.attempt, "owner": self.owner, "life": self.life}
+        body |= {"nonce": nonce, **facts}
         data = json.dumps(body, indent=1, default=str).encode()
         for number in range(self.last + 1, self.last + 1 + TRIES):
             if self._take(number, data):
@@ -122,7 +148,8 @@ class Ledger:
         raise StorageError(f"{self._key(number)} exists for writing and not for reading.")
 
     def _yield_to(self, entry: Entry) -> None:
-        if entry.attempt > self.attempt:
+        other = entry.body is not None and entry.attempt == self.attempt and entry.body["owner"] != self.owner
+        if entry.attempt > self.attempt or other:
             raise FencedError(
                 f"Attempt {entry.attempt} of run {self.run_id} has taken over; this is attempt {self.attempt}.",
                 remedy="Nothing is lost: the newer attempt goes on. Do not run one run id twice at the same time.",
@@ -133,12 +160,12 @@ class Ledger:
 
     def read(self, number: int) -> Entry | None:
         """One record, or None if there is none."""
-        data = self.store.read(self._key(number))
-        if data is None:
-            return None
         try:
+            data = self.store.read(self._key(number))
+            if data is None:
+                return None
             body = json.loads(data)
-        except ValueError:
+        except (ValueError, DamagedError):
             body = None
         return Entry(number=number, body=body if _is_record(body) else None)
 
@@ -156,9 +183,10 @@ class Ledger:
             if found is not None:
                 yield found
 
-    def newest(self, kind: Kind, *, below: int | None = None) -> Entry | None:
-        """The newest record of a kind."""
-        return next((entry for entry in self.newest_first(below=below) if entry.kind == kind), None)
+    def newest(self, kind: Kind, *, below: int | None = None, above: int = 0) -> Entry | None:
+        """The newest record of a kind between two numbers."""
+        within = itertools.takewhile(lambda entry: entry.number > above, self.newest_first(below=below))
+        return next((entry for entry in within if entry.kind == kind), None)
 
     def _numbers(self) -> list[int]:
         stems = [PurePosixPath(entry.key).stem for entry in self.store.entries(f"{self.run_id}/checkpoints/commits/")]
@@ -175,7 +203,7 @@ def _is_record(body: Any) -> bool:
     """Whether everything that anybody will look up is there, and of its type."""
     if not isinstance(body, dict) or body.get("kind") not in SHAPES:
         return False
-    shape = {"attempt": int, "nonce": str} | SHAPES[body["kind"]]
+    shape = {"attempt": int, "owner": str, "life": int, "nonce": str} | SHAPES[body["kind"]]
     return all(isinstance(body.get(name), wanted) for name, wanted in shape.items())
 
 

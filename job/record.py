@@ -17,7 +17,8 @@ import structlog
 
 from job import logs
 from job.config import Config
-from job.errors import ConfigError, DeniedError, StorageError
+from job.errors import ConfigError, DeniedError, FencedError, StorageError
+from job.ledger import create
 from job.storage.store import Store
 
 log = structlog.get_logger()
@@ -43,6 +44,8 @@ class Record:
     store: Store
     run_id: str
     attempt: int = 0
+    conditional: bool = True
+    """Whether the store honours conditional writes (`job.ledger`)."""
     _history: list[dict[str, Any]] = field(default_factory=list)
     _lines: list[bytes] = field(default_factory=list)
     """The history as it is written, made line by line: a long run has a hundred thousand."""
@@ -56,14 +59,17 @@ class Record:
         """`done.json`, or None while the run is not whole."""
         return self._read("done.json")
 
-    def repair_latest(self, done: dict[str, Any]) -> None:
-        """Write `<output>/latest.json` if there is none or it cannot be understood: a crash may have lost it after
-        `done.json` was written."""
+    def latest_is_whole(self) -> bool:
+        """Whether `<output>/latest.json` names a run."""
         data = self.store.read("latest.json")
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            if data is not None and json.loads(data)["run_id"]:
-                return
-        self._write_latest(done)
+            return data is not None and bool(json.loads(data)["run_id"])
+        return False
+
+    def write_latest(self, done: dict[str, Any]) -> None:
+        """Let `<output>/latest.json` name this run."""
+        body = {"run_id": self.run_id, "uri": self.uri, "artifacts": done["artifacts"]}
+        self.store.write("latest.json", _encode(body).encode())
 
     def first(self) -> dict[str, Any] | None:
         """`run.json`: what the run was when its training first began, or None before that."""
@@ -131,11 +137,19 @@ class Record:
 
     def finish(self, done: dict[str, Any]) -> None:
         """Create `done.json`, last of all, and point `latest.json` at this run. Its content has no clock and no host,
-        so that a late attempt writes the same bytes."""
+        so that a late attempt writes the same bytes.
+
+        Raises:
+            FencedError: there is one already, and it tells of something else.
+        """
         self.store.write(f"{self.run_id}/metrics.jsonl", self.history_text())
         body = {"layout": LAYOUT, "run_id": self.run_id, **done}
-        self._create("done.json", body)
-        self._write_latest(body)
+        if not self._create("done.json", body) and self.finished() != json.loads(_encode(body)):
+            raise FencedError(
+                f"{self.uri}/done.json exists and tells of another result.",
+                remedy="Another attempt has published this run: use what it lists, or start over with another run id.",
+            )
+        self.write_latest(body)
 
     def set_aside(self) -> str | None:
         """Copy what an older life of this run has published to `aside/<attempt>/`, then take it away from where a new
@@ -163,10 +177,6 @@ class Record:
             if swept:
                 log.info("uploads_swept", count=swept)
 
-    def _write_latest(self, done: dict[str, Any]) -> None:
-        body = {"run_id": self.run_id, "uri": self.uri, "artifacts": done["artifacts"]}
-        self.store.write("latest.json", _encode(body).encode())
-
     def _read(self, name: str) -> dict[str, Any] | None:
         data = self.store.read(f"{self.run_id}/{name}")
         if data is None:
@@ -178,7 +188,8 @@ class Record:
         return body
 
     def _create(self, name: str, body: dict[str, Any]) -> bool:
-        return self.store.create(f"{self.run_id}/{name}", _encode(body).encode())
+        data = _encode(body).encode()
+        return create(self.store, f"{self.run_id}/{name}", data, conditional=self.conditional)
 
 
 def changed_inputs(pinned: dict[str, Any], now: dict[str, Any], *, added_too: bool) -> list[str]:

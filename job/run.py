@@ -21,7 +21,7 @@ from job.card import Card
 from job.checkpoints import Restored
 from job.config import Config
 from job.data import Data, read, render
-from job.errors import ConfigError, JobError, Stop
+from job.errors import ConfigError, FencedError, JobError, Stop, known
 from job.inputs import Inputs
 from job.ledger import Ledger
 from job.record import Record, versions
@@ -47,29 +47,24 @@ def run(config: Config) -> None:
         raise ConfigError(
             f"WORLD_SIZE={process.world_size}, but this job trains on one GPU.", remedy="Start one process without it."
         )
-    if config.resume != "fresh" and already_complete(config, record):
+
+    def closing(patience_seconds: float) -> Store:
+        return open_store(config.output, patience_seconds=patience_seconds, denied_patience_seconds=patience_seconds)
+
+    attempts = Attempts(store=store, closing=closing, run_id=record.run_id)
+    if config.resume != "fresh" and already_complete(config, record, attempts):
         return
     expect_gpu = config.device == "cuda" or (config.device == "auto" and env.gpu_present())
     if expect_gpu and not env.gpu_present():
         raise no_gpu(config.device, "this machine shows no GPU device")
 
     ledger = Ledger(store=store, run_id=record.run_id)
-    newest = ledger.newest("checkpoint")
-    from_step = newest.body["step"] if newest and newest.body else 0
-
-    def closing(patience_seconds: float) -> Store:
-        return open_store(config.output, patience_seconds=patience_seconds, denied_patience_seconds=patience_seconds)
-
-    attempts = Attempts(store=store, closing=closing, run_id=record.run_id)
-    record.attempt = attempts.claim(process, fencing=config.fencing, from_step=from_step, versions=versions())
-    ledger.attempt, ledger.conditional = record.attempt, attempts.conditional
-    logs.bind(attempt=record.attempt)
     signals.listen(lambda: attempts.end("interrupted"))
     with _recorded(attempts, record):
-        attempts.check_progress(from_step)
+        _begin(config, record, attempts, ledger)
         if config.resume == "fresh":
             ledger.fence()
-            ledger.append("fresh")
+            ledger.begin_anew()
             log.warning("run_set_aside", uri=record.set_aside())
         with _scratch(record.run_id) as (scratch, work):
             life = Life(
@@ -84,6 +79,17 @@ def run(config: Config) -> None:
             _live(life)
 
 
+def _begin(config: Config, record: Record, attempts: Attempts, ledger: Ledger) -> None:
+    """Claim an attempt, unless too many before it were in vain."""
+    newest = ledger.newest("checkpoint")
+    from_step = newest.body["step"] if newest and newest.body else 0
+    record.attempt = attempts.claim(env.process(), fencing=config.fencing, from_step=from_step, versions=versions())
+    ledger.attempt, ledger.owner = attempts.number, attempts.owner
+    ledger.conditional = record.conditional = attempts.conditional
+    logs.bind(attempt=record.attempt)
+    attempts.check_progress(from_step)
+
+
 def no_gpu(asked: str, why: str) -> ConfigError:
     """The error for a GPU that was expected and is not there: training on the CPU instead would take for ever."""
     return ConfigError(
@@ -93,7 +99,7 @@ def no_gpu(asked: str, why: str) -> ConfigError:
     )
 
 
-def already_complete(config: Config, record: Record) -> bool:
+def already_complete(config: Config, record: Record, attempts: Attempts) -> bool:
     """Whether this run was finished before, on the inputs that it would read now.
 
     Raises:
@@ -102,11 +108,15 @@ def already_complete(config: Config, record: Record) -> bool:
     done = record.finished()
     if done is None:
         return False
-    fingerprint.check(record.run_id, done["fingerprint"], fingerprint.settings(config), allowed=())
+    fingerprint.check(record.run_id, done["fingerprint"], fingerprint.settings(config), allowed=(), finished=True)
     if not fingerprint.contents_may_change(config):
         pinned = record.inputs() or {}
         record.check_inputs(pinned, inputs.listing(config, pinned=pinned), added_too=True)
-    record.repair_latest(done)
+    finished = attempts.completed()
+    if not finished or not record.latest_is_whole():
+        record.write_latest(done)  # a crash may have lost it after done.json was written
+    if not finished:
+        attempts.complete_late()
     log.info("already_complete", uri=record.uri, artifacts=len(done["artifacts"]))
     return True
 
@@ -121,7 +131,11 @@ def _recorded(attempts: Attempts, record: Record) -> Iterator[None]:
         _quietly(lambda: attempts.end("interrupted"))
         raise
     except Exception as error:
-        reason, step = error, next((entry["step"] for entry in record.noted("train_progress")), None)
+        if (name := signals.asked()) and not isinstance(error, FencedError):
+            signals.hear()  # a library caught `Stop` and made an error of it
+            _quietly(lambda: attempts.end("interrupted"))
+            raise Stop(name) from error
+        reason, step = known(error) or error, next((entry["step"] for entry in record.noted("train_progress")), None)
         hopeless = _quietly(lambda: attempts.fail(reason, step=step))
         if hopeless:
             raise hopeless from error
@@ -171,9 +185,10 @@ def _live(life: Life) -> None:
 
     card = _card(final, data, pulled, base, base_hashes)
     artifacts = export(config, finetune, record, base, card, directory=life.work / "export")
+    life.ledger.check()
     record.finish({**final, "artifacts": [artifact.as_json() for artifact in artifacts]})
     seconds = round(time.monotonic() - started, 1)
-    life.attempts.end("complete", exit_code=0, seconds=seconds)
+    _quietly(lambda: life.attempts.end("complete", exit_code=0, seconds=seconds))
     log.info(
         "run_complete",
         uri=record.uri,
@@ -192,8 +207,9 @@ def gather(life: Life) -> tuple[Inputs, BaseModel]:
         fingerprint.check(
             record.run_id, first["fingerprint"], fingerprint.settings(config), allowed=config.allow_change
         )
-    pinned = None if fingerprint.contents_may_change(config) else record.inputs()
-    pulled = inputs.pull(config, scratch=life.scratch, pinned=pinned)
+    began = record.inputs()
+    pinned = None if fingerprint.contents_may_change(config) else began
+    pulled = inputs.pull(config, scratch=life.scratch, pinned=pinned, date=began["date"] if began else None)
     if pinned is not None:
         record.check_inputs(pinned, pulled.as_json())
     base = base_model.inspect(pulled.model, name=config.model)

@@ -34,6 +34,7 @@ class _State:
     name: str | None = None
     asked_at = 0.0
     grace_seconds = 15.0
+    raised = False
     heard = False
     deferring = 0
     listeners: list[Callable[[], None]] = []  # noqa: RUF012 - there is one state
@@ -113,14 +114,14 @@ def immediate() -> Iterator[None]:
 
 def _raise_if_asked() -> None:
     if _state.name is not None and not _state.deferring:
+        _state.raised = True
         raise Stop(_state.name)
 
 
 def _on_signal(number: int, _: FrameType | None) -> None:
     """In the main thread, as soon as it runs Python code."""
-    first = _state.name is None
     _note(number)
-    if first:
+    if not (_state.raised or _state.heard):
         _raise_if_asked()
 
 

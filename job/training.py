@@ -72,7 +72,7 @@ def train(life: Life, finetune: Any, data: Data, mark: dict[str, Any], restored:
         the facts that everything published depends on: those of the ledger's final record.
     """
     ledger, record = life.ledger, life.record
-    earlier = ledger.newest("final", below=ledger.last)
+    earlier = _published_before(ledger, mark, restored, finetune.plan.steps)
     uploader = Uploader(_setup(life, restored))
     try:
         finetune.train(
@@ -89,8 +89,10 @@ def train(life: Life, finetune: Any, data: Data, mark: dict[str, Any], restored:
     finally:
         uploader.close()
     after = look(finetune, data, record, phase="after", step=finetune.plan.steps)
-    if earlier is not None and earlier.body is not None:
-        return {name: earlier.body[name] for name in FACTS}
+    ledger.last = uploader.last
+    if earlier is not None:
+        ledger.append("final", **earlier)
+        return earlier
     before = next((entry["eval_loss"] for entry in record.noted("evaluated", step=0)), None)
     loss = next(entry["loss"] for entry in record.noted("train_progress"))
     facts = {
@@ -100,9 +102,20 @@ def train(life: Life, finetune: Any, data: Data, mark: dict[str, Any], restored:
         "results": {"train_loss": loss, "eval_loss_before": before, "eval_loss": after},
         "versions": versions(),
     }
-    ledger.last = uploader.last
     ledger.append("final", **facts)
     return facts
+
+
+def _published_before(
+    ledger: Ledger, mark: dict[str, Any], restored: Restored | None, steps: int
+) -> dict[str, Any] | None:
+    """The facts of an attempt that had won the right to publish this very result, from this very checkpoint."""
+    if restored is None or restored.step != steps:
+        return None
+    found = ledger.newest("final", below=ledger.last, above=restored.number)
+    if found is None or found.body is None or (found.body["steps"], found.body["fingerprint"]) != (steps, mark):
+        return None
+    return {name: found.body[name] for name in FACTS}
 
 
 def _setup(life: Life, restored: Restored | None) -> Setup:
@@ -111,6 +124,8 @@ def _setup(life: Life, restored: Restored | None) -> Setup:
         run_id=life.record.run_id,
         attempt=life.record.attempt,
         patience_seconds=life.config.storage_patience_minutes * 60,
+        owner=life.ledger.owner,
+        life=life.ledger.life,
         conditional=life.ledger.conditional,
         last=life.ledger.last,
         keep=life.config.checkpoint_keep,

@@ -34,6 +34,8 @@ class Setup:
     run_id: str
     attempt: int
     patience_seconds: float
+    owner: str
+    life: int
     conditional: bool
     last: int
     """The number of the attempt's newest ledger record."""
@@ -178,17 +180,21 @@ class Uploader:
             "failed": self._on_failed,
             "idle": self._on_idle,
         }
-        for line in child.stdout or ():
-            with contextlib.suppress(ValueError):  # a library printed something
-                message = json.loads(line)
+        try:
+            for line in child.stdout or ():
+                message = _understood(line)
                 for name in heard.keys() & message.keys():
                     heard[name](message)
-        status = child.wait()
-        with self._changed:
-            if self._child is child:
-                self._child = None
-            if not self._closed:
-                self._on_death(status)
+            status = child.wait()
+            with self._changed:
+                if self._child is child:
+                    self._child = None
+                if not self._closed:
+                    self._on_death(status)
+        except Exception as error:  # noqa: BLE001 - nobody else would tell those who wait
+            with self._changed:
+                self._error = self._error or StorageError(f"The uploads cannot go on: {error!r}.")
+                self._changed.notify_all()
 
     def _on_committed(self, message: dict[str, Any]) -> None:
         done = message["committed"]
@@ -242,6 +248,14 @@ class Uploader:
         if self._flying is not None and self._error is None:
             self._start()
         self._changed.notify_all()
+
+
+def _understood(line: str) -> dict[str, Any]:
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return {}  # a library printed something
+    return message if isinstance(message, dict) else {}
 
 
 def _request(saved: Saved) -> dict[str, Any]:

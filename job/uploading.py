@@ -41,11 +41,13 @@ class _Lines:
         return self._lines.get()
 
     def _read(self) -> None:
-        for line in sys.stdin:
-            self._lines.put(json.loads(line))
-        # The parent is gone. Raising in the main thread lets an upload abort what it has begun; the clock insists.
-        threading.Timer(END_SECONDS, os._exit, (1,)).start()
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        try:
+            for line in sys.stdin:
+                self._lines.put(json.loads(line))
+        finally:
+            # The parent is gone. Raising in the main thread lets an upload abort what it has begun; the clock insists.
+            threading.Timer(END_SECONDS, os._exit, (1,)).start()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
 
 class _Gone(BaseException):
@@ -85,6 +87,8 @@ class Uploads:
             store=self._store,
             run_id=self._run_id,
             attempt=self._attempt,
+            owner=setup["owner"],
+            life=setup["life"],
             conditional=setup["conditional"],
             last=setup["last"],
         )
@@ -120,7 +124,8 @@ class Uploads:
                 return  # the store is down: the next checkpoint needs the time
         try:
             if self._may_delete:
-                prune(self._tidying, run_id=self._run_id, attempt=self._attempt, kept=self._kept)
+                attempts = range(self._ledger.life, self._attempt + 1)
+                prune(self._tidying, run_id=self._run_id, attempts=attempts, kept=self._kept)
         except StorageError as error:
             log.warning("checkpoints_not_tidied", reason=error.message)
         except JobError as error:

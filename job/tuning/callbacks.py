@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from job import signals
 from job.errors import HopelessError, Stop
 from job.tuning.device import Device, memory
-from job.tuning.trainer import CountingCollator
+from job.tuning.trainer import CountingCollator, skip_if_full
 
 log = structlog.get_logger()
 SMOOTH_STEPS = 20
@@ -175,9 +175,13 @@ class SavePoints(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._last = time.monotonic()
         directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if directory.exists():  # or the disk was full
+        if not directory.exists():  # the disk was full
+            return
+        try:
             self.hooks.save(state.global_step, directory, lambda: time.monotonic() - self._asked)
-            self._stall_seconds = time.monotonic() - self._asked
+        except OSError as error:
+            skip_if_full(error, directory, state.global_step)
+        self._stall_seconds = time.monotonic() - self._asked
 
 
 @dataclass

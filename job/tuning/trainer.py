@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import shutil
 from dataclasses import dataclass
@@ -16,13 +15,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from job.config import Config
-from job.errors import ConfigError, HopelessError
+from job.errors import NO_SPACE, ConfigError, HopelessError
 from job.tuning import model as adapter
 from job.tuning.checkpoint import write_adapter
 from job.tuning.device import Device
 
 log = structlog.get_logger()
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 LEAST_FREE_BYTES = 1 << 20
 AUTO_MICRO_BATCH = 8
 IGNORED = -100
@@ -100,16 +98,21 @@ class _Trainer(SFTTrainer):
         try:
             Trainer._save_checkpoint(self, model, trial)  # noqa: SLF001 - not TRL's, which writes a model card first
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(directory, ignore_errors=True)
-            if not _disk_full(error, directory.parent):
-                raise
-            log.warning("checkpoint_skipped", step=self.state.global_step, reason=f"the disk is full: {error}")
+            skip_if_full(error, directory, self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         write_adapter(self.model, directory, step=self.state.global_step)
         self.model.peft_config["default"].save_pretrained(directory)
+
+
+def skip_if_full(error: Exception, directory: Path, step: int) -> None:
+    """Give a checkpoint up that does not fit on the disk, and go on; any other error is raised."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if not _disk_full(error, directory.parent):
+        raise error
+    log.warning("checkpoint_skipped", step=step, reason=f"the disk is full: {error}")
 
 
 def _disk_full(error: Exception, directory: Path) -> bool:

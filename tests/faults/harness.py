@@ -62,6 +62,7 @@ class Zygote:
             message = json.loads(line)
             with self._lock:
                 if "started" in message:
+                    self.codes.pop(message["started"], None)  # the kernel uses numbers again
                     self._started.append(message["started"])
                 else:
                     self.codes[message["ended"]] = message["code"]

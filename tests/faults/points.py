@@ -157,6 +157,7 @@ def block(target: str, seconds: float) -> None:
     import time
 
     def act():
+        print("the test blocks")  # noqa: T201 - the test waits for it
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             # In one call, so that Python's signal handlers wait: about half a second for each million rounds.

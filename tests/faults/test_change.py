@@ -278,11 +278,11 @@ def test_more_steps_on_purpose(bench, run_id):
 
 
 def test_fewer_steps_than_done_on_purpose(bench, run_id):
-    """Allowed fewer steps than the checkpoint has: nothing is trained, and `done.json` says what the adapter is."""
+    """Fewer steps than the checkpoint has are refused, also where the change is allowed."""
     job = bench.start(run_id, max_steps=6, allow_change="TUNE_MAX_STEPS")
-    code = job.wait()
+    job.ends(CONFIG)
     assert not job.events("train_progress")
-    assert code == CONFIG or bench.place.json(bench.key(run_id, "done.json"))["steps"] == 8
+    assert "8 steps" in job.event("run_failed")["message"]
 
 
 def test_data_changed_on_purpose(bench, own_data):
@@ -299,10 +299,11 @@ def test_data_changed_on_purpose(bench, own_data):
 
 
 def test_variable_changed_in_a_finished_run_on_purpose(bench, finished):
-    """More steps allowed for a run that is finished: it does not end with 0 as if it had done them."""
+    """More steps for a run that is finished are refused: it does not end with 0 as if it had done them."""
     job = bench.start(copied_run(bench, finished), max_steps=16, allow_change="TUNE_MAX_STEPS")
-    job.wait()
-    assert not job.events("already_complete"), job.tail()
+    failed = job.ends(CONFIG).event("run_failed")
+    assert "TUNE_MAX_STEPS was 12, is 16" in failed["problems"]
+    assert "TUNE_ALLOW_CHANGE" not in failed["remedy"]
 
 
 def test_change_does_not_outlive_its_permission(bench, run_id):
@@ -422,3 +423,25 @@ def test_another_micro_batch(bench, run_id):
     found, usual = bench.result(run_id)[1], bench.baseline()[1]
     assert found == pytest.approx(usual, rel=0.2)
     assert list(commits(bench, run_id)) == [2, 4, 6, 8, 10, 12]
+
+
+def test_more_steps_after_the_right_to_publish(bench):
+    """A run that was lost after its final record, and goes on with more steps on purpose, publishes what it trained,
+    not what the lost attempt would have."""
+    run_id = bench.name("more")
+    bench.start(run_id, hooks=[["call_before", "job.record:Record.finish", 1, "SIGKILL"]]).ends(KILLED)
+    changes = {"max_steps": 16, "allow_change": "TUNE_MAX_STEPS"}
+    bench.start(run_id, **changes).ends(0)
+    done = bench.place.json(bench.key(run_id, "done.json"))
+    assert (done["steps"], done["fingerprint"]["TUNE_MAX_STEPS"]) == (16, 16)
+    assert bench.result(run_id)[1].keys() == set(range(1, 17))
+    bench.start(run_id, **changes).ends(0).event("already_complete")
+
+
+def test_fresh_keeps_the_checkpoints_of_the_old_life(bench, run_id):
+    """Setting a run aside loses nothing: the old life's checkpoint files stay, however long the new one runs."""
+    before = bench.place.names(bench.key(run_id, "checkpoints/data/0001/"))
+    assert before
+    bench.start(run_id, resume="fresh").ends(0)
+    assert bench.place.names(bench.key(run_id, "checkpoints/data/0001/")) == before
+    bench.check_whole(run_id)

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 
 import boto3
 import pytest
@@ -23,7 +24,7 @@ def published(bench, run_id) -> dict[str, bytes]:
 def test_two_attempts_at_once(bench):
     """The newer attempt takes the run over; the older one ends with 76 and blames nobody in the run's record."""
     run_id = bench.name("two")
-    older = bench.start(run_id, hooks=[["slow_steps", 0.4]])
+    older = bench.start(run_id, hooks=[["slow_steps", 1.5]])
     older.until("checkpoint_committed")
     newer = bench.start(run_id)
     older.ends(FENCED)
@@ -54,21 +55,24 @@ def test_a_zombie_in_training(bench, uploader_too):
 
 
 @pytest.mark.parametrize(
-    ("target", "number"),
-    [("job.run:publish", 1), ("job.storage.s3:S3Store.upload", 3), ("job.record:Record.finish", 1)],
+    ("target", "number", "code"),
+    [("job.run:publish", 1, FENCED), ("job.storage.s3:S3Store.upload", 3, FENCED), ("job.record:Record.finish", 1, 0)],
 )
-def test_a_zombie_that_publishes(bench, target, number):
-    """An attempt that wakes after publication has begun writes the very bytes that its successor wrote."""
+def test_a_zombie_that_publishes(bench, target, number, code):
+    """An attempt that wakes after publication has begun writes the very bytes that its successor wrote, and knows that
+    it was replaced unless all that it had left to do was to say so."""
     run_id = bench.name("late")
     zombie = bench.start(run_id, hooks=[["call_before", target, number, "SIGSTOP"]])
     zombie.until("evaluated", step=12)
-    while not [r for r in bench.check_commits(run_id) if r["kind"] == "final"]:
-        pass
+    deadline = time.monotonic() + 30
+    while not [record for record in bench.check_commits(run_id) if record["kind"] == "final"]:
+        assert time.monotonic() < deadline, zombie.tail()
+        time.sleep(0.05)
     second = bench.start(run_id).ends(0)
     assert second.events("train_progress") == []
     before = published(bench, run_id)
     zombie.send(signal.SIGCONT)
-    zombie.ends(0)
+    zombie.ends(code)
     assert published(bench, run_id) == before
     bench.check_whole(run_id)
 

@@ -14,18 +14,19 @@ FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_kill_at_a_random_step(bench, seed):
-    """A machine lost at any step: the next attempt ends with the adapter of a run that was never disturbed, and has
-    lost no more steps than lie between two checkpoints."""
+    """A machine lost at any step: the next attempt ends with the adapter of a run that was never disturbed, and
+    goes on from the last commit at least."""
     chance = random.Random(seed)
     run_id, step = bench.name(f"kill-{seed}"), chance.randrange(1, 12)
     first = bench.start(run_id, hooks=[["slow_steps", 0.1], ["stop_at_step", step]])
     first.until("train_progress", step=step - 1) if step > 1 else first.until("model_loaded")
     time.sleep(chance.random() * 0.3)
+    committed = [line["step"] for line in first.events("checkpoint_committed")]
     first.kill()
     second = bench.start(run_id).ends(0)
     resumed = second.events("resumed")
     from_step = resumed[-1]["resumed_step"] if resumed else 0
-    assert from_step >= step - 1 - 2 * 2  # one upload in flight, one pending
+    assert from_step >= max(committed, default=0)
     assert not resumed or 0 < resumed[-1]["seconds_to_first_step"] < 60
     bench.check_whole(run_id)
 

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 
 import pytest
 
@@ -51,8 +50,7 @@ def test_the_third_failure_says_that_it_is_hopeless(bench, message):
 def test_the_end_of_the_grace_leaves_its_message(bench, message):
     """Also when the main thread never got to say anything."""
     job = bench.start(bench.name("message"), hooks=[["termination_log", str(message)], BLOCK], grace_seconds=3)
-    job.until("dataset_ready")
-    time.sleep(0.5)
+    job.until("library_output", message="the test blocks")
     job.send(signal.SIGTERM)
     job.ends(INTERRUPTED)
     assert json.loads(message.read_bytes())["exit_code"] == INTERRUPTED

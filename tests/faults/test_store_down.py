@@ -58,12 +58,12 @@ def test_down_in_mid_run(bench, act):
     checkpoints are committed afterwards."""
     run_id, down = bench.name("mid"), threading.Event()
     with through(bench, Fault(on="PUT" if act is NO_ENTRY else ".", act=act, during=down)) as url:
-        job = bench.start(run_id, endpoint=url, hooks=SLOW)
+        job = bench.start(run_id, endpoint=url, hooks=[["slow_steps", 0.8]])
         job.until("checkpoint_committed")
         down.set()
         job.until("storage_retry")
         step = job.event("train_progress")["step"]
-        job.until("train_progress", step=step + 4)
+        job.until("train_progress", step=step + 2)
         committed = len(job.events("checkpoint_committed"))
         down.clear()
         job.ends(0)
