@@ -279,11 +279,11 @@ class Bench:
         assert not [key for key in self.place.unfinished() if f"/{run_id}/" in key]
 
     def check_commits(self, run_id: str) -> list[dict]:
-        """Every readable checkpoint record whose files are there names exactly what is stored."""
-        records = []
-        for key in self.place.names(self.key(run_id, "checkpoints/commits/")):
-            body = self.place.json(key)
-            records.append(body)
+        """Every checkpoint record of the run's present life whose files are there names exactly what is stored."""
+        keys = self.place.names(self.key(run_id, "checkpoints/commits/"))
+        records = [self.place.json(key) for key in keys]
+        life = max((number for number, body in enumerate(records) if body["kind"] == "fresh"), default=0)
+        for key, body in list(zip(keys, records, strict=True))[life:]:
             if body["kind"] != "checkpoint" or not self.place.names(f"out/{body['data']}/"):
                 continue
             for file in body["files"]:

@@ -164,7 +164,7 @@ def test_pid_1(tiny_model, rows, tmp_path):
         "TUNE_DATASET": str(rows),
         "TUNE_OUTPUT": str(tmp_path / "out"),
         "TUNE_RUN_ID": "first",
-        "TUNE_MAX_STEPS": "400",
+        "TUNE_MAX_STEPS": "80",
         "TUNE_MAX_LENGTH": "128",
         "TUNE_SAMPLES": "0",
         "TUNE_LOG_FORMAT": "json",
