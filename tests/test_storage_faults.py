@@ -64,12 +64,12 @@ def test_outages_are_waited_for(through: Any, status: int, code: str) -> None:
         store.write("key", b"data")
     assert store.read("key") == b"data"
     first, second = _retries(logs)
-    assert {"operation", "key", "error", "attempt", "next_seconds", "deadline"} <= first.keys()
+    assert {"operation", "key", "error", "tries", "next_seconds", "deadline"} <= first.keys()
     assert ("PutObject", "warning", 1, 2) == (
         first["operation"],
         first["log_level"],
-        first["attempt"],
-        second["attempt"],
+        first["tries"],
+        second["tries"],
     )
     assert code in first["error"]
     assert first["key"].endswith("/run/key")
