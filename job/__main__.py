@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> int:
     """Run a subcommand; the return value is the process's exit code (README, "Exit codes")."""
     signals.last_words(_say_interrupted)
     try:
+        signals.ready()
         chosen = _parse(arguments)
         if chosen.command == "variables":
             sys.stdout.write(variables.render(chosen.form))

@@ -36,7 +36,8 @@ class _State:
     grace_seconds = 15.0
     raised = False
     heard = False
-    deferring = 0
+    deferring = 1
+    """How many want signals to set the flag only; the first is the start of the program, until `ready`."""
     listeners: list[Callable[[], None]] = []  # noqa: RUF012 - there is one state
     last_words: Callable[[], None] = staticmethod(lambda: None)
     bell: tuple[int, int] | None = None
@@ -46,7 +47,10 @@ _state = _State()
 
 
 def install() -> None:
-    """Catch the signals from here on. To be called once, in the main thread, before anything that takes time."""
+    """Catch the signals from here on. To be called once, in the main thread, before anything that takes time.
+
+    They only set the flag until `ready`: an exception in the middle of an import would meet nobody.
+    """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     _state.bell = (reading, writing)
@@ -55,6 +59,12 @@ def install() -> None:
         signal.signal(number, _on_signal)
     signal.signal(_RING, _on_ring)
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
+
+
+def ready() -> None:
+    """From here on somebody catches `Stop`; raises it if a signal came meanwhile."""
+    _state.deferring -= 1
+    _raise_if_asked()
 
 
 def asked() -> str | None:

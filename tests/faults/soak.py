@@ -93,6 +93,7 @@ class Soak:
             if kind == "damage":
                 self.damage(run_id, chance)
         elif kind == "stop":
+            time.sleep(0.1)  # before its first line a program has Python's own handlers
             with contextlib.suppress(ProcessLookupError):
                 job.send(chance.choice((signal.SIGTERM, signal.SIGINT)))
             self.ended(job.wait(grace + 5), {INTERRUPTED, 0, HOPELESS})

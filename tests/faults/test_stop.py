@@ -102,6 +102,29 @@ def test_a_signal_in_each_phase(bench, phase):
     assert evaluated == [0, 2, 4, 6, 8, 10, 12]
 
 
+def test_a_signal_during_the_first_imports(tmp_path):
+    """A signal that comes while the program itself is being imported ends it with 75 as well."""
+    code = (
+        "import os, runpy, signal, sys, types\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'job.env':\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "sys.argv = ['job']\n"
+        "runpy.run_module('job', run_name='__main__', alter_sys=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == INTERRUPTED, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["event"] == "interrupted"
+
+
 def test_a_signal_while_a_server_is_silent(bench):
     """Waiting for a server is broken off at once."""
 
