@@ -261,7 +261,7 @@ class Bench:
         key = json.dumps(variables, sort_keys=True, default=str)
         if key not in self.baselines:
             run_id = self.name("baseline")
-            self.start(run_id, **variables).ends(0)
+            self.start(run_id, **variables).ends(0, 300)
             self.baselines[key] = self.result(run_id)
         return self.baselines[key]
 

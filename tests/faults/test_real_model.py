@@ -31,15 +31,16 @@ def test_kill_and_stop_with_a_real_model(bench, smollm2):
         "max_length": 256,
         "lora_r": 8,
         "learning_rate": 1e-3,
+        "eval_steps": 100,
         "grace_seconds": 60,
     }
     run_id = bench.name("smollm2")
     first = bench.start(run_id, **variables)
-    first.until("checkpoint_committed", step=2, seconds=300)
+    first.until("checkpoint_committed", step=2, seconds=400)
     first.kill()
-    second = bench.start(run_id, hooks=[["signal_at_step", 5, 15]], **variables).ends(INTERRUPTED, 300)
+    second = bench.start(run_id, hooks=[["signal_at_step", 5, 15]], **variables).ends(INTERRUPTED, 400)
     assert second.event("resumed")["resumed_step"] >= 2
-    third = bench.start(run_id, **variables).ends(0, 300)
+    third = bench.start(run_id, **variables).ends(0, 400)
     assert third.event("resumed")["resumed_step"] == 5
     assert all(line["stall_seconds"] < 1 for line in third.events("checkpoint_committed"))
     bench.check_whole(run_id, against=variables)
