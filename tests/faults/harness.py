@@ -283,11 +283,16 @@ class Bench:
         keys = self.place.names(self.key(run_id, "checkpoints/commits/"))
         records = [self.place.json(key) for key in keys]
         life = max((number for number, body in enumerate(records) if body["kind"] == "fresh"), default=0)
-        for key, body in list(zip(keys, records, strict=True))[life:]:
-            if body["kind"] != "checkpoint" or not self.place.names(f"out/{body['data']}/"):
-                continue
-            for file in body["files"]:
-                data = self.place.get(f"out/{body['data']}/{file['name']}")
+        present = [(key, body) for key, body in zip(keys, records, strict=True)][life:]
+        newest = max((key for key, body in present if body["kind"] == "checkpoint"), default=None)
+        for key, body in present:
+            stored = set(self.place.names(f"out/{body['data']}/")) if body["kind"] == "checkpoint" else set()
+            for file in body.get("files", []):
+                name = f"out/{body['data']}/{file['name']}"
+                if name not in stored:  # retired, perhaps by an attempt that was killed in the middle of that
+                    assert key != newest, name
+                    continue
+                data = self.place.get(name)
                 assert (len(data), hashlib.sha256(data).hexdigest()) == (file["size"], file["sha256"]), (key, file)
         return records
 
