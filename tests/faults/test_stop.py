@@ -14,6 +14,7 @@ from tests.faults.harness import INTERRUPTED
 from tests.jobs import ROOT
 from tests.servers import serve_proxy
 
+SLACK_SECONDS = 1.0  # for a machine that is busy with other tests
 PHASES = {
     "download": "job.inputs:pull",
     "tokenising": "job.data:prepare",
@@ -61,7 +62,7 @@ def test_a_signal_with_a_slow_link(bench):
         job.send(signal.SIGTERM)
         asked = time.monotonic()
         job.ends(INTERRUPTED)
-        assert time.monotonic() - asked < 5
+        assert time.monotonic() - asked < 5 + SLACK_SECONDS
     assert not job.events("checkpoint_committed")
     bench.start(run_id).ends(0)
     bench.check_whole(run_id)
@@ -139,7 +140,7 @@ def test_a_signal_while_a_server_is_silent(bench):
         job.send(signal.SIGTERM)
         asked = time.monotonic()
         job.ends(INTERRUPTED)
-        assert time.monotonic() - asked < 3
+        assert time.monotonic() - asked < 3 + SLACK_SECONDS
 
 
 def test_a_signal_during_c_code(bench):
@@ -151,7 +152,7 @@ def test_a_signal_during_c_code(bench):
     job.send(signal.SIGTERM)
     asked = time.monotonic()
     job.ends(INTERRUPTED)
-    assert time.monotonic() - asked < 6
+    assert time.monotonic() - asked < 6 + SLACK_SECONDS
     assert job.event("interrupted")["at_once"]
     assert bench.place.json(bench.key(run_id, "attempts/0001.end.json"))["outcome"] == "interrupted"
 
@@ -165,7 +166,7 @@ def test_a_second_signal_ends_at_once(bench):
     job.send(signal.SIGTERM)
     asked = time.monotonic()
     job.ends(INTERRUPTED)
-    assert time.monotonic() - asked < 3
+    assert time.monotonic() - asked < 3 + SLACK_SECONDS
 
 
 def test_a_signal_that_somebody_swallowed(bench):
