@@ -7,6 +7,7 @@ credentials, and is never part of a real run.
 from __future__ import annotations
 
 import contextlib
+import io
 import subprocess
 import sys
 import threading
@@ -79,8 +80,12 @@ def _one_condition_at_a_time(application: Callable[..., Any]) -> Callable[..., A
 
     def locked(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         conditional = environ["REQUEST_METHOD"] in {"PUT", "POST"} and "HTTP_IF_NONE_MATCH" in environ
-        with lock if conditional else contextlib.nullcontext():
+        if not conditional:
             return application(environ, start_response)
+        # Read first: a client that stops in the middle of its body must not hold the lock.
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        with lock:
+            return application({**environ, "wsgi.input": io.BytesIO(body)}, start_response)
 
     return locked
 

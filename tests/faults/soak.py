@@ -43,6 +43,7 @@ class Tally:
 
     disturbances: Counter = field(default_factory=Counter)
     ends: Counter = field(default_factory=Counter)
+    runs: int = 0
     resumed: int = 0
     damaged_passed_over: int = 0
     differences: list[str] = field(default_factory=list)
@@ -168,6 +169,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so many")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     console = Console()
@@ -186,7 +188,7 @@ def main() -> int:
     summary = {
         "date": time.strftime("%Y-%m-%d"),
         "seed": asked.seed,
-        "runs": asked.runs,
+        "runs": tally.runs,
         "differences": tally.differences,
         "disturbances": dict(tally.disturbances),
         "exit_codes": dict(tally.ends),
@@ -215,9 +217,14 @@ def soak(asked: argparse.Namespace, tally: Tally, scratch: Path, endpoint: str, 
         workers.append(Soak(bench, tally))
     seeds = [asked.seed * 100_000 + number for number in range(asked.runs)]
 
+    end = time.monotonic() + asked.minutes * 60
+
     def work(number: int) -> None:
         for seed in seeds[number :: asked.workers]:
             begun = time.monotonic()
+            if begun > end:
+                return
+            tally.runs += 1
             try:
                 what = ", ".join(workers[number].run(seed))
                 console.print(f"{seed}: same ({what}; {time.monotonic() - begun:.0f} s)")
