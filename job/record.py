@@ -7,6 +7,7 @@ checkpoints' records in `ledger`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -28,8 +29,9 @@ SHOWN = 5
 STAYS = ("checkpoints/", "attempts/", "aside/")  # when a run is set aside; the ledger says where a new life begins
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """The installed versions of the training stack."""
+    """The installed versions of the training stack; looked up once, since every checkpoint names them."""
     found = {}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
