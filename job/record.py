@@ -81,12 +81,12 @@ class Record:
         """`inputs.json`: what the first attempt that got as far as training read."""
         return self._read("inputs.json")
 
-    def pin(self, config: Config, *, inputs: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+    def pin(self, config: Config, *, inputs: dict[str, Any], fingerprint: dict[str, Any]) -> bool:
         """Create `run.json` and `inputs.json`, when all is checked and training is about to begin: from here on the
         run is what it is, and a mistake that was found before leaves no trace.
 
-        Raises:
-            ConfigError: another attempt pinned other inputs.
+        Returns:
+            Whether the inputs are now pinned to these, not to what another attempt read.
         """
         body = {
             "layout": LAYOUT,
@@ -96,8 +96,7 @@ class Record:
             "versions": versions(),
         }
         self._create("run.json", body)
-        if not self._create("inputs.json", inputs):
-            self.check_inputs(self.inputs() or {}, inputs)
+        return self._create("inputs.json", inputs)
 
     def check_inputs(self, pinned: dict[str, Any], inputs: dict[str, Any], *, added_too: bool = False) -> None:
         """Compare two `inputs.json` bodies: the run's, and what would be read now.

@@ -177,7 +177,9 @@ def _live(life: Life) -> None:
             remedy="Raise TUNE_MAX_STEPS or TUNE_EPOCHS, or set another TUNE_RUN_ID to train less.",
         )
     if restored is None:
-        record.pin(config, inputs=pulled.as_json(), fingerprint=mark)
+        pinned = record.pin(config, inputs=pulled.as_json(), fingerprint=mark)
+        if not pinned and not fingerprint.contents_may_change(config):
+            record.check_inputs(record.inputs() or {}, pulled.as_json())
         look(finetune, data, record, phase="before", step=0)
     else:
         say_differences(finetune, restored)

@@ -285,6 +285,19 @@ def test_fewer_steps_than_done_on_purpose(bench, run_id):
     assert "8 steps" in job.event("run_failed")["message"]
 
 
+def test_data_changed_on_purpose_before_the_first_commit(bench, own_data):
+    """An attempt that died before it could commit had already said what the run reads: other data is refused then,
+    too, and trained on where it is allowed."""
+    dataset = f"s3://faults/{own_data}"
+    run_id = bench.name("early")
+    bench.start(run_id, hooks=[["kill_at_step", 1]], dataset=dataset).ends(KILLED)
+    bench.place.put(f"{own_data}rows.jsonl", bench.place.get(ROWS).replace(b"It is", b"That is"))
+    _refused(bench.start(run_id, dataset=dataset), "rows.jsonl")
+    job = bench.start(run_id, dataset=dataset, allow_change="training_data").ends(0)
+    assert not job.events("resumed")
+    assert bench.result(run_id)[0] != bench.baseline()[0]
+
+
 def test_data_changed_on_purpose(bench, own_data):
     """Allowed other data is trained on from the resume on; the finished run, started again just so, is complete."""
     dataset = f"s3://faults/{own_data}"
