@@ -168,6 +168,12 @@ class Config:
         "recompute activations to save memory; `auto` = `unsloth` on a GPU, `off` on a CPU",
         default="auto",
     )
+    deterministic: bool = _setting(
+        flag(),
+        "only kernels that repeat bit for bit, or an error where there is none; at some cost in speed, and most "
+        "settings repeat without it (docs/resume.md)",
+        default=False,
+    )
     eval_steps: int | Literal["auto"] = _setting(
         auto_or(integer(1)),
         "optimizer steps between evaluations; `auto` = ten over the run, fewer if dear",

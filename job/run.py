@@ -221,7 +221,12 @@ def gather(life: Life) -> tuple[Inputs, BaseModel]:
 
 def _import_tuning(life: Life) -> Any:
     """The training stack: seconds of imports, only after all cheap checks."""
-    env.prepare_libraries(life.scratch, expect_gpu=life.expect_gpu, cpu_only=life.config.device == "cpu")
+    env.prepare_libraries(
+        life.scratch,
+        expect_gpu=life.expect_gpu,
+        cpu_only=life.config.device == "cpu",
+        deterministic=life.config.deterministic,
+    )
     try:
         from job.tuning import finetune  # noqa: PLC0415
     except NotImplementedError as error:  # how Unsloth says that it must not fall back to the CPU

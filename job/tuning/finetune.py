@@ -16,7 +16,7 @@ import torch
 from job import signals
 from job.base_model import BaseModel
 from job.config import Config
-from job.errors import HopelessError
+from job.errors import ConfigError, HopelessError
 from job.rendering import Prompt
 from job.tuning import checkpoint, export
 from job.tuning import model as models
@@ -28,17 +28,26 @@ from job.tuning.trainer import CountingCollator, Plan, build, plan, train
 log = structlog.get_logger()
 check_checkpoint = checkpoint.check
 ANSWERS_AT_ONCE = 32
+NOT_DETERMINISTIC = "does not have a deterministic implementation"
 
 
 @contextlib.contextmanager
-def enough_memory() -> Iterator[None]:
-    """Turns running out of GPU memory into the failure that says what to change."""
+def explained() -> Iterator[None]:
+    """Turns what torch says where the GPU's memory or TUNE_DETERMINISTIC does not suffice into what to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise HopelessError(
             f"The GPU ran out of memory: {str(error).splitlines()[0]}",
             remedy="Lower TUNE_MICRO_BATCH or TUNE_MAX_LENGTH, or set TUNE_GRADIENT_CHECKPOINTING=unsloth.",
+        ) from error
+    except RuntimeError as error:
+        if NOT_DETERMINISTIC not in str(error):
+            raise
+        raise ConfigError(
+            f"TUNE_DETERMINISTIC=true cannot be had with these settings: {str(error).partition(',')[0]}.",
+            remedy="Set TUNE_DETERMINISTIC=false, or another TUNE_OPTIMIZER, TUNE_PRECISION or "
+            "TUNE_GRADIENT_CHECKPOINTING.",
         ) from error
 
 
@@ -66,7 +75,8 @@ class Finetune:
         """
         started = time.monotonic()
         device = choose(asked=config.device)
-        with enough_memory():
+        torch.use_deterministic_algorithms(config.deterministic)
+        with explained():
             loaded = models.load(base, config, device, directory=base.path)
         planned = plan(
             config,
@@ -148,7 +158,7 @@ class Finetune:
         callbacks = [self.progress, Evaluations(hooks), SavePoints(hooks)]
         if changed:
             callbacks.append(Hyperparameters(self.plan.learning_rate, self.config.weight_decay))
-        with enough_memory(), signals.deferred():
+        with explained(), signals.deferred():
             train(trainer, callbacks, resume_from=directory)
         if trainer.state.global_step != self.plan.steps:
             raise HopelessError(
@@ -158,7 +168,7 @@ class Finetune:
 
     def evaluate(self, dataset: Any) -> Evaluation:
         """The loss on other rows."""
-        with enough_memory():
+        with explained():
             found = evaluate(
                 self.model,
                 dataset,
@@ -177,7 +187,7 @@ class Finetune:
         """Greedy answers to prompts."""
         if not prompts:
             return []
-        with enough_memory():
+        with explained():
             return answer(
                 self.model,
                 prompts,

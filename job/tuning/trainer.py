@@ -45,6 +45,7 @@ class Plan:
     warmup_steps: int
     schedule: str
     compute_dtype: str
+    deterministic: bool
 
 
 def plan(config: Config, device: Device, *, examples: int, learning_rate: float, checkpointing: str) -> Plan:
@@ -81,6 +82,7 @@ def plan(config: Config, device: Device, *, examples: int, learning_rate: float,
         warmup_steps=0 if config.schedule == "constant" else min(warmup, steps - 1),
         schedule=config.schedule,
         compute_dtype=str(device.dtype).removeprefix("torch."),
+        deterministic=config.deterministic,
     )
 
 

@@ -42,6 +42,13 @@ def fail_at_step(step: int) -> None:
     _at_step(step, fail)
 
 
+def unrepeatable_kernel(step: int) -> None:
+    """At a step, an operation for which torch has no deterministic kernel."""
+    import torch
+
+    _at_step(step, lambda: torch.zeros(2).put_(torch.tensor([0]), torch.tensor([1.0])))
+
+
 def stop_at_step(step: int) -> None:
     """SIGSTOP this process as a step ends; somebody else may wake it."""
     _at_step(step, lambda: os.kill(os.getpid(), signal.SIGSTOP))

@@ -438,6 +438,18 @@ def test_another_micro_batch(bench, run_id):
     assert list(commits(bench, run_id)) == [2, 4, 6, 8, 10, 12]
 
 
+def test_deterministic(bench, run_id):
+    """TUNE_DETERMINISTIC is recorded, is no other run, and refuses by name an operation that may not repeat itself."""
+    job = bench.start(run_id, deterministic=True, hooks=[["unrepeatable_kernel", 9]]).ends(CONFIG)
+    assert job.event("model_loaded")["plan"]["deterministic"] is True
+    assert job.event("bitwise_equality_ended")["plan"]["was"]["deterministic"] is False
+    failed = job.event("run_failed")
+    assert failed["message"].startswith("TUNE_DETERMINISTIC=true cannot be had with these settings: put_ does not have")
+    assert "TUNE_DETERMINISTIC=false" in failed["remedy"]
+    bench.start(run_id, deterministic=True).ends(0)
+    bench.check_whole(run_id)
+
+
 def test_more_steps_after_the_right_to_publish(bench):
     """A run that was lost after its final record, and goes on with more steps on purpose, publishes what it trained,
     not what the lost attempt would have."""
