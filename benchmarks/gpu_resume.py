@@ -34,6 +34,7 @@ MIDDLING = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 
 DROPOUTS = {f"dropout {value}": {"lora_dropout": value} for value in (0.0, 0.1)}
 VARIANTS = {
     "8 bit": {"precision": "8bit"},
+    "8 bit, deterministic": {"precision": "8bit", "deterministic": "true"},
     "16 bit, no checkpointing": {"precision": "16bit", "gradient_checkpointing": "off"},
     "paged_adamw_8bit": {"optimizer": "paged_adamw_8bit"},
     "2 x 4, plain checkpointing, fused AdamW": {
@@ -94,6 +95,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a tiny shape, to try this script on a CPU")
     parser.add_argument("--variants", action="store_true", help="other settings, on a middling shape")
+    parser.add_argument("--only", choices=VARIANTS, action="append", help="with --variants, just this one")
     parser.add_argument("--rank", type=int, default=512, help="of the large adapter")
     asked = parser.parse_args()
     asked.output.mkdir(parents=True, exist_ok=True)
@@ -122,7 +124,8 @@ def measure(asked: argparse.Namespace, scratch: Path) -> int:
         "log_format": "json",
     }
     result = {"date": time.strftime("%Y-%m-%d"), "card": card(), "steps": STEPS}
-    cases = {name: {"lora_dropout": 0.1, **case} for name, case in VARIANTS.items()} if asked.variants else DROPOUTS
+    cases = {name: {"lora_dropout": 0.1, **case} for name, case in VARIANTS.items() if name in (asked.only or VARIANTS)}
+    cases = cases if asked.variants else DROPOUTS
     result["resume"] = kill_and_resume(scratch, settings, cases, asked.output)
     (asked.output / "gpu_resume.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1), flush=True)
