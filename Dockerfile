@@ -7,16 +7,17 @@
 ARG BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
 
 FROM ${BASE} AS packages
-ENV DEBIAN_FRONTEND=noninteractive
+ARG DEBIAN_FRONTEND=noninteractive
 # No versions: the distribution's newest security fixes are wanted.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv \
-    && rm -rf /var/lib/apt/lists/*
+    && apt-get install -y --no-install-recommends binutils ca-certificates python3 python3-venv \
+    && apt-get clean && rm -rf /var/lib/apt/lists/*
 COPY requirements.lock /build/
 # --no-deps: the lock is complete and hashed, and one of its packages asks for a version that is not always to be had.
 # What no text model on this CUDA needs goes in the same layer: bitsandbytes for other CUDAs, for AMD and Intel; Unsloth's
-# web studio; pip itself. Modules that a run imports are compiled here, since a read-only root cannot keep them.
+# web studio; static libraries; Triton's debug symbols; pip itself. Modules that a run imports are compiled here, since
+# a read-only root cannot keep them.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca.pem,target=/run/ca.pem \
     python3 -m venv /opt/venv \
@@ -27,6 +28,8 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     && find "$site/bitsandbytes" -name 'libbitsandbytes_*.so' \
         ! -name "libbitsandbytes_cuda$cuda.so" ! -name 'libbitsandbytes_cpu.so' -delete \
     && rm -rf "$site/studio" "$site/torch/test" \
+    && find "$site/triton" "$site/nvidia" -name '*.a' -delete \
+    && strip --strip-debug "$site"/triton/_C/*.so \
     && HOME=/tmp HF_HUB_OFFLINE=1 UNSLOTH_DISABLE_STATISTICS=1 UNSLOTH_FORCE_CPU=1 \
         UNSLOTH_COMPILE_LOCATION=/tmp/unsloth XDG_CACHE_HOME=/tmp/cache \
         /opt/venv/bin/python -c 'import unsloth, trl, peft, bitsandbytes, datasets, boto3, awscrt, tiktoken, sentencepiece' \
@@ -34,13 +37,13 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     && rm -rf /tmp/*
 
 FROM ${BASE}
-ENV DEBIAN_FRONTEND=noninteractive
+ARG DEBIAN_FRONTEND=noninteractive
 # gcc, libc's and Python's headers: Triton compiles its launchers when a run begins. tini reaps and passes signals on.
 # No versions: the distribution's newest security fixes are wanted.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev python3 python3-dev tini \
-    && rm -rf /var/lib/apt/lists/* \
+    && apt-get clean && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --gid 0 --no-log-init --no-create-home --home-dir /scratch finetune \
     && install -d -m 1777 -o 10001 -g 0 /scratch
 COPY --from=packages /opt/venv /opt/venv

@@ -9,7 +9,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-h
 STAMP := $(VENV)/installed-$(shell sha256sum requirements-dev.lock | cut -c1-16)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults soak lint format lock readme bench-storage bench-resume-control bench-gpu bench-gpu-resume clean $(VENV)
+.PHONY: help demo test faults soak image-test lint format lock readme bench-storage bench-resume-control bench-gpu bench-gpu-resume clean $(VENV)
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$][^:]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -26,6 +26,10 @@ faults: $(STAMP)  ## the whole fault matrix, also the rows that take long
 RUNS ?= 20
 soak: $(STAMP)  ## random faults for RUNS runs; prints its seed, SEED=... repeats it
 	$(BIN)/python -m tests.faults.soak --runs $(RUNS) $(if $(SEED),--seed $(SEED)) $(if $(OUT),--out $(OUT))
+
+IMAGE_RESULTS ?= $(CURDIR)/benchmarks/results/image-$(shell date +%Y-%m-%d).json
+image-test: $(STAMP)  ## build the image and run the demo in it (docker, or as root Debian's buildah, podman, debootstrap)
+	IMAGE_RESULTS=$(IMAGE_RESULTS) $(BIN)/python -m pytest -m image tests/test_image.py
 
 lint: $(STAMP)  ## formatting, lint rules, types, import contracts
 	$(BIN)/ruff format --check .

@@ -67,7 +67,10 @@ class Attempts:
             self._probe(claim, fencing)
             if self.conditional or self.store.read(self._key(number)) == claim:
                 return number
-        raise StorageError(f"No free attempt number from {first} on in {self.store.uri}/{self.run_id}/attempts/.")
+        raise StorageError(
+            f"No free attempt number from {first} on in {self.store.uri}/{self.run_id}/attempts/.",
+            remedy="Another process is starting the same run over and over: give each its own TUNE_RUN_ID.",
+        )
 
     def _probe(self, claim: bytes, fencing: str) -> None:
         """Create the own claim a second time: a store that lets that happen does not honour conditional writes."""

@@ -19,6 +19,7 @@ from job.errors import ConfigError, DataError
 MULTIMODAL = ("vision_config", "audio_config", "vision_tower", "audio_token_id", "image_token_id", "image_token_index")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+COPY_AGAIN = "Copy the model to TUNE_MODEL again."
 LONGEST_HEADER = 100_000_000
 # Learning rates that work for LoRA by model size in parameters (upper bound, rate); above the last, 5e-5.
 RATES = ((7e9, 2e-4), (13e9, 1e-4))
@@ -170,10 +171,14 @@ def _weights(path: Path, name: str) -> tuple[Path, ...]:
     try:
         wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{index.name} of {name} is damaged: {type(error).__name__}: {error}.") from None
+        raise DataError(
+            f"{index.name} of {name} is damaged: {type(error).__name__}: {error}.", remedy=COPY_AGAIN
+        ) from None
     missing = [file for file in wanted if not (path / file).exists()]
     if missing:
-        raise DataError(f"{name} is incomplete: {missing[0]} is missing ({len(missing)} of {len(wanted)} files).")
+        raise DataError(
+            f"{name} is incomplete: {missing[0]} is missing ({len(missing)} of {len(wanted)} files).", remedy=COPY_AGAIN
+        )
     return tuple(path / file for file in wanted)
 
 
@@ -183,15 +188,19 @@ def _header(file: Path, name: str) -> dict[str, Any]:
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))[0]
         if length > min(size, LONGEST_HEADER):
-            raise DataError(f"{file.name} of {name} is damaged: its header does not fit the file.")
+            raise DataError(f"{file.name} of {name} is damaged: its header does not fit the file.", remedy=COPY_AGAIN)
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise DataError(f"{file.name} of {name} is damaged: its header is not one of safetensors.") from None
+            raise DataError(
+                f"{file.name} of {name} is damaged: its header is not one of safetensors.", remedy=COPY_AGAIN
+            ) from None
     if 8 + length + end != size:
-        raise DataError(f"{file.name} of {name} is damaged: {size} bytes, {8 + length + end} expected.")
+        raise DataError(
+            f"{file.name} of {name} is damaged: {size} bytes, {8 + length + end} expected.", remedy=COPY_AGAIN
+        )
     return header
 
 

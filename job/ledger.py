@@ -145,7 +145,10 @@ class Ledger:
                 return True
             self._yield_to(found)
             return False
-        raise StorageError(f"{self._key(number)} exists for writing and not for reading.")
+        raise StorageError(
+            f"{self._key(number)} exists for writing and not for reading.",
+            remedy="The store contradicts itself: check for a cache or a replica between this job and the bucket.",
+        )
 
     def _yield_to(self, entry: Entry) -> None:
         other = entry.body is not None and entry.attempt == self.attempt and entry.body["owner"] != self.owner

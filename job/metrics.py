@@ -15,6 +15,7 @@ from job import logs
 from job.errors import ConfigError
 
 PREFIX = "finetune_job_"
+COMMITTED = PREFIX + "checkpoint_timestamp_seconds"
 EVENTS: Mapping[str, Mapping[str, str]] = {
     "train_progress": {
         "step": "Optimizer steps done.",
@@ -46,25 +47,24 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._info = Info(PREFIX + "run", "Which run this is.", registry=self.registry)
-        self._committed = Gauge(
-            PREFIX + "checkpoint_timestamp_seconds", "When the newest checkpoint was committed.", registry=self.registry
-        )
-        self._gauges = {
-            (event, field): Gauge(name(event, field), meaning, registry=self.registry)
-            for event, fields in EVENTS.items()
-            for field, meaning in fields.items()
-        }
+        self._gauges: dict[str, Gauge] = {}
 
     def observe(self, event: Mapping[str, Any]) -> None:
         """Take the numbers of a log event over."""
         kind = event["event"]
         if kind not in EVENTS:
             return
-        for field in EVENTS[kind]:
-            self._gauges[kind, field].set(event[field])
+        for field, meaning in EVENTS[kind].items():
+            self._gauge(name(kind, field), meaning).set(event[field])
         if kind == "checkpoint_committed":
-            self._committed.set(time.time())
+            self._gauge(COMMITTED, "When the newest checkpoint was committed.").set(time.time())
         self._info.info({field: str(event.get(field, "")) for field in ("run_id", "attempt")})
+
+    def _gauge(self, metric: str, meaning: str) -> Gauge:
+        """A gauge exists from its first number on: a 0 that nobody measured would set off alerts."""
+        if metric not in self._gauges:
+            self._gauges[metric] = Gauge(metric, meaning, registry=self.registry)
+        return self._gauges[metric]
 
 
 def name(event: str, field: str) -> str:

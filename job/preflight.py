@@ -18,9 +18,9 @@ from pathlib import Path
 
 import structlog
 
-from job import env
+from job import env, logs
 from job.config import Config
-from job.errors import ConfigError, JobError, StorageError, known
+from job.errors import ConfigError, DeniedError, JobError, StorageError, known
 from job.storage.store import open_store
 
 log = structlog.get_logger()
@@ -65,10 +65,11 @@ def everything(config: Config) -> None:
     Raises:
         JobError: as a run would end.
     """
-    log.info("preflight_passed", check="configuration", run_id=config.identity())
+    logs.bind(run_id=config.identity())
+    log.info("preflight_passed", check="configuration")
     gpu = machine(config)
-    found = driver_cuda()
-    log.info("preflight_passed", check="gpu", gpus=env.process().gpus, driver_cuda=found and ".".join(map(str, found)))
+    if gpu and (driver := driver_cuda()):
+        log.info("preflight_passed", check="gpu", gpus=env.process().gpus, driver_cuda=".".join(map(str, driver)))
     scratch = env.scratch()
     log.info("preflight_passed", check="scratch", path=str(scratch), free_bytes=shutil.disk_usage(scratch).free)
     log.info("preflight_passed", check="output", uri=config.output, conditional_writes=probe_output(config.output))
@@ -200,4 +201,7 @@ def probe_output(uri: str) -> bool:
             )
         return not store.create(key, content)
     finally:
-        store.delete(key)
+        try:
+            store.delete(key)
+        except DeniedError as error:  # a run only warns, too: it then keeps every checkpoint
+            log.warning("preflight_object_left", key=key, reason=error.message, remedy="Delete it by other means.")

@@ -193,7 +193,9 @@ class Uploader:
                     self._on_death(status)
         except Exception as error:  # noqa: BLE001 - nobody else would tell those who wait
             with self._changed:
-                self._error = self._error or StorageError(f"The uploads cannot go on: {error!r}.")
+                self._error = self._error or StorageError(
+                    f"The uploads cannot go on: {error!r}.", remedy="Start it again: it resumes from the last commit."
+                )
                 self._changed.notify_all()
 
     def _on_committed(self, message: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import pytest
 from job import preflight
 from job.errors import ConfigError
 from tests.jobs import ROOT
+from tests.servers import serve_proxy
 
 NEEDED = {"TUNE_MODEL": "org/model", "TUNE_DATASET": "/data.jsonl", "TUNE_DEVICE": "cpu", "TUNE_LOG_FORMAT": "json"}
 NOEXEC = shutil.which("unshare") and subprocess.call(["unshare", "-m", "true"], stderr=subprocess.DEVNULL) == 0
@@ -33,8 +34,9 @@ def test_fit(s3_env):
     code, lines, _ = _preflight(TUNE_OUTPUT=f"s3://{s3_env}/runs")
     assert code == 0
     passed = {line["check"]: line for line in lines if line["event"] == "preflight_passed"}
-    assert list(passed) == ["configuration", "gpu", "scratch", "output"]
+    assert list(passed) == ["configuration", "scratch", "output"]
     assert passed["output"]["conditional_writes"] is True
+    assert len({line["run_id"] for line in lines}) == 1
     assert lines[-1]["event"] == "preflight_complete"
     assert "Contents" not in boto3.client("s3").list_objects_v2(Bucket=s3_env)
 
@@ -53,6 +55,21 @@ def test_refused_credentials(rclone, s3_env):
         TUNE_OUTPUT="s3://preflight/runs", AWS_ENDPOINT_URL_S3=rclone.endpoint, AWS_SECRET_ACCESS_KEY="wrong"
     )
     assert (code, failed["exit_code"]) == (77, 77)
+
+
+def test_deletes_denied(moto, s3_env):
+    """Credentials that may not delete are warned of, as a run warns: it goes on and keeps every checkpoint."""
+
+    def rule(seen):
+        if seen.method == "DELETE":
+            seen.refuse = (403, "AccessDenied")
+
+    with serve_proxy(moto, rule) as proxy:
+        code, lines, _ = _preflight(TUNE_OUTPUT=f"s3://{s3_env}/runs", AWS_ENDPOINT_URL_S3=proxy)
+    assert code == 0
+    left = next(line for line in lines if line["event"] == "preflight_object_left")
+    found = boto3.client("s3").list_objects_v2(Bucket=s3_env)["Contents"]
+    assert [entry["Key"] for entry in found] == [f"runs/{left['key']}"]
 
 
 def test_missing_bucket(s3_env):

@@ -39,9 +39,12 @@ def _explained(error: OSError, path: Path) -> DeniedError | StorageError:
         )
     if error.errno in _REFUSED:
         return DeniedError(
-            f"{path}: {error.strerror}, as uid {os.geteuid()}.", remedy="Make it accessible for that user."
+            f"{path} may not be used: {error.strerror}, as uid {os.geteuid()}.",
+            remedy="Make it accessible for that user.",
         )
-    return StorageError(f"{path}: {error.strerror or error}.", remedy="Look at the volume that holds it.")
+    return StorageError(
+        f"{path} could not be read or written: {error.strerror or error}.", remedy="Look at the volume that holds it."
+    )
 
 
 def require_free(directory: Path, size: int) -> None:
