@@ -9,49 +9,57 @@
 # the same way again. SIGTERM and SIGINT are passed on, and then nothing is started any more.
 set -uo pipefail
 
+[ "$#" -gt 0 ] || { echo "usage: $0 command [argument ...]" >&2; exit 78; }
+
 tries=${TRIES:-5}
 pause=${PAUSE_SECONDS:-30}
 child=""
-asked=""
+signals=0
+code=75
 
 # Called by the trap.
 # shellcheck disable=SC2329
 pass_on() {
-  asked=yes
+  signals=$((signals + 1))
   if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null; fi
 }
 trap pass_on TERM INT
 
-[ "$#" -gt 0 ] || { echo "usage: $0 command [argument ...]" >&2; exit 78; }
-
-failures=0
-while true; do
+# Sets `code` to the command's exit code. A signal ends `wait` early, with a code of its own: then it waits again.
+run() {
+  local seen=$signals later
   "$@" &
   child=$!
-  # A trap ends `wait` early with a code above 128: wait on until the command itself has ended.
-  while true; do
-    wait "$child"
-    code=$?
-    kill -0 "$child" 2>/dev/null || break
+  if [ "$signals" -gt "$seen" ]; then kill -TERM "$child" 2>/dev/null; fi
+  wait "$child"
+  code=$?
+  while [ "$signals" -gt "$seen" ]; do
+    seen=$signals
+    wait "$child" 2>/dev/null
+    later=$?
+    if [ "$later" -ne 127 ]; then code=$later; fi # 127: there is nothing left to wait for
   done
   child=""
+}
 
+failures=0
+while [ "$signals" -eq 0 ]; do
+  run "$@"
   case $code in
     0 | 65 | 70 | 76 | 77 | 78) exit "$code" ;;
     75) ;;
     *) failures=$((failures + 1)) ;;
   esac
-  if [ -n "$asked" ]; then exit "$code"; fi
+  if [ "$signals" -gt 0 ]; then break; fi
   if [ "$failures" -ge "$tries" ]; then
-    echo "$0: exit code $code, try $failures of $tries: giving up" >&2
-    exit "$code"
+    echo "$0: exit code $code, failure $failures of $tries: giving up" >&2
+    break
   fi
-  echo "$0: exit code $code: starting again ($failures of $tries failures)" >&2
+  echo "$0: exit code $code, $failures of $tries failures: starting again" >&2
   if [ "$code" -ne 75 ]; then
-    sleep "$pause" &
-    child=$!
-    wait "$child"
-    child=""
-    if [ -n "$asked" ]; then exit "$code"; fi
+    last=$code
+    run sleep "$pause"
+    code=$last
   fi
 done
+exit "$code"
