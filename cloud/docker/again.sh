@@ -30,7 +30,7 @@ run() {
   local seen=$signals later
   "$@" &
   child=$!
-  if [ "$signals" -gt "$seen" ]; then kill -TERM "$child" 2>/dev/null; fi
+  if [ "$signals" -gt 0 ]; then kill -TERM "$child" 2>/dev/null; fi # it came before there was a child
   wait "$child"
   code=$?
   while [ "$signals" -gt "$seen" ]; do

@@ -24,7 +24,7 @@ KEPT = ("type", "enum", "format")
 
 def skypilot() -> dict[str, Any]:
     """The two schemas that a task file is held against, as strict as SkyPilot's server is."""
-    from sky.utils import schemas  # ty: ignore
+    from sky.utils import schemas
 
     schemas._allow_additional_properties = lambda: False
     return {"task": schemas.get_task_schema(), "resources": schemas.get_resources_schema()}
