@@ -82,6 +82,16 @@ def test_places_to_fill_in_are_marked(path: str) -> None:
     assert PLACES in (ROOT / "docs" / "cloud.md").read_text().replace("\\|", "|")
 
 
+def test_the_documentation_names_files_that_exist() -> None:
+    """Every path under cloud/ in docs/cloud.md is there, and every file there is named, or its directory."""
+    text = (ROOT / "docs" / "cloud.md").read_text()
+    named = set(re.findall(r"cloud/[a-z-]+/[a-z-]+\.(?:json|yaml|sh)", text))
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    for path in (*CLOUD.glob("*/*"), CLOUD / "job.env.example"):
+        assert path.name in text
+
+
 # What each platform does with an exit code: whether it starts the container again.
 
 
@@ -112,6 +122,11 @@ def documented(column: int) -> Callable[[int], bool]:
         return row[column].startswith("again")
 
     return retries
+
+
+def test_what_is_worth_another_try() -> None:
+    """Interruptions, storage outages and what nobody foresaw are; all other kinds would end the same way again."""
+    assert {code for code, retry in RETRIED.items() if retry} == {75, 74, 1, 137}
 
 
 @each_code
