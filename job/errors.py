@@ -21,6 +21,9 @@ class JobError(Exception):
     kind: ClassVar[str] = "unknown"
     exit_code: ClassVar[int] = 1
     meaning: ClassVar[str] = "an error nobody foresaw: the log has the traceback"
+    retry: ClassVar[bool] = True
+    """Whether whatever runs the container should start it again; every manifest and spec is tested against this.
+    For the unknown, as for a storage outage, a bounded number of times."""
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)
@@ -37,6 +40,7 @@ class ConfigError(JobError):
     kind = "config"
     exit_code = 78
     meaning = "environment or command line invalid, or the inputs of this run changed"
+    retry = False
 
     def __init__(self, message: str, *, remedy: str = "", problems: Sequence[str] = ()) -> None:
         """Args: problems: every single problem in words, when there may be several."""
@@ -53,6 +57,7 @@ class DataError(JobError):
     kind = "data"
     exit_code = 65
     meaning = "dataset or model missing or invalid, or nothing to train on"
+    retry = False
 
 
 class DeniedError(JobError):
@@ -61,6 +66,7 @@ class DeniedError(JobError):
     kind = "denied"
     exit_code = 77
     meaning = "credentials or permission refused"
+    retry = False
 
 
 class HopelessError(JobError):
@@ -69,6 +75,7 @@ class HopelessError(JobError):
     kind = "hopeless"
     exit_code = 70
     meaning = "trying again would end the same way: diverged, or out of memory"
+    retry = False
 
 
 class FencedError(JobError):
@@ -77,6 +84,7 @@ class FencedError(JobError):
     kind = "fenced"
     exit_code = 76
     meaning = "another attempt owns the run"
+    retry = False
 
 
 class StorageError(JobError):

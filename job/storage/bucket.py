@@ -27,7 +27,8 @@ _LONGEST_SECONDS = {Kind.WAIT: 30.0, Kind.DENIED: 5.0, Kind.UNTRUSTED: 5.0}
 # Of its own: training seeds the global one, which would send all pods of one seed back at the same moments.
 _jitter = random.SystemRandom()
 _PERMISSIONS = {
-    "GetObject": "s3:GetObject (and kms:Decrypt where the bucket encrypts with a KMS key)",
+    "GetObject": "s3:GetObject (and s3:GetObjectVersion where the bucket keeps versions,"
+    " kms:Decrypt where it encrypts with a KMS key)",
     "HeadObject": "s3:GetObject and s3:ListBucket (without the second a missing object looks like a refusal)",
     "ListObjectsV2": "s3:ListBucket",
     "DeleteObject": "s3:DeleteObject",
