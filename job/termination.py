@@ -1,4 +1,5 @@
-"""The last message of a run, where Kubernetes looks for it: one line of JSON, shown by `kubectl describe pod`."""
+"""The last message of a run, where the platform looks for it: one line of JSON, shown by `kubectl describe pod`, or as
+the failure reason of a SageMaker training job."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from job import logs
 from job.errors import JobError
 
 PLACE = Path("/dev/termination-log")
+SAGEMAKER = Path("/opt/ml/output/failure")  # the platform makes the directory
 LONGEST_BYTES = 4000  # Kubernetes cuts at 4096
 
 
@@ -22,13 +24,13 @@ def facts(error: JobError) -> dict[str, Any]:
 
 def tell(error: JobError) -> None:
     """Write the message, if anybody looks for one. A long one loses its end, never the remedy."""
-    if not PLACE.exists():
-        return
+    places = [PLACE] * PLACE.exists() + [SAGEMAKER] * SAGEMAKER.parent.is_dir()
     body = facts(error) | {"message": str(error)}
     body = {key: logs.redact(value) if isinstance(value, str) else value for key, value in body.items()}
     while len(line := json.dumps(body, ensure_ascii=False).encode()) > LONGEST_BYTES and body["message"]:
         body["message"] = body["message"][: len(body["message"]) * 3 // 4]
-    try:
-        PLACE.write_bytes(line)
-    except OSError:
-        structlog.get_logger().warning("termination_log_not_written")
+    for place in places:
+        try:
+            place.write_bytes(line)
+        except OSError as error:
+            structlog.get_logger().warning("termination_log_not_written", path=str(place), reason=error.strerror)

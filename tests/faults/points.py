@@ -207,3 +207,10 @@ def termination_log(path: str) -> None:
     import job.termination
 
     job.termination.PLACE = Path(path)
+
+
+def sagemaker(path: str) -> None:
+    """The place where SageMaker looks for the reason of a failure, elsewhere."""
+    import job.termination
+
+    job.termination.SAGEMAKER = Path(path)

@@ -56,6 +56,15 @@ def test_the_end_of_the_grace_leaves_its_message(bench, message):
     assert json.loads(message.read_bytes())["exit_code"] == INTERRUPTED
 
 
+def test_sagemaker_finds_the_reason(bench, tmp_path):
+    """Where SageMaker's directory exists, the reason of a failure is in its file; where it does not, none is made."""
+    there, missing = tmp_path / "failure", tmp_path / "missing" / "failure"
+    for path in (there, missing):
+        bench.start(bench.name("message"), hooks=[["sagemaker", str(path)]], batch_size=0).ends(CONFIG)
+    assert json.loads(there.read_bytes())["exit_code"] == CONFIG
+    assert not missing.parent.exists()
+
+
 def test_a_success_leaves_none(bench, message):
     """An empty message is a run that is whole."""
     bench.start(bench.name("message"), hooks=[["termination_log", str(message)]]).ends(0)
