@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
 
             return demo.demo()
         logs.configure(form=env.asked_log_format(), level="info", secrets=env.secrets())
-        return _train()
+        return _preflight() if chosen.command == "preflight" else _train()
     except SystemExit as asked:  # argparse's --help
         return asked.code if isinstance(asked.code, int) else 0
     except BaseException as error:  # noqa: BLE001 - every end of the process is reported here
@@ -50,6 +50,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="python -m job", description="Fine-tune a language model, configured by TUNE_* variables.")
     commands = parser.add_subparsers(dest="command", metavar="command")
     commands.add_parser("train", help="pull, train, publish (the default)")
+    commands.add_parser("preflight", help="check this machine and the credentials for the output; train nothing")
     table = commands.add_parser("variables", help="list the variables")
     form = table.add_mutually_exclusive_group()
     form.add_argument("--json", dest="form", action="store_const", const="json", default="text", help="as JSON")
@@ -66,6 +67,14 @@ def _train() -> int:
     from job import run  # noqa: PLC0415 - a bad environment is reported before anything heavy is imported
 
     run.run(config)
+    return 0
+
+
+def _preflight() -> int:
+    config = env.load()
+    from job import preflight  # noqa: PLC0415 - as above
+
+    preflight.everything(config)
     return 0
 
 

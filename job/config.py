@@ -222,6 +222,11 @@ class Config:
         choice("debug", "info", "warning", "error"), "least level that is logged", default="info"
     )
     log_steps: int = _setting(integer(1), "optimizer steps between `train_progress` events", default=1)
+    metrics_port: int | None = _setting(
+        integer(1024, 65535),
+        "port where Prometheus finds the run's numbers, at `/metrics`, while the run goes on",
+        default=None,
+    )
 
     def problems(self) -> list[str]:
         """What no single value shows: rules between variables, each with the values, the rule and the remedy."""
@@ -243,6 +248,11 @@ class Config:
             )
         if self.device == "cpu" and self.precision == "8bit":
             found.append("TUNE_PRECISION=8bit needs a GPU, and TUNE_DEVICE=cpu asks for none. Use 4bit or 16bit.")
+        if self.metrics_port is not None and self.log_level not in ("debug", "info"):
+            found.append(
+                f"TUNE_METRICS_PORT={self.metrics_port} shows what the log's events say, and "
+                f"TUNE_LOG_LEVEL={self.log_level} drops them. Set TUNE_LOG_LEVEL=info."
+            )
         marked = {s.variable for s in SETTINGS if s.fingerprint}
         for name in self.allow_change:
             if name in FIXED:

@@ -169,7 +169,9 @@ def scratch() -> Path:
     It lies under `TMPDIR` and is private to the user, since `/tmp` may be shared.
     """
     try:
-        path = Path(tempfile.gettempdir()) / f"finetune-job-{os.getuid()}"
+        # gettempdir alone would take another directory in silence where TMPDIR cannot be written.
+        parent = os.environ.get("TMPDIR") or tempfile.gettempdir()
+        path = Path(parent) / f"finetune-job-{os.getuid()}"
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(

@@ -43,12 +43,12 @@ class _Names(fields.Field[Any]):
         return tuple(self._inner.deserialize(part, attr, data, **kwargs) for part in parts)
 
 
-def integer(minimum: int) -> Kind:
-    """A whole number."""
+def integer(minimum: int, maximum: int | None = None) -> Kind:
+    """A whole number within bounds."""
     return Kind(
-        field=fields.Integer(validate=validate.Range(min=minimum)),
-        rule=f"a whole number, at least {minimum}",
-        schema={"type": "integer", "minimum": minimum},
+        field=fields.Integer(validate=validate.Range(min=minimum, max=maximum)),
+        rule=f"a whole number, at least {minimum}" + (f" and at most {maximum}" if maximum is not None else ""),
+        schema={"type": "integer", "minimum": minimum} | ({"maximum": maximum} if maximum is not None else {}),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from job import base_model, checkpoints, env, fingerprint, inputs, logs, signals
+from job import base_model, checkpoints, env, fingerprint, inputs, logs, metrics, preflight, signals
 from job.artifacts import Artifact, publish
 from job.attempts import Attempts
 from job.base_model import BaseModel
@@ -54,10 +54,8 @@ def run(config: Config) -> None:
     attempts = Attempts(store=store, closing=closing, run_id=record.run_id)
     if config.resume != "fresh" and already_complete(config, record, attempts):
         return
-    expect_gpu = config.device == "cuda" or (config.device == "auto" and env.gpu_present())
-    if expect_gpu and not env.gpu_present():
-        raise no_gpu(config.device, "this machine shows no GPU device")
-
+    expect_gpu = preflight.machine(config)
+    metrics.serve(config.metrics_port)
     ledger = Ledger(store=store, run_id=record.run_id)
     signals.listen(lambda: attempts.end("interrupted"))
     with _recorded(attempts, record):
@@ -88,15 +86,6 @@ def _begin(config: Config, record: Record, attempts: Attempts, ledger: Ledger) -
     ledger.conditional = record.conditional = attempts.conditional
     logs.bind(attempt=record.attempt)
     attempts.check_progress(from_step)
-
-
-def no_gpu(asked: str, why: str) -> ConfigError:
-    """The error for a GPU that was expected and is not there: training on the CPU instead would take for ever."""
-    return ConfigError(
-        f"TUNE_DEVICE={asked}, but {why}.",
-        remedy="Request a GPU for the container (--gpus all, or nvidia.com/gpu) and check its driver with nvidia-smi, "
-        "or set TUNE_DEVICE=cpu to train on the CPU on purpose.",
-    )
 
 
 def already_complete(config: Config, record: Record, attempts: Attempts) -> bool:
@@ -230,7 +219,9 @@ def _import_tuning(life: Life) -> Any:
     try:
         from job.tuning import finetune  # noqa: PLC0415
     except NotImplementedError as error:  # how Unsloth says that it must not fall back to the CPU
-        raise no_gpu(life.config.device, f"the training library finds none that it can use: {error}") from error
+        raise preflight.no_gpu(
+            life.config.device, f"the training library finds none that it can use: {error}"
+        ) from error
     return finetune
 
 

@@ -98,6 +98,8 @@ def test_all_problems_at_once(load):
     ("values", "part"),
     [
         ({"TUNE_MICRO_BATCH": "3"}, "TUNE_MICRO_BATCH=3 does not divide TUNE_BATCH_SIZE=8"),
+        ({"TUNE_METRICS_PORT": "80"}, "at least 1024 and at most 65535"),
+        ({"TUNE_METRICS_PORT": "9400", "TUNE_LOG_LEVEL": "error"}, "TUNE_LOG_LEVEL=error drops them"),
         ({"TUNE_WARMUP": "2.5"}, "TUNE_WARMUP=2.5 is neither"),
         ({"TUNE_WARMUP": "9", "TUNE_MAX_STEPS": "5"}, "TUNE_WARMUP=9 steps are not fewer"),
         ({"TUNE_DEVICE": "cpu", "TUNE_PRECISION": "8bit"}, "TUNE_PRECISION=8bit needs a GPU"),
