@@ -14,6 +14,7 @@ from tests.jobs import ROOT
 
 TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"
 TEXT = TROUBLESHOOTING.read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
 WARNINGS = "Warnings in the log"
 NAMES = [path.name for path in DOCUMENTS]
 
@@ -40,7 +41,7 @@ def told(said: messages.Said, quotes: list[str]) -> bool:
 
 
 def test_every_message_quoted_is_in_the_source():
-    """A message that the troubleshooting page quotes is one that the program can say, constant part by constant part."""
+    """A message that the troubleshooting page quotes is one that the program can say."""
     texts = messages.texts()
     unknown = [quote for quote in documents.quotes(TEXT) if not any(messages.says(quote, text) for text in texts)]
     assert unknown == []
@@ -102,7 +103,7 @@ def test_variables_exist(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
 def test_make_targets_exist(path):
     """Every `make` target that a document names is in the Makefile."""
-    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z][\w-]*):", MAKEFILE, re.MULTILINE))
     code = [block.text for block in documents.blocks(path)] + documents.spans(documents.prose(path))
     named = {name for text in code for name in re.findall(r"(?:^|&& )make ([a-z][\w-]*)", text, re.MULTILINE)}
     assert named - targets == set()
@@ -117,31 +118,45 @@ def test_files_named_in_code_exist(path):
 
 
 def test_every_block_says_its_language():
-    """A fenced block is shell, YAML, JSON, INI, an environment file or plain text, and says which."""
-    known = {"sh", "yaml", "json", "ini", "env", "text"}
+    """A fenced block is shell, YAML, INI, an environment file or plain text, and says which."""
+    known = {"sh", "yaml", "ini", "env", "text"}
     assert [b.where for path in DOCUMENTS for b in documents.blocks(path) if b.language not in known] == []
 
 
 def test_every_command_is_tested_or_says_what_it_needs():
-    """Each block of shell commands carries a mark: what it needs, or the file that runs it, which has its first words."""
+    """Each block of shell commands carries a mark: what it needs, or the files that run it. Each of its commands stands
+    in one of those, by its first words; for `make x` those of the recipe will do."""
     wrong = []
     for block in documents.every_block("sh"):
-        runner = ROOT / block.value
-        first = re.match(r"(?:\S+/)?([\w.-]+(?: [\w-]+)?)", _first_command(block.text))
-        if block.mark == "needs":
-            continue
-        if block.mark != "tested" or not runner.is_file() or not _names(runner.read_text(), first[1].split()):
-            wrong.append((block.where, block.mark, block.value, first and first[1]))
+        files = [ROOT / name for name in block.value.split(", ")] if block.mark == "tested" else []
+        sources = [file.read_text() for file in files if file.is_file()]
+        for command in commands(block.text):
+            ways = [first_words(command), recipe(command)]
+            ran = any(way and names(source, way) for way in ways for source in sources)
+            if block.mark != "needs" and not ran:
+                wrong.append((block.where, block.mark, block.value, command))
     assert wrong == []
 
 
-def _first_command(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(("#", "export "))]
-    return lines[0] if lines else ""
+def commands(text: str) -> list[str]:
+    """The commands of a block: what continues a quotation or a line is part of the one before."""
+    joined = re.sub(r"'[^']*'", lambda quoted: quoted[0].replace("\n", " "), text.replace("\\\n", " "))
+    return [line for line in joined.splitlines() if line.strip() and not line.startswith(("#", "export "))]
 
 
-def _names(source: str, words: list[str]) -> bool:
-    """The words stand in the file as a command line or as a list of strings."""
+def first_words(command: str) -> list[str]:
+    return [word.rpartition("/")[2] for word in command.split()[:2]]
+
+
+def recipe(command: str) -> list[str]:
+    """What a `make` command runs with Python, without the interpreter."""
+    target = command.split()[1] if command.startswith("make ") else ""
+    found = re.search(rf"^{target}:.*\n(?:\t.*\n)*?\t@?\$\(BIN\)/python (.+)$", MAKEFILE, re.MULTILINE)
+    return found[1].split() if target and found else []
+
+
+def names(source: str, words: list[str]) -> bool:
+    """The words stand in a file as a command line or as a list of strings."""
     return re.search(r"""["',\s]+""".join(map(re.escape, words)), source) is not None
 
 

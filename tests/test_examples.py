@@ -1,6 +1,7 @@
 """The examples in the documents: configuration is accepted, filters find lines, alerts ask for metrics that are there,
 sizes follow from their rules."""
 
+import configparser
 import json
 import os
 import re
@@ -27,10 +28,12 @@ def test_yaml_parses(block):
     assert list(yaml.safe_load_all(block.text))
 
 
-@pytest.mark.parametrize("block", documents.every_block("json"), ids=lambda block: block.where)
-def test_json_parses(block):
-    """Every JSON example is valid JSON."""
-    json.loads(block.text)
+@pytest.mark.parametrize("block", documents.every_block("ini"), ids=lambda block: block.where)
+def test_ini_parses(block):
+    """Every example of AWS's configuration file is valid INI."""
+    parser = configparser.ConfigParser()
+    parser.read_string(block.text)
+    assert parser.sections()
 
 
 @pytest.mark.parametrize(
@@ -72,6 +75,24 @@ def test_configuration_in_yaml_is_valid(block):
             assert _load(tuned).returncode == 0, tuned
 
 
+def paths(values: dict, prefix: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
+    inner = (paths(value, (*prefix, name)) if isinstance(value, dict) else set() for name, value in values.items())
+    return {(*prefix, name) for name in values}.union(*inner)
+
+
+def test_values_exist_in_the_chart():
+    """Every value in an example for the chart, or after `--set`, is one that the chart has."""
+    known = paths(yaml.safe_load((ROOT / "helm/finetune-job/values.yaml").read_text()))
+    examples = [yaml.safe_load(block.text) for block in documents.every_block("yaml")]
+    used = set().union(*(paths(example) for example in examples if "config" in example))
+    shell = " ".join(block.text for block in documents.every_block("sh"))
+    used |= {tuple(name.split(".")) for name in re.findall(r"--set '?([\w.]+)=", shell)}
+    assert used
+    assert {path for path in used if path[0] != "config" and path not in known} == set()
+    settings = {row["name"] for row in json.loads(variables.render("json"))}
+    assert {path[1] for path in used if path[0] == "config" and len(path) > 1} <= settings
+
+
 def logged() -> list[dict]:
     """A log: the lines of a real run on a GPU, and one of each kind that it had no reason to log."""
     recorded = ROOT / "benchmarks/results/gpu-run-2026-11-22-h100.jsonl"
@@ -92,7 +113,7 @@ def filters() -> list:
 
 @pytest.mark.parametrize("program", filters())
 def test_jq_filters_find_what_they_are_for(program):
-    """Each jq filter in the documents is valid, and finds lines in a log; every field that it names has a value there."""
+    """Each jq filter of the documents is valid and finds lines in a log, where each field that it names has a value."""
     found = list(jq.compile(program).input_values(logged()))
     assert found
     assert None not in (found[0].values() if isinstance(found[0], dict) else found[0]) or "problems" in program
