@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jq
+import jsonschema
 import promql_parser
 import pytest
 import yaml
@@ -91,6 +92,23 @@ def test_values_exist_in_the_chart():
     assert {path for path in used if path[0] != "config" and path not in known} == set()
     settings = {row["name"] for row in json.loads(variables.render("json"))}
     assert {path[1] for path in used if path[0] == "config" and len(path) > 1} <= settings
+
+
+def over(base: dict, more: dict) -> dict:
+    """Values as Helm puts them over a chart's own."""
+    both = {name: over(base[name], value) for name, value in more.items() if isinstance(base.get(name), dict)}
+    return {**base, **more, **both}
+
+
+def test_the_charts_schema_accepts_the_values():
+    """The chart's schema, which Helm checks before it renders, accepts every example of values."""
+    chart = ROOT / "helm/finetune-job"
+    schema = json.loads((chart / "values.schema.json").read_text())
+    base = yaml.safe_load((chart / "values.yaml").read_text())
+    for block in documents.every_block("yaml"):
+        values = yaml.safe_load(block.text)
+        if "groups" not in values:
+            jsonschema.validate(over(base, values), schema)
 
 
 def logged() -> list[dict]:
