@@ -36,6 +36,7 @@ lint: $(STAMP)  ## formatting, lint rules, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 format: $(STAMP)  ## format and fix what can be fixed
 	$(BIN)/ruff format .

@@ -21,7 +21,6 @@ NEED_NO_ENTRY = {
     "job/__main__.py: \0.": "argparse's own words; the entry for the command line quotes the usage",
     "job/__main__.py: \0: \0": "an unforeseen error's own words; the entry for exit 1 quotes the remedy",
     "job/storage/client.py: \0.": "boto3's own words; the entry for the profile quotes the remedy",
-    "job/storage/disk.py: \0: \0.": "the system's own words; an entry quotes the remedy",
     "job/storage/upload.py: \0: \0.": "the store's own words; an entry quotes the remedy",
     "job/base_model.py: \0 has \0.": "both things that it can lack are quoted",
     "job/dataset.py: ": "passes a row's problem on, each of which has an entry",
