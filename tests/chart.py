@@ -14,10 +14,9 @@ from typing import Any
 import yaml
 
 from job.config import SETTINGS, Config, Setting
-from tests import manifests
+from tests import kustomize, manifests
 
 CHART = manifests.CHART
-K8S = manifests.ROOT / "k8s"
 LARGEST = 2**53 - 1  # above it a YAML number is no longer exact in Helm
 HINTS = typing.get_type_hints(Config)
 FLOAT = r"[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?"
@@ -198,7 +197,5 @@ def write(files: dict[Path, str]) -> None:
 
 
 if __name__ == "__main__":
-    from tests import kustomize
-
     write(chart_files())
     write(kustomize.generated())  # after the chart, which it is rendered from
