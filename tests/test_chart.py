@@ -193,7 +193,7 @@ def test_schema_refuses(given, message):
 
 @pytest.mark.parametrize(
     "schedule",
-    ["* * *", "61 * * * *", "* 24 * * *", "* * 0 * *", "* * 32 * *", "* * * 13 * ", "* * * * 7", "*/0 * * * *", "1-"]
+    ["* * *", "61 * * * *", "* 24 * * *", "* * 0 * *", "* * 32 * *", "* * * 13 *", "* * * * 7", "*/0 * * * *", "1-"]
     + ["* * * * * *", "@often", "@every 1h", "0 3 * * sunday", "TZ=UTC 0 3 * * *", "0,,5 * * * *"],
 )
 def test_bad_schedules_are_refused_in_words(schedule):
