@@ -23,7 +23,7 @@ FLOAT = r"[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?"
 
 
 def kind_of(setting: Setting) -> str:
-    """How the chart's templates treat a value: `number`, `flag`, `list`, `switch` (words YAML takes for booleans), `text`."""
+    """How the chart's templates treat a value; a `switch` has words that YAML takes for booleans (`on`, `off`)."""
     if typing.get_origin(HINTS[setting.name]) is tuple:
         return "list"
     plain = _plain(setting)
@@ -71,7 +71,11 @@ def _listed(words: list[str]) -> str:
 def config_schema() -> dict[str, Any]:
     """The schema of the chart's `config`."""
     names = "|".join(s.variable for s in SETTINGS)
-    file = {"description": "Path of a mounted file that holds the value.", "type": ["string", "null"], "pattern": "^/.+"}
+    file = {
+        "description": "Path of a mounted file that holds the value.",
+        "type": ["string", "null"],
+        "pattern": "^/.+",
+    }
     return {
         "description": "Generated from the table of variables.",
         "type": "object",

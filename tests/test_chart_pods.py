@@ -1,16 +1,12 @@
-"""What the chart's pods are made of, and that every one of them, also those of `k8s/`, keeps the security rules."""
+"""What the chart's pods are made of."""
 
-import functools
 import re
 
-import helm_python as helm
 import pytest
 
 from tests import manifests
-from tests.manifests import CHART, ROOT, environment, files, job_spec, only, pod_specs, render, values
+from tests.manifests import CHART, environment, files, job_spec, only, render, values
 from tests.test_chart import CRON, ci_values, each_ci
-
-OVERLAYS = sorted(path.parent for path in (ROOT / "k8s").glob("*/**/kustomization.yaml") if path.parent.parts[-2] != "components")
 
 
 def container_of(given, **more):
@@ -50,7 +46,9 @@ def test_job_defaults():
         pytest.param({}, 120, "120", id="default"),
         pytest.param({"terminationGracePeriodSeconds": 30}, 30, "30", id="less"),
         pytest.param({"spot": {"enabled": True, "provider": "gke"}}, 120, "15", id="spot"),
-        pytest.param({"spot": {"enabled": True, "provider": "karpenter", "graceSeconds": 500}}, 120, "120", id="never more"),
+        pytest.param(
+            {"spot": {"enabled": True, "provider": "karpenter", "graceSeconds": 500}}, 120, "120", id="never more"
+        ),
         pytest.param({"spot": {"enabled": False, "graceSeconds": 5}}, 120, "120", id="spot switched off"),
     ],
 )
@@ -73,7 +71,9 @@ def test_grace(more, pod, job):
 )
 def test_spot_nodes(provider, label, taint):
     """The spot profile chooses the platform's spot nodes besides what the user asks for."""
-    given = values(spot={"enabled": True, "provider": provider}, nodeSelector={"disk": "ssd"}, tolerations=[{"key": "own"}])
+    given = values(
+        spot={"enabled": True, "provider": provider}, nodeSelector={"disk": "ssd"}, tolerations=[{"key": "own"}]
+    )
     spec = job_spec(render(given))["template"]["spec"]
     assert spec["nodeSelector"] == {"disk": "ssd", **label}
     assert [item["key"] for item in spec["tolerations"]] == ["nvidia.com/gpu", *([taint] if taint else []), "own"]
@@ -151,7 +151,9 @@ def test_scratch(scratch, volume, reserved):
 
 def test_ephemeral_scratch():
     """A volume of the pod's own has the size and the class asked for."""
-    (volume, *_) = job_spec(render(ci_values(CHART / "ci" / "ephemeral-scratch-values.yaml")))["template"]["spec"]["volumes"]
+    (volume, *_) = job_spec(render(ci_values(CHART / "ci" / "ephemeral-scratch-values.yaml")))["template"]["spec"][
+        "volumes"
+    ]
     claim = volume["ephemeral"]["volumeClaimTemplate"]["spec"]
     assert (claim["storageClassName"], claim["resources"]["requests"]["storage"]) == ("fast-ssd", "200Gi")
 
@@ -201,7 +203,11 @@ def test_service_account():
     account = only(render(values(serviceAccount={"annotations": {"a": "b"}})), "ServiceAccount")
     assert (account["metadata"]["name"], account["metadata"]["annotations"]) == ("demo", {"a": "b"})
     assert account["automountServiceAccountToken"] is False
-    for given, name in (({"create": False}, "default"), ({"create": False, "name": "own"}, "own"), ({"name": "x"}, "x")):
+    for given, name in (
+        ({"create": False}, "default"),
+        ({"create": False, "name": "own"}, "own"),
+        ({"name": "x"}, "x"),
+    ):
         objects = render(values(serviceAccount=given))
         assert job_spec(objects)["template"]["spec"]["serviceAccountName"] == name
         assert ("ServiceAccount" in {item["kind"] for item in objects}) is given.get("create", True)
@@ -210,7 +216,9 @@ def test_service_account():
 def test_image():
     """A digest decides which image runs; registry credentials are passed on."""
     digest = "sha256:" + "0" * 64
-    given = values(image={"repository": "r.example:5000/a/b", "tag": "1", "digest": digest}, imagePullSecrets=[{"name": "x"}])
+    given = values(
+        image={"repository": "r.example:5000/a/b", "tag": "1", "digest": digest}, imagePullSecrets=[{"name": "x"}]
+    )
     assert container_of(given)["image"] == f"r.example:5000/a/b:1@{digest}"
     assert job_spec(render(given))["template"]["spec"]["imagePullSecrets"] == [{"name": "x"}]
 
@@ -231,7 +239,11 @@ def test_extras():
     assert template["metadata"]["annotations"] == {"a": "b"}
     assert (template["spec"]["priorityClassName"], template["spec"]["runtimeClassName"]) == ("high", "nvidia")
     assert {"name": "HF_HOME", "value": "/scratch/hf"} in template["spec"]["containers"][0]["env"]
-    assert template["spec"]["volumes"][-1]["name"] == template["spec"]["containers"][0]["volumeMounts"][-1]["name"] == "data"
+    assert (
+        template["spec"]["volumes"][-1]["name"]
+        == template["spec"]["containers"][0]["volumeMounts"][-1]["name"]
+        == "data"
+    )
 
 
 @pytest.mark.parametrize("more", [{}, CRON, {"kueue": {"queueName": "q"}}], ids=["job", "cronjob", "kueue"])
@@ -242,7 +254,13 @@ def test_notes_name_the_next_commands(more):
     objects = render(values(**more))
     job = "<job>" if more == CRON else only(objects, "Job")["metadata"]["name"]
     run = environment(objects)["TUNE_RUN_ID"] or "<job>"
-    for part in (f"logs -f job/{job}", f"get job {job}", f"s3://bucket/runs/{run}/adapter/", "helm test demo -n ml", "exitCode"):
+    for part in (
+        f"logs -f job/{job}",
+        f"get job {job}",
+        f"s3://bucket/runs/{run}/adapter/",
+        "helm test demo -n ml",
+        "exitCode",
+    ):
         assert part in notes
     assert ("patch workload" if "kueue" in more else f"patch job {job}") in notes
     assert "{{" not in notes
@@ -251,82 +269,3 @@ def test_notes_name_the_next_commands(more):
 def test_old_clusters_are_refused():
     """Below Kubernetes 1.29 the chart does not install."""
     assert re.fullmatch(r">=1\.29\.\S+", manifests.chart().metadata["kubeVersion"])
-
-
-# Every pod, against Kubernetes' "restricted" Pod Security Standard and the usual policies (checkov 3.3.30 was run once
-# by hand over every file of ci/; its names stand beside). What checkov wants and these pods do not do, with the reason:
-#   CKV_K8S_8, 9    probes: nothing is served, and a Job that hangs ends at its deadline
-#   CKV_K8S_11      CPU limits: they would only slow a run down
-#   CKV_K8S_15, 43  pull policy Always, digests: image.pullPolicy and image.digest are the user's choice
-#   CKV_K8S_35      secrets as files: boto3 and the hub read credentials from variables; workload identity needs none
-#   CKV_K8S_40      a high user id: 10001 unless the platform chooses it (podSecurityContext.runAsUser: null)
-ALLOWED_VOLUMES = {"emptyDir", "ephemeral", "persistentVolumeClaim", "configMap", "secret"}
-
-
-@functools.cache
-def every_pod():
-    """Each rendered pod by the name of what it was rendered from."""
-    found = {path.name: pod_specs(render(ci_values(path))) for path in sorted((CHART / "ci").glob("*.yaml"))}
-    found |= {str(path.relative_to(ROOT)): pod_specs(manifests.kustomize(path)) for path in OVERLAYS}
-    return [(name, pod) for name, pods in found.items() for pod in pods]
-
-
-RULES = {
-    "not root (CKV_K8S_6, 23)": lambda pod: pod["securityContext"]["runAsNonRoot"] is True,
-    "not user 0": lambda pod: pod["securityContext"].get("runAsUser", 10001) >= 10000,
-    "seccomp (CKV_K8S_31)": lambda pod: pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"},
-    "no token (CKV_K8S_38)": lambda pod: pod["automountServiceAccountToken"] is False,
-    "no service links": lambda pod: pod["enableServiceLinks"] is False,
-    "an account of its own (CKV_K8S_41)": lambda pod: pod["serviceAccountName"] not in ("", "default"),
-    "no host namespaces (CKV_K8S_17, 18, 19)": lambda pod: not {"hostPID", "hostIPC", "hostNetwork"} & set(pod),
-    "no host paths (CKV_K8S_27)": lambda pod: all(set(v) - {"name"} <= ALLOWED_VOLUMES for v in pod["volumes"]),
-    "no escalation (CKV_K8S_20)": lambda pod: context(pod)["allowPrivilegeEscalation"] is False,
-    "no privileges (CKV_K8S_16)": lambda pod: not context(pod).get("privileged", False),
-    "no capabilities (CKV_K8S_28, 37)": lambda pod: context(pod)["capabilities"] == {"drop": ["ALL"]},
-    "read-only root (CKV_K8S_22)": lambda pod: context(pod)["readOnlyRootFilesystem"] is True,
-    "no host ports (CKV_K8S_26)": lambda pod: not any("hostPort" in p for p in only_container(pod).get("ports", [])),
-    "a tag, not latest (CKV_K8S_14)": lambda pod: re.search(r":[\d.]+(@sha256:|$)", only_container(pod)["image"]),
-    "CPU request (CKV_K8S_10)": lambda pod: only_container(pod)["resources"]["requests"]["cpu"],
-    "memory bounded (CKV_K8S_12, 13)": lambda pod: (
-        only_container(pod)["resources"]["requests"]["memory"] == only_container(pod)["resources"]["limits"]["memory"]
-    ),
-    "a bounded disk": lambda pod: all(v["emptyDir"].get("sizeLimit") for v in pod["volumes"] if "emptyDir" in v),
-    "scratch and shared memory": lambda pod: (
-        {"/scratch", "/dev/shm"} <= {m["mountPath"] for m in only_container(pod)["volumeMounts"]}
-    ),
-}
-
-
-def only_container(pod):
-    (container,) = pod["containers"]
-    assert "initContainers" not in pod
-    return container
-
-
-def context(pod):
-    return only_container(pod)["securityContext"]
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_every_pod_keeps_the_rule(rule):
-    """No pod that the chart or `k8s/` can make breaks a rule of the "restricted" standard or the usual policies."""
-    assert [name for name, pod in every_pod() if not RULES[rule](pod)] == []
-
-
-def test_rules_can_fail():
-    """A pod without the rules' settings breaks them: each rule looks at something."""
-    bare = {"containers": [{"image": "x:latest", "resources": {"requests": {}, "limits": {}}, "volumeMounts": []}]}
-    bare |= {"serviceAccountName": "default", "hostPID": True, "volumes": [{"name": "h", "hostPath": {}}, {"emptyDir": {}}]}
-    bare |= {"securityContext": {"runAsUser": 0}}
-    bare["containers"][0] |= {"securityContext": {"privileged": True}, "ports": [{"hostPort": 1}]}
-    for name, rule in RULES.items():
-        try:
-            assert not rule(bare), name
-        except KeyError:
-            continue
-
-
-def test_helm_refuses_what_the_chart_fixes():
-    """The container's security context is no value: nothing can loosen it."""
-    with pytest.raises(helm.HelmValuesError, match="securityContext"):
-        files(values(securityContext={"privileged": True}))

@@ -74,9 +74,9 @@ def test_a_place_does_what_the_code_means(place):
 @pytest.mark.parametrize("spec", [chart_job, kustomize_base], ids=lambda place: place.__name__)
 def test_disruption_stands_between(spec):
     """A code that says "give up" decides before a disruption does, and a disruption before code 75."""
-    rules = (
-        job_spec(render(values())) if spec is chart_job else job_spec(manifests.kustomize(ROOT / "k8s" / "base"))
-    )["podFailurePolicy"]["rules"]
+    rules = (job_spec(render(values())) if spec is chart_job else job_spec(manifests.kustomize(ROOT / "k8s" / "base")))[
+        "podFailurePolicy"
+    ]["rules"]
     assert [rule["action"] for rule in rules] == ["FailJob", "Ignore", "Ignore"]
     assert rules[1]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     for rule in (rules[0], rules[2]):  # the API server refuses values that are not in order
