@@ -84,6 +84,15 @@ def test_every_mode_lints_and_is_valid(path):
     manifests.validate(objects, manifests.VERSIONS)
 
 
+def test_the_package_renders_the_same(tmp_path):
+    """What `helm package` puts into the archive is all that rendering needs."""
+    packaged = helm.Chart.load(helm.package(CHART, destination=tmp_path))
+    given = ci_values(CI[0])
+    assert packaged.render(given, name="demo", namespace="ml") == manifests.chart().render(
+        given, name="demo", namespace="ml"
+    )
+
+
 def test_validation_is_strict():
     """The validation that the manifests pass refuses a field that Kubernetes does not know."""
     job = only(render(values()), "Job")
@@ -174,7 +183,7 @@ def test_run_id_of_a_schedule():
     assert run["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.labels['batch.kubernetes.io/job-name']"
 
 
-@pytest.mark.parametrize("release", ["a", "team.finetune", "n" * 43 + "-" * 9 + "n", "n" * 53])
+@pytest.mark.parametrize("release", ["a", "team.finetune", "n" * 43 + "-" * 9 + "n", "n" * 53, "n" * 70])
 def test_names_fit(release):
     """Names are DNS labels of at most 63 (Job, pod) and 52 (CronJob) characters; what is cut is never the hash."""
     job, cron = (only(render(values(**more), name=release), kind) for more, kind in (({}, "Job"), (CRON, "CronJob")))

@@ -1,7 +1,5 @@
 """What the chart's pods are made of."""
 
-import re
-
 import pytest
 
 from tests import manifests
@@ -266,6 +264,6 @@ def test_notes_name_the_next_commands(more):
     assert "{{" not in notes
 
 
-def test_old_clusters_are_refused():
-    """Below Kubernetes 1.29 the chart does not install."""
-    assert re.fullmatch(r">=1\.29\.\S+", manifests.chart().metadata["kubeVersion"])
+def test_oldest_cluster_is_declared():
+    """The chart tells Helm that it needs the Kubernetes version from which on its objects are validated."""
+    assert ">={}.{}.0-0".format(*manifests.OLDEST) == manifests.chart().metadata["kubeVersion"]

@@ -64,6 +64,7 @@ REFUSED_BY_THE_SCHEMA = [
     (values(scratch={"size": "50GB"}), "'/scratch/size': '50GB' does not match pattern"),
     (values(gpu={"count": "1"}), "'/gpu/count': got string, want integer"),
     (values(gpu={"resource": "gpu"}), "'/gpu/resource': 'gpu' does not match pattern"),
+    (values(image={"repository": "r.example/a:1"}), "'/image/repository': 'r.example/a:1' does not match pattern"),
     (values(image={"digest": "sha256:abc"}), "'/image/digest': 'sha256:abc' does not match pattern"),
     (values(spot={"provider": "azure"}), "'/spot/provider': value must be one of"),
     (values(cron={"concurrencyPolicy": "Never"}), "'/cron/concurrencyPolicy': value must be one of 'Forbid'"),
@@ -142,6 +143,10 @@ REFUSED_BY_A_RULE = [
     (values(scratch={"type": "pvc"}), "scratch.type is pvc and scratch.claimName is empty"),
     (values(spot={"enabled": True}), "spot.enabled is true and spot.provider is empty"),
     (values(metrics={"podMonitor": {"enabled": True}}), "metrics.podMonitor.enabled needs the endpoint"),
+    (
+        values(serviceAccount={"create": False, "annotations": {"a": "b"}}),
+        "annotations are set and serviceAccount.create",
+    ),
     (values(networkPolicy={"enabled": True}), "networkPolicy.egress is empty"),
     (
         values(extraEnv=[{"name": "TUNE_SEED", "value": "1"}]),

@@ -76,6 +76,9 @@
 {{- if and .Values.networkPolicy.enabled (not .Values.networkPolicy.egress) -}}
 {{- $found = append $found "networkPolicy.enabled is true and networkPolicy.egress is empty: the run could reach no store. List the store's addresses and ports." -}}
 {{- end -}}
+{{- if and .Values.serviceAccount.annotations (not .Values.serviceAccount.create) -}}
+{{- $found = append $found "serviceAccount.annotations are set and serviceAccount.create is false: the chart cannot annotate an account that it does not make. Annotate it yourself, or set create to true." -}}
+{{- end -}}
 {{- $own := list -}}
 {{- range include "finetune-job.ownEnv" . | fromYamlArray -}}
 {{- $own = append $own .name -}}
