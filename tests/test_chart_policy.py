@@ -1,13 +1,15 @@
 """Every pod that the chart and `k8s/` can make keeps the "restricted" Pod Security Standard and the usual policies.
 
-checkov 3.3.30 was run once by hand over every file of `ci/`: its names stand beside the rules. It would change locked
-packages, so CI runs the rules below instead. What it wants and these pods do not do, with the reason:
+checkov 3.3.30 was run once by hand over what `ci/` and `k8s/` make: its names stand beside the rules. It would change
+locked packages, so CI runs the rules below instead. What it wants and these pods do not do, with the reason:
 
 - CKV_K8S_8, 9    probes: nothing is served, and a Job that hangs ends at its deadline
 - CKV_K8S_11      CPU limits: they would only slow a run down
 - CKV_K8S_15, 43  pull policy Always, digests: image.pullPolicy and image.digest are the user's choice
+- CKV_K8S_21      a namespace: Helm gives one, with kustomize `kubectl -n` does
 - CKV_K8S_35      secrets as files: boto3 and the hub read keys from variables; workload identity needs none
 - CKV_K8S_40      a high user id: 10001 unless the platform chooses it (podSecurityContext.runAsUser: null)
+- CKV2_K8S_6      a network policy: networkPolicy.enabled, since only the user knows the addresses of the stores
 """
 
 import functools
