@@ -9,7 +9,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-h
 STAMP := $(VENV)/installed-$(shell sha256sum requirements-dev.lock | cut -c1-16)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults soak image-test lint format lock readme bench-storage bench-resume-control bench-gpu bench-gpu-resume clean $(VENV)
+.PHONY: help demo test faults soak image-test lint format lock readme chart-schema chart-test bench-storage bench-resume-control bench-gpu bench-gpu-resume clean $(VENV)
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$][^:]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -46,8 +46,14 @@ lock: $(STAMP)  ## resolve both lock files anew
 	$(COMPILE) --output-file requirements.lock
 	$(COMPILE) --extra dev --constraint requirements.lock --output-file requirements-dev.lock
 
-readme: $(STAMP)  ## write the generated tables into the README
+readme: $(STAMP) chart-schema  ## write the generated tables into the README, and what is generated of helm/ and k8s/
 	$(BIN)/python -m tests.readme
+
+chart-schema: $(STAMP)  ## write what is generated of helm/ and k8s/
+	$(BIN)/python -m tests.chart
+
+chart-test: $(STAMP)  ## the chart and k8s/ with the real Helm and kustomize
+	$(BIN)/python -m pytest -n 2 tests/test_chart*.py tests/test_k8s.py tests/test_exit_codes.py
 
 bench-resume-control: $(STAMP)  ## the same kills against stock resume_from_checkpoint=True
 	$(BIN)/python benchmarks/resume_control.py

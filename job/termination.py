@@ -32,5 +32,5 @@ def tell(error: JobError) -> None:
     for place in places:
         try:
             place.write_bytes(line)
-        except OSError as error:
-            structlog.get_logger().warning("termination_log_not_written", path=str(place), reason=error.strerror)
+        except OSError as refused:
+            structlog.get_logger().warning("termination_log_not_written", path=str(place), reason=refused.strerror)

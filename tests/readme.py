@@ -11,11 +11,14 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 def exit_codes() -> str:
     """The table of exit codes, from the error classes."""
-    rows = [(0, "complete", "`done.json` exists")]
-    rows += [(kind.exit_code, kind.kind, kind.meaning) for kind in KINDS]
-    rows += [(JobError.exit_code, JobError.kind, JobError.meaning)]
-    lines = [f"| {code} | {kind} | {meaning} |" for code, kind, meaning in rows]
-    return "\n".join(["| code | kind | when |", "|---|---|---|", *lines]) + "\n"
+    rows = [(0, "complete", "`done.json` exists", "ends at once")]
+    rows += [(kind.exit_code, kind.kind, kind.meaning, _again(kind)) for kind in (*KINDS, JobError)]
+    lines = [f"| {code} | {kind} | {meaning} | {again} |" for code, kind, meaning, again in rows]
+    return "\n".join(["| code | kind | when | started again |", "|---|---|---|---|", *lines]) + "\n"
+
+
+def _again(kind: type[JobError]) -> str:
+    return "resumes" if kind.retry else "ends the same way until something is changed"
 
 
 def rendered(text: str) -> str:

@@ -1,0 +1,94 @@
+{{/* What the schema cannot say, or cannot say so that a user knows what to do. All problems at once. */}}
+
+{{- define "finetune-job.check" -}}
+{{- $problems := concat
+      (include "finetune-job.configProblems" . | fromJsonArray)
+      (include "finetune-job.valueProblems" . | fromJsonArray) -}}
+{{- if $problems -}}
+{{- fail (printf "\nThe values are not valid.\n- %s\n" (join "\n- " $problems)) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "finetune-job.configProblems" -}}
+{{- $found := list -}}
+{{- $settings := include "finetune-job.settings" . | fromJson -}}
+{{- range .Files.Get "files/variables.json" | fromJsonArray -}}
+{{- $value := get $settings .name -}}
+{{- $file := print .name "_FILE" -}}
+{{- if and .required (not $value) (not (get $settings $file)) -}}
+{{- $found = append $found (printf "config.%s is not set. It is required: %s (%s). Set it, or config.%s to the path of a mounted file." .name .rule .meaning $file) -}}
+{{- end -}}
+{{- if and $value (get $settings $file) -}}
+{{- $found = append $found (printf "config.%s and config.%s are both set. Keep one of them." .name $file) -}}
+{{- end -}}
+{{- if and (eq .type "number") $value (ne $value "auto") -}}
+{{- $number := float64 $value -}}
+{{- $low := and (hasKey . "minimum") (lt $number (float64 (.minimum | default 0))) -}}
+{{- $atOrBelow := and (hasKey . "exclusiveMinimum") (le $number (float64 (.exclusiveMinimum | default 0))) -}}
+{{- $high := and (hasKey . "maximum") (gt $number (float64 (.maximum | default 0))) -}}
+{{- if or $low $atOrBelow $high -}}
+{{- $found = append $found (printf "config.%s=%s is not valid. Expected: %s." .name $value .rule) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $device := get $settings "TUNE_DEVICE" -}}
+{{- if and (eq (int .Values.gpu.count) 0) (eq $device "cuda") -}}
+{{- $found = append $found "config.TUNE_DEVICE=cuda needs a GPU and gpu.count is 0. Set gpu.count to 1, or leave TUNE_DEVICE out." -}}
+{{- end -}}
+{{- if and (gt (int .Values.gpu.count) 0) (eq $device "cpu") -}}
+{{- $found = append $found "config.TUNE_DEVICE=cpu would leave the GPU that the pod asks for idle. Set gpu.count to 0." -}}
+{{- end -}}
+{{- if hasKey $settings "TUNE_METRICS_PORT" -}}
+{{- $found = append $found "config.TUNE_METRICS_PORT is set by the chart. Set metrics.enabled and metrics.port instead." -}}
+{{- end -}}
+{{- $grace := include "finetune-job.grace" . -}}
+{{- if gt (float64 (get $settings "TUNE_GRACE_SECONDS" | default "0")) (float64 $grace) -}}
+{{- $found = append $found (printf "config.TUNE_GRACE_SECONDS=%s is more than the platform leaves (%s s: terminationGracePeriodSeconds, and spot.graceSeconds on spot nodes). Leave it out, or raise those." (get $settings "TUNE_GRACE_SECONDS") $grace) -}}
+{{- end -}}
+{{- toJson $found -}}
+{{- end -}}
+
+{{- define "finetune-job.valueProblems" -}}
+{{- $found := list -}}
+{{- if gt (int .Values.gpu.count) 1 -}}
+{{- $found = append $found (printf "gpu.count=%d: the job trains on one GPU and would leave the others idle. Set it to 1, or to 0 to train on the CPU." (int .Values.gpu.count)) -}}
+{{- end -}}
+{{- range $part := list "requests" "limits" -}}
+{{- if hasKey (get $.Values.resources $part | default dict) $.Values.gpu.resource -}}
+{{- $found = append $found (printf "resources.%s names %s. Set gpu.count instead." $part $.Values.gpu.resource) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (eq .Values.mode "cronjob") (not .Values.cron.schedule) -}}
+{{- $found = append $found "mode is cronjob and cron.schedule is empty. Set five fields such as \"0 3 * * 0\", or @weekly." -}}
+{{- end -}}
+{{- if and .Values.caBundle.configMap .Values.caBundle.secret -}}
+{{- $found = append $found "caBundle.configMap and caBundle.secret are both set. Keep one of them." -}}
+{{- end -}}
+{{- if and (eq .Values.scratch.type "pvc") (not .Values.scratch.claimName) -}}
+{{- $found = append $found "scratch.type is pvc and scratch.claimName is empty. Name the claim, or choose emptyDir or ephemeral." -}}
+{{- end -}}
+{{- if and .Values.spot.enabled (not .Values.spot.provider) -}}
+{{- $found = append $found "spot.enabled is true and spot.provider is empty. Choose gke, eks, karpenter or aks, or other with a nodeSelector and tolerations of your own." -}}
+{{- end -}}
+{{- if and .Values.metrics.podMonitor.enabled (not .Values.metrics.enabled) -}}
+{{- $found = append $found "metrics.podMonitor.enabled needs the endpoint that it reads. Set metrics.enabled to true." -}}
+{{- end -}}
+{{- if and .Values.networkPolicy.enabled (not .Values.networkPolicy.egress) -}}
+{{- $found = append $found "networkPolicy.enabled is true and networkPolicy.egress is empty: the run could reach no store. List the store's addresses and ports." -}}
+{{- end -}}
+{{- if and .Values.serviceAccount.annotations (not .Values.serviceAccount.create) -}}
+{{- $found = append $found "serviceAccount.annotations are set and serviceAccount.create is false: the chart cannot annotate an account that it does not make. Annotate it yourself, or set create to true." -}}
+{{- end -}}
+{{- $own := list -}}
+{{- range include "finetune-job.ownEnv" . | fromYamlArray -}}
+{{- $own = append $own .name -}}
+{{- end -}}
+{{- range .Values.extraEnv -}}
+{{- if hasPrefix "TUNE_" .name -}}
+{{- $found = append $found (printf "extraEnv names %s. Settings of the run belong under config, where they are checked." .name) -}}
+{{- else if has .name $own -}}
+{{- $found = append $found (printf "extraEnv names %s, which the chart sets (itself, or from s3, proxy, caBundle or gpu). Remove it from extraEnv." .name) -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $found -}}
+{{- end -}}
