@@ -13,6 +13,7 @@ OVERLAYS = ("base", "overlays/single-gpu", "overlays/cron")
 ENDPOINT = {"s3": {"endpoint": "https://minio.example:9000", "region": "us-east-1"}, "existingSecrets": ["finetune-s3"]}
 ROLE = {"eks.amazonaws.com/role-arn": "arn:aws:iam::111122223333:role/finetune"}
 COMPONENTS = {
+    "nvidia-gpu": {"runtimeClassName": "nvidia", "nodeSelector": {"nvidia.com/gpu.present": "true"}},
     "spot-gke": {"spot": {"enabled": True, "provider": "gke"}},
     "spot-karpenter": {"spot": {"enabled": True, "provider": "karpenter"}},
     "spot-aks": {"spot": {"enabled": True, "provider": "aks"}},
