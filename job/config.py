@@ -269,10 +269,15 @@ class Config:
         return {s.variable: getattr(self, s.name) for s in SETTINGS if s.fingerprint}
 
     def identity(self) -> str:
-        """The run id: the user's, or 12 hex digits of the SHA-256 of the settings that decide the result."""
+        """The run id: the user's, or 12 hex digits of the SHA-256 of the settings that decide the result.
+
+        Those at their defaults are left out, so that a later version with a variable more names a run as this one does.
+        """
         if self.run_id is not None:
             return self.run_id
-        canonical = json.dumps(self.fingerprint_fields(), sort_keys=True, separators=(",", ":"))
+        defaults = {s.variable: s.default for s in SETTINGS}
+        chosen = {name: value for name, value in self.fingerprint_fields().items() if value != defaults[name]}
+        canonical = json.dumps(chosen, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     def as_variables(self) -> dict[str, Any]:

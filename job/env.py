@@ -52,7 +52,7 @@ def load() -> Config:
     Raises:
         ConfigError: with every problem at once, each naming the variable, its value, the rule and the remedy.
     """
-    problems = _unknown_names() + _doubled_names()
+    problems = _unknown_names() + _doubled_names() + _place_problems()
     values: dict[str, Any] = {}
     for setting in SETTINGS:
         try:
@@ -127,6 +127,15 @@ def _doubled_names() -> list[str]:
         f"{s.variable} and {s.variable}{FILE_SUFFIX} are both set. Keep one of them."
         for s in SETTINGS
         if os.environ.get(s.variable) and os.environ.get(s.variable + FILE_SUFFIX)
+    ]
+
+
+def _place_problems() -> list[str]:
+    """RANK and WORLD_SIZE come from torchrun, or from a platform that starts several processes."""
+    return [
+        f"{name}={value!r} is not a whole number. Unset it, or start the job as torchrun does."
+        for name in ("RANK", "WORLD_SIZE")
+        if (value := os.environ.get(name)) and not value.isdecimal()
     ]
 
 

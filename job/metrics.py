@@ -73,7 +73,7 @@ def name(event: str, field: str) -> str:
 
 
 def serve(port: int | None) -> Metrics | None:
-    """Listen on all addresses, in a thread that ends with the process; None for no port.
+    """Listen on all addresses, IPv6 and IPv4, in a thread that ends with the process; None for no port.
 
     Raises:
         ConfigError: the port cannot be had.
@@ -82,7 +82,10 @@ def serve(port: int | None) -> Metrics | None:
         return None
     metrics = Metrics()
     try:
-        start_http_server(port, registry=metrics.registry)
+        try:
+            start_http_server(port, addr="::", registry=metrics.registry)  # IPv4, too
+        except OSError:  # a machine without IPv6
+            start_http_server(port, addr="0.0.0.0", registry=metrics.registry)  # noqa: S104 - scrapers come from outside
     except OSError as error:
         raise ConfigError(
             f"TUNE_METRICS_PORT={port} cannot be listened on: {error}.", remedy="Choose a free port."

@@ -32,7 +32,7 @@ PATIENCE_SECONDS = 10.0
 
 
 def machine(config: Config) -> bool:
-    """Check GPU, driver, scratch and shared memory.
+    """Check that this process is alone, and its GPU, driver, scratch and shared memory.
 
     Returns:
         whether the run will be on a GPU.
@@ -42,6 +42,12 @@ def machine(config: Config) -> bool:
     """
     gpu = config.device == "cuda" or (config.device == "auto" and env.gpu_present())
     problems: list[JobError] = []
+    if (processes := env.process().world_size) > 1:
+        problems.append(
+            ConfigError(
+                f"WORLD_SIZE={processes}, but this job trains on one GPU.", remedy="Start one process without it."
+            )
+        )
     if gpu:
         with _collected(problems):
             check_gpu(config.device)

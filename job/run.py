@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -27,6 +25,7 @@ from job.ledger import Ledger
 from job.record import Record, versions
 from job.storage.store import Store, open_store
 from job.training import Life, look, say_differences, train, with_plan
+from job.workspace import workspace
 
 log = structlog.get_logger()
 
@@ -43,10 +42,6 @@ def run(config: Config) -> None:
     store = open_store(config.output, patience_seconds=config.storage_patience_minutes * 60)
     record = Record(store=store, run_id=config.identity())
     logs.bind(run_id=record.run_id, rank=process.rank)
-    if process.world_size > 1:
-        raise ConfigError(
-            f"WORLD_SIZE={process.world_size}, but this job trains on one GPU.", remedy="Start one process without it."
-        )
 
     def closing(patience_seconds: float) -> Store:
         return open_store(config.output, patience_seconds=patience_seconds, denied_patience_seconds=patience_seconds)
@@ -64,7 +59,8 @@ def run(config: Config) -> None:
             ledger.fence()
             ledger.begin_anew()
             log.warning("run_set_aside", uri=record.set_aside())
-        with _scratch(record.run_id) as (scratch, work):
+        scratch = env.scratch()
+        with workspace(scratch, record.run_id) as work:
             life = Life(
                 config=config,
                 record=record,
@@ -129,17 +125,6 @@ def _recorded(attempts: Attempts, record: Record) -> Iterator[None]:
         if hopeless:
             raise hopeless from error
         raise
-
-
-@contextlib.contextmanager
-def _scratch(run_id: str) -> Iterator[tuple[Path, Path]]:
-    """The directory that is kept between runs, and one for this attempt alone."""
-    scratch = env.scratch()
-    work = Path(tempfile.mkdtemp(prefix=f"{run_id}-", dir=scratch))
-    try:
-        yield scratch, work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _live(life: Life) -> None:

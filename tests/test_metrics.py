@@ -5,6 +5,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,8 +20,8 @@ def _free_port():
         return listener.getsockname()[1]
 
 
-def _scraped(port: int) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as reply:
+def _scraped(port: int, host: str = "127.0.0.1") -> dict[str, float]:
+    with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=5) as reply:
         families = list(text_string_to_metric_families(reply.read().decode()))
     assert all(family.documentation for family in families)
     return {sample.name: sample.value for family in families for sample in family.samples}
@@ -59,6 +60,8 @@ def test_a_run_is_watched(tiny_model, rows, tmp_path):
         assert found["finetune_job_loss"] > 0
         assert abs(found["finetune_job_checkpoint_timestamp_seconds"] - time.time()) < 60
         assert found["finetune_job_run_info"] == 1
+        if Path("/proc/net/if_inet6").exists() and Path("/proc/net/if_inet6").read_text():
+            assert _scraped(port, "[::1]")["finetune_job_max_steps"] == 60
     finally:
         ended = finish(child)
     assert ended.code == 0

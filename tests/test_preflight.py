@@ -79,6 +79,26 @@ def test_missing_bucket(s3_env):
     assert f"{s3_env}-not-there" in failed["message"]
 
 
+def test_bad_endpoint(tmp_path, s3_env):
+    """An endpoint without a scheme is a mistake in the configuration, and is told with the way to write it."""
+    code, _, failed = _preflight(TUNE_OUTPUT=f"s3://{s3_env}/runs", AWS_ENDPOINT_URL_S3="minio:9000")
+    assert code == 78
+    assert "minio:9000" in failed["message"]
+    assert "https://" in failed["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [({"WORLD_SIZE": "2"}, "WORLD_SIZE=2"), ({"RANK": "first"}, "RANK='first' is not a whole number")],
+    ids=["several processes", "no number"],
+)
+def test_what_a_launcher_sets(tmp_path, place, says):
+    """A launcher that starts several processes, or sets nonsense, is refused before a run would be."""
+    code, _, failed = _preflight(TUNE_OUTPUT=tmp_path, **place)
+    assert code == 78
+    assert says in " ".join([failed["message"], *failed.get("problems", [])])
+
+
 def test_bad_configuration():
     """A bad variable ends it as it ends a run."""
     code, _, failed = _preflight(TUNE_OUTPUT="/tmp/runs", TUNE_EPOCHS="many")

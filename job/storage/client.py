@@ -45,7 +45,7 @@ class Connection:
         """The current client.
 
         Raises:
-            ConfigError: `AWS_PROFILE` names no profile.
+            ConfigError: `AWS_PROFILE` names no profile, or the endpoint is no URL.
         """
         with self._lock:
             if self._client is None:
@@ -72,7 +72,12 @@ class Connection:
             tcp_keepalive=True,
             user_agent_extra="finetune-job",
         )
-        client: S3Client = self._session.client("s3", config=config)
+        try:
+            client: S3Client = self._session.client("s3", config=config)
+        except ValueError as error:  # botocore's for an endpoint that is no URL
+            raise ConfigError(
+                f"{error}.", remedy="Write AWS_ENDPOINT_URL_S3 as a URL with its scheme: https://minio.example:9000."
+            ) from error
         if upload_algorithm(client) is not None:
             used: Any = client.meta.config  # in place: making a second client costs a tenth of a second
             used.s3 = {**(used.s3 or {}), "payload_signing_enabled": False}
