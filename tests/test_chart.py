@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tomllib
 
 import helm_python as helm
@@ -207,3 +208,33 @@ def test_long_names_do_not_collide():
 def test_keep_on_upgrade(keep, annotations):
     """keepOnUpgrade tells Helm to leave the Job alone."""
     assert only(render(values(keepOnUpgrade=keep)), "Job")["metadata"].get("annotations") == annotations
+
+
+@pytest.mark.parametrize(
+    ("release", "namespace", "given"),
+    [
+        ("2024", "ml", {}),
+        ("true", "ml", {}),
+        ("demo", "123", {}),
+        ("demo", "ml", {"existingSecrets": ["123"]}),
+        ("demo", "ml", {"kueue": {"queueName": "1e3"}, "priorityClassName": "10", "runtimeClassName": "0"}),
+        ("demo", "ml", {"scratch": {"type": "pvc", "claimName": "7"}}),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+@pytest.mark.parametrize("mode", ["job", "cronjob"])
+def test_names_that_look_like_numbers(release, namespace, given, mode):
+    """A name stays text, whatever YAML would take it for."""
+    objects = render(values(**given, **(CRON if mode == "cronjob" else {})), name=release, namespace=namespace)
+    manifests.validate(objects, manifests.VERSIONS[-1:])
+
+
+def test_a_variable_more_changes_no_run_id(tmp_path):
+    """A later chart whose table has one variable more goes on with the runs of this one."""
+    later = shutil.copytree(CHART, tmp_path / "finetune-job")
+    table = json.loads((later / "files" / "variables.json").read_text())
+    new = {**next(row for row in table if not row["required"] and row["fingerprint"]), "name": "TUNE_NEW"}
+    (later / "files" / "variables.json").write_text(json.dumps([*table, new]))
+    rendered = helm.Chart.load(str(later)).render(values(), name="demo", namespace="ml")
+    job = next(text for path, text in rendered.items() if path.endswith("/job.yaml"))
+    assert environment(manifests.documents(job))["TUNE_RUN_ID"] == environment(render(values()))["TUNE_RUN_ID"]

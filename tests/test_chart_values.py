@@ -118,7 +118,28 @@ def test_good_schedules_pass(schedule):
     assert cron["spec"]["schedule"] == schedule
 
 
+CRON = {"mode": "cronjob", "cron": {"schedule": "@daily"}}
 REFUSED_BY_A_RULE = [
+    (values(cron={"schedule": "@daily"}), 'cron.schedule is "@daily" and mode is job'),
+    (values(**CRON, keepOnUpgrade=True), "keepOnUpgrade is true and mode is cronjob"),
+    (values(spot={"provider": "gke"}), "spot.provider is gke and spot.enabled is false"),
+    (
+        values(networkPolicy={"egress": [{"cidr": "10.0.0.0/8", "ports": [443]}]}),
+        "networkPolicy.egress is set and networkPolicy.enabled is false",
+    ),
+    (values(scratch={"claimName": "mine"}), "scratch.claimName is set and scratch.type is emptyDir"),
+    (values(scratch={"storageClassName": "fast"}), "scratch.storageClassName is set and scratch.type is emptyDir"),
+    (values(s3={"endpoint": "https://user:secret@minio.example"}), "s3.endpoint holds a user or password"),
+    (values(proxy={"httpsProxy": "http://user:secret@proxy:3128"}), "proxy.httpsProxy holds a user or password"),
+    (values({"TUNE_DEVICE_FILE": "/etc/device"}), "config.TUNE_DEVICE_FILE cannot be used: the image sets TUNE_DEVICE"),
+    (values({"TUNE_MICRO_BATCH": 3}), "config.TUNE_MICRO_BATCH=3 does not divide TUNE_BATCH_SIZE=8"),
+    (
+        values({"TUNE_LOG_LEVEL": "warning"}, metrics={"enabled": True}),
+        "config.TUNE_LOG_LEVEL=warning drops them",
+    ),
+    (values({"TUNE_PRECISION": "8bit"}, gpu={"count": 0}), "config.TUNE_PRECISION=8bit needs a GPU"),
+    (values({"TUNE_RESUME": "fresh"}, **CRON), "config.TUNE_RESUME=fresh begins anew at every start"),
+    (values({"TUNE_METRICS_PORT_FILE": "/etc/port"}), "config.TUNE_METRICS_PORT is set by the chart"),
     ({}, "config.TUNE_MODEL is not set. It is required: org/name[@revision]"),
     (values({"TUNE_MODEL_FILE": "/m"}), "config.TUNE_MODEL and config.TUNE_MODEL_FILE are both set. Keep one"),
     (

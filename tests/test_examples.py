@@ -146,7 +146,7 @@ def rules() -> list[dict]:
 def test_alerts_use_metrics_that_exist():
     """Each Prometheus rule parses, and asks for metrics that the job has, or kube-state-metrics'."""
     known = {metrics.name(event, field) for event, fields in metrics.EVENTS.items() for field in fields}
-    known |= {"finetune_job_checkpoint_timestamp_seconds", "kube_job_status_failed"}
+    known |= {"finetune_job_checkpoint_timestamp_seconds", "kube_job_failed"}
     assert rules()
     for rule in rules():
         assert promql_parser.parse(rule["expr"])

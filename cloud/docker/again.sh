@@ -4,7 +4,7 @@
 #   again.sh docker run ... finetune-job:0.1.0
 #   again.sh docker compose -f compose.yaml run --rm train
 #
-# 75 (interrupted) is run again at once and never counts. 74 (storage) and codes that nobody foresaw (1, 137, Docker's
+# 75 (interrupted) is run again after a second and never counts. 74 (storage) and codes that nobody foresaw (1, 137, Docker's
 # own 125 to 127) count: at most TRIES of them, PAUSE_SECONDS apart. All other codes end the loop: the job would end
 # the same way again. SIGTERM and SIGINT are passed on, and then nothing is started any more.
 set -uo pipefail
@@ -13,6 +13,9 @@ set -uo pipefail
 
 tries=${TRIES:-5}
 pause=${PAUSE_SECONDS:-30}
+for number in "TRIES=$tries" "PAUSE_SECONDS=$pause"; do
+  [[ ${number#*=} =~ ^[0-9]+$ ]] || { echo "$0: $number is not a whole number" >&2; exit 78; }
+done
 child=""
 signals=0
 code=75
@@ -56,10 +59,8 @@ while [ "$signals" -eq 0 ]; do
     break
   fi
   echo "$0: exit code $code, $failures of $tries failures: starting again" >&2
-  if [ "$code" -ne 75 ]; then
-    last=$code
-    run sleep "$pause"
-    code=$last
-  fi
+  last=$code
+  if [ "$code" -eq 75 ]; then run sleep 1; else run sleep "$pause"; fi
+  code=$last
 done
 exit "$code"

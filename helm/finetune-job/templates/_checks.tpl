@@ -38,7 +38,26 @@
 {{- if and (gt (int .Values.gpu.count) 0) (eq $device "cpu") -}}
 {{- $found = append $found "config.TUNE_DEVICE=cpu would leave the GPU that the pod asks for idle. Set gpu.count to 0." -}}
 {{- end -}}
-{{- if hasKey $settings "TUNE_METRICS_PORT" -}}
+{{- range $name := list "TUNE_DEVICE_FILE" "TUNE_LOG_FORMAT_FILE" -}}
+{{- if hasKey $settings $name -}}
+{{- $found = append $found (printf "config.%s cannot be used: the image sets %s. Set config.%s itself." $name (trimSuffix "_FILE" $name) (trimSuffix "_FILE" $name)) -}}
+{{- end -}}
+{{- end -}}
+{{- $micro := get $settings "TUNE_MICRO_BATCH" | default "auto" -}}
+{{- $batch := get $settings "TUNE_BATCH_SIZE" | default "8" -}}
+{{- if and (ne $micro "auto") (ne (mod (int $batch) (int $micro)) 0) -}}
+{{- $found = append $found (printf "config.TUNE_MICRO_BATCH=%s does not divide TUNE_BATCH_SIZE=%s. Choose a divisor." $micro $batch) -}}
+{{- end -}}
+{{- if and .Values.metrics.enabled (has (get $settings "TUNE_LOG_LEVEL") (list "warning" "error")) -}}
+{{- $found = append $found (printf "metrics.enabled shows what the log's events say, and config.TUNE_LOG_LEVEL=%s drops them. Set TUNE_LOG_LEVEL to info." (get $settings "TUNE_LOG_LEVEL")) -}}
+{{- end -}}
+{{- if and (eq (int .Values.gpu.count) 0) (eq (get $settings "TUNE_PRECISION") "8bit") -}}
+{{- $found = append $found "config.TUNE_PRECISION=8bit needs a GPU and gpu.count is 0. Use 4bit or 16bit." -}}
+{{- end -}}
+{{- if and (eq (get $settings "TUNE_RESUME") "fresh") (or .Values.spot.enabled (eq .Values.mode "cronjob")) -}}
+{{- $found = append $found "config.TUNE_RESUME=fresh begins anew at every start of a pod, so that a preempted run never gets on. Set another TUNE_RUN_ID to begin anew." -}}
+{{- end -}}
+{{- if or (hasKey $settings "TUNE_METRICS_PORT") (hasKey $settings "TUNE_METRICS_PORT_FILE") -}}
 {{- $found = append $found "config.TUNE_METRICS_PORT is set by the chart. Set metrics.enabled and metrics.port instead." -}}
 {{- end -}}
 {{- $grace := include "finetune-job.grace" . -}}
@@ -60,6 +79,29 @@
 {{- end -}}
 {{- if and (eq .Values.mode "cronjob") (not .Values.cron.schedule) -}}
 {{- $found = append $found "mode is cronjob and cron.schedule is empty. Set five fields such as \"0 3 * * 0\", or @weekly." -}}
+{{- end -}}
+{{- if and (eq .Values.mode "job") .Values.cron.schedule -}}
+{{- $found = append $found (printf "cron.schedule is %q and mode is job, which starts one run now. Set mode to cronjob, or leave the schedule out." .Values.cron.schedule) -}}
+{{- end -}}
+{{- if and (eq .Values.mode "cronjob") .Values.keepOnUpgrade -}}
+{{- $found = append $found "keepOnUpgrade is true and mode is cronjob: an upgrade never touches the Jobs of a schedule. Leave it out." -}}
+{{- end -}}
+{{- if and .Values.spot.provider (not .Values.spot.enabled) -}}
+{{- $found = append $found (printf "spot.provider is %s and spot.enabled is false: the run would not be on spot nodes. Set spot.enabled to true." .Values.spot.provider) -}}
+{{- end -}}
+{{- if and .Values.networkPolicy.egress (not .Values.networkPolicy.enabled) -}}
+{{- $found = append $found "networkPolicy.egress is set and networkPolicy.enabled is false: nothing would be limited. Set networkPolicy.enabled to true." -}}
+{{- end -}}
+{{- if and .Values.scratch.claimName (ne .Values.scratch.type "pvc") -}}
+{{- $found = append $found (printf "scratch.claimName is set and scratch.type is %s. Set scratch.type to pvc." .Values.scratch.type) -}}
+{{- end -}}
+{{- if and .Values.scratch.storageClassName (ne .Values.scratch.type "ephemeral") -}}
+{{- $found = append $found (printf "scratch.storageClassName is set and scratch.type is %s. Set scratch.type to ephemeral." .Values.scratch.type) -}}
+{{- end -}}
+{{- range $name, $url := dict "s3.endpoint" .Values.s3.endpoint "proxy.httpsProxy" .Values.proxy.httpsProxy "proxy.httpProxy" .Values.proxy.httpProxy -}}
+{{- if contains "@" $url -}}
+{{- $found = append $found (printf "%s holds a user or password, which would stand in the Job for all to read. Put the variable into a secret and name it in existingSecrets." $name) -}}
+{{- end -}}
 {{- end -}}
 {{- if and .Values.caBundle.configMap .Values.caBundle.secret -}}
 {{- $found = append $found "caBundle.configMap and caBundle.secret are both set. Keep one of them." -}}

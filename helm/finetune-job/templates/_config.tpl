@@ -33,24 +33,36 @@ no whole number to the job.
 {{- end -}}
 
 {{/*
-A hash of the settings that decide the result, defaults included, so that more memory, another image pull policy or
-TUNE_ALLOW_CHANGE resume the run and another learning rate begins another one. `2e-4` and 0.0002 are one value.
+A hash of the settings that decide the result, so that more memory, another image pull policy or TUNE_ALLOW_CHANGE resume
+the run and another learning rate begins another one. Those at their defaults are left out: a later chart with a variable
+more goes on with the same run. `2e-4` and 0.0002 are one value.
 */}}
 {{- define "finetune-job.fingerprint" -}}
 {{- $settings := include "finetune-job.settings" . | fromJson -}}
 {{- $lines := list -}}
 {{- range .Files.Get "files/variables.json" | fromJsonArray -}}
 {{- if .fingerprint -}}
-{{- $value := get $settings .name | default .default -}}
-{{- if and (eq .type "number") (ne $value "auto") (ne $value "") -}}
-{{- $value = float64 $value | toString -}}
-{{- else if eq .type "list" -}}
-{{- $value = $value | replace " " "" -}}
+{{- $default := include "finetune-job.canonical" (list .type .default) -}}
+{{- $value := include "finetune-job.canonical" (list .type (get $settings .name | default .default)) -}}
+{{- $file := get $settings (print .name "_FILE") -}}
+{{- if or $file (ne $value $default) -}}
+{{- $lines = append $lines (printf "%s=%s %s" .name $value $file) -}}
 {{- end -}}
-{{- $lines = append $lines (printf "%s=%s %s" .name $value (get $settings (print .name "_FILE"))) -}}
 {{- end -}}
 {{- end -}}
 {{- join "\n" $lines | sha256sum | trunc 8 -}}
+{{- end -}}
+
+{{/* A value as it is compared: takes its type and its text. */}}
+{{- define "finetune-job.canonical" -}}
+{{- $value := index . 1 -}}
+{{- if and (eq (index . 0) "number") (ne $value "auto") (ne $value "") -}}
+{{- float64 $value | toString -}}
+{{- else if eq (index . 0) "list" -}}
+{{- $value | replace " " "" -}}
+{{- else -}}
+{{- $value -}}
+{{- end -}}
 {{- end -}}
 
 {{/* The run id of job mode. Two Jobs with one run id are safe: the older one is fenced off. */}}

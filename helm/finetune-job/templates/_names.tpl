@@ -33,7 +33,7 @@ Job, one without a change makes none. 63 characters at most, and the hash is nev
 {{/* What selects this release's pods. */}}
 {{- define "finetune-job.selector" -}}
 app.kubernetes.io/name: finetune-job
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{/* Labels of every object. Not of the pods: the chart's version would change the Job's name. */}}
@@ -47,7 +47,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{/* Kueue asks for its label on the Job and suspends and resumes it by itself. */}}
 {{- define "finetune-job.jobLabels" -}}
 {{- with .Values.kueue.queueName -}}
-kueue.x-k8s.io/queue-name: {{ . }}
+kueue.x-k8s.io/queue-name: {{ . | quote }}
 {{- end -}}
 {{- end -}}
 

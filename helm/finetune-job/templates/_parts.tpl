@@ -71,14 +71,14 @@ ephemeral:
     spec:
       accessModes: [ReadWriteOnce]
       {{- with .Values.scratch.storageClassName }}
-      storageClassName: {{ . }}
+      storageClassName: {{ . | quote }}
       {{- end }}
       resources:
         requests:
           storage: {{ .Values.scratch.size }}
 {{- else -}}
 persistentVolumeClaim:
-  claimName: {{ .Values.scratch.claimName }}
+  claimName: {{ .Values.scratch.claimName | quote }}
 {{- end -}}
 {{- end -}}
 
@@ -86,16 +86,16 @@ persistentVolumeClaim:
 {{- if .Values.caBundle.configMap -}}
 - name: ca
   configMap:
-    name: {{ .Values.caBundle.configMap }}
+    name: {{ .Values.caBundle.configMap | quote }}
     items:
-      - key: {{ .Values.caBundle.key }}
+      - key: {{ .Values.caBundle.key | quote }}
         path: ca.crt
 {{- else if .Values.caBundle.secret -}}
 - name: ca
   secret:
-    secretName: {{ .Values.caBundle.secret }}
+    secretName: {{ .Values.caBundle.secret | quote }}
     items:
-      - key: {{ .Values.caBundle.key }}
+      - key: {{ .Values.caBundle.key | quote }}
         path: ca.crt
 {{- end -}}
 {{- end -}}

@@ -17,7 +17,7 @@ metadata:
   {{- end }}
 spec:
   restartPolicy: Never
-  serviceAccountName: {{ include "finetune-job.serviceAccountName" . }}
+  serviceAccountName: {{ include "finetune-job.serviceAccountName" . | quote }}
   # The job never talks to the Kubernetes API. IRSA, EKS Pod Identity and Azure add a token of their own, and GKE's
   # metadata server asks for one on the pod's behalf: none of them needs this one.
   automountServiceAccountToken: false
@@ -31,10 +31,10 @@ spec:
     {{- toYaml . | nindent 4 }}
   {{- end }}
   {{- with .Values.priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   {{- with .Values.runtimeClassName }}
-  runtimeClassName: {{ . }}
+  runtimeClassName: {{ . | quote }}
   {{- end }}
   {{- with include "finetune-job.nodeSelector" . | fromYaml }}
   nodeSelector:
@@ -62,10 +62,10 @@ spec:
       envFrom:
         {{- range . }}
         - secretRef:
-            name: {{ . }}
+            name: {{ . | quote }}
         {{- end }}
       {{- end }}
-      {{- if .Values.metrics.enabled }}
+      {{- if and .Values.metrics.enabled (not $args) }}
       ports:
         - name: metrics
           containerPort: {{ int .Values.metrics.port }}
