@@ -56,7 +56,11 @@ class Columns:
 
     def explained(self, reason: str) -> str:
         """A reason that names our columns, with the user's names for them."""
-        named = [f"`{ours}` is `{theirs}`" for ours, theirs in self.theirs.items() if f"`{ours}`" in reason]
+        named = [
+            f"`{ours}` is `{theirs}`"
+            for ours, theirs in self.theirs.items()
+            if ours != theirs and f"`{ours}`" in reason
+        ]
         return f"{reason} ({', '.join(named)} in the file)" if named else reason
 
     def _note(self, row: dict[str, Any]) -> None:

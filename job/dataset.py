@@ -76,7 +76,9 @@ class Reading:
         if not self._rows:
             raise DataError(
                 f"The dataset has no rows ({len(self._sources)} data files, {len(self.skipped)} others).",
-                remedy=f"Give files that end in {', '.join(TYPES)}, also with {' or '.join(CODECS)}.",
+                remedy="Upload the data files again: they are empty."
+                if self._sources
+                else f"Give files that end in {', '.join(TYPES)}, also with {' or '.join(CODECS)}.",
             )
 
     def _file(self, source: Source) -> Iterator[Example]:

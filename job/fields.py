@@ -14,11 +14,20 @@ from job.examples import JsonObject
 
 Fields = Mapping[str, Any]
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
-KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
+KINDS = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    bytes: "bytes",
+    list: "a list",
+}
 REMEDIES = {
     "null": "Give it a text, or remove these rows.",
     "a boolean": "Write it as text, in quotes.",
     "a number": "Write it as text, in quotes.",
+    "bytes": "Store the column as strings.",
 }
 ONE_TEXT = "Make it one text; where it is data, write it as JSON text."
 NAME_IT = "Make it one text, or name the text inside it by TUNE_COLUMNS, as in TUNE_COLUMNS=answer=reply.text."

@@ -20,6 +20,10 @@ from job.fields import Fields, InvalidError, kind, optional, quoted, text, value
 MEDIA = ("images", "videos", "audios")
 UNDESIRED = ("label", "kto_tag")
 """Booleans by which TRL and LLaMA-Factory mark an answer as a bad one, for preference training (KTO)."""
+PREFERENCES = (
+    "Pairs of answers are not trained on as such. The good ones alone are with TUNE_COLUMNS=completion=chosen, or with "
+    "TUNE_COLUMNS=messages=chosen where they are whole conversations."
+)
 ONE_FORMAT = (
     "All rows of a file have one format: give these rows the column, put them into a file of their own, or name their "
     "column by TUNE_COLUMNS."
@@ -72,7 +76,9 @@ def detect(name: str, columns: set[str], *, named: Collection[str] = ()) -> str:
         )
     raise DataError(
         f"{found}, which is no format that is known: {_wanted(list(FORMATS))}.",
-        remedy="Say which columns are meant, as in TUNE_COLUMNS=prompt=query,completion=reply; or set "
+        remedy=PREFERENCES
+        if {"chosen", "rejected"} <= columns
+        else "Say which columns are meant, as in TUNE_COLUMNS=prompt=query,completion=reply; or set "
         f"TUNE_FORMAT={'|'.join(FORMATS)} if only some rows lack them.",
     )
 

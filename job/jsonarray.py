@@ -60,15 +60,22 @@ class _Window:
         self.line = 1
         self.line_start = 0
         self.ended = False
+        self._undecodable = ""
 
     def grow(self) -> None:
-        """Drop what lies before the position and read at least as much again as is left."""
+        """Drop what lies before the position and read at least as much again as is left.
+
+        What stands before a byte that is no UTF-8 is read first, so that the error has the line where it lies.
+        """
+        if self._undecodable:
+            raise _DamagedError(f"not UTF-8: {self._undecodable}")
         chunk = self._stream.read(max(CHUNK, len(self.text) - self.position))
         self.ended = not chunk
         try:
             new = self._decoder.decode(chunk, final=self.ended)
         except UnicodeDecodeError as error:
-            raise _DamagedError(f"not UTF-8: {error.reason}") from error
+            self._undecodable, self.ended = error.reason, False
+            new = error.object[: error.start].decode("utf-8")
         self.line_start -= self.position
         self.text = self.text[self.position :] + new
         self.position = 0

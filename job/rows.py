@@ -42,6 +42,7 @@ NOT_DATA = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.j
 DAMAGED = "Upload the file again, or rename it to what it is."
 UTF_8 = "Save the file as UTF-8."
 ONE_ROW_A_LINE = "Write each row as JSON on a line of its own."
+LINE_ENDS = "Save the file with line feeds (LF) at the ends of its lines."
 CUT_OFF = "Upload the file again; if it is whole, correct its last line."
 QUOTES = "Put cells that hold separators, quotes or line ends into quotes, and double the quotes inside them."
 KEEP_ONE = "Keep one of the two keys."
@@ -89,11 +90,11 @@ def rows(name: str, path: Path) -> Iterator[Row]:
         with _opened(path, kind.compression) as stream:
             yield from _READERS[kind.type](name, stream)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{name} cannot be read: {error}.", remedy=DAMAGED) from error
+        raise DataError(f"{name} cannot be read: {str(error).rstrip('.')}.", remedy=DAMAGED) from error
     except OSError as error:
         if error.errno is not None:  # the disk's or the kernel's, not the file's
             raise
-        raise DataError(f"{name} cannot be read: {error}.", remedy=DAMAGED) from error
+        raise DataError(f"{name} cannot be read: {str(error).rstrip('.')}.", remedy=DAMAGED) from error
 
 
 @contextmanager
@@ -151,8 +152,9 @@ def _parsed(number: int, line: bytes) -> Row:
     except UnicodeDecodeError as error:
         return Row(line=number, problem=f"not UTF-8 at byte {error.start + 1}", remedy=UTF_8)
     except json.JSONDecodeError as error:
+        whole = whole or error.msg == "Extra data"
         cut_off = "" if whole else " (the file ends here without a line end: was it cut off?)"
-        remedy = ONE_ROW_A_LINE if whole else CUT_OFF
+        remedy = (LINE_ENDS if b"\r" in line.rstrip() else ONE_ROW_A_LINE) if whole else CUT_OFF
         return Row(line=number, problem=f"not JSON: {error.msg} at column {error.colno}{cut_off}", remedy=remedy)
     except jsontext.RepeatedKeyError as error:
         return Row(line=number, problem=f"{error}", remedy=KEEP_ONE)

@@ -217,7 +217,7 @@ def _call(call: JsonObject, what: str) -> JsonObject:
     given = {} if arguments == "" else fields.decoded(arguments, f"{what}: `arguments`")
     if not isinstance(given, dict):
         raise InvalidError(f"{what}: `arguments` is {kind(given)}, not an object", remedy=_SHAPE)
-    fields.whole(given, f"{what}: `arguments`")
+    fields.whole([call, given], f"{what}: the call")
     outer = {"type": "function", **{key: item for key, item in call.items() if key in ("id", "type", "index")}}
     return {**(call if "function" in call else outer), "function": {**function, "arguments": given}}
 
