@@ -157,7 +157,7 @@ def _parsed(number: int, line: bytes) -> Row:
         remedy = (LINE_ENDS if b"\r" in line.rstrip() else ONE_ROW_A_LINE) if whole else CUT_OFF
         return Row(line=number, problem=f"not JSON: {error.msg} at column {error.colno}{cut_off}", remedy=remedy)
     except jsontext.RepeatedKeyError as error:
-        return Row(line=number, problem=f"{error}", remedy=KEEP_ONE)
+        return Row(line=number, problem=str(error), remedy=KEEP_ONE)
     except RecursionError:
         return Row(line=number, problem="not JSON that can be read: nested too deeply", remedy="Remove these rows.")
     except ValueError as error:  # e.g. an integer of more than 4,300 digits

@@ -208,23 +208,25 @@ def test_a_pair_is_the_same_in_every_format_and_type(name: str, file: Path, ques
         assert one(name, TYPES[name]({asked: question, answered: answer}), file).turns == said
 
 
-texts = st.text(st.characters(exclude_categories=()), max_size=5)
-"""Also with halves of surrogate pairs."""
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | texts,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
-    max_leaves=8,
-)
-keys = st.sampled_from(
-    [*COLUMNS, "role", "content", "from", "value", "tool_calls", "weight", "train", "images", "label"]
+call = {"name": "f", "arguments": {"x": [1]}}
+plain = [None, True, False, 0, 1, 0.5, float("nan"), "", "a", "é", "\ud800", "user", "assistant", "system", "human"]
+lists = [[], ["a"], [["a", "b"]], [{"type": "text", "text": "a"}], [call], [{"function": call}], "[]"]
+objects = [{}, call, {"function": call}, {"name": "f", "arguments": "{}"}, json.dumps(call)]
+values = st.sampled_from([*plain, *lists, *objects])
+message = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool", "tool_call", None])},
+    optional=dict.fromkeys(
+        ("content", "from", "value", "tool_calls", "function_call", "weight", "train", "name"), values
+    ),
 )
 rows = st.dictionaries(
-    keys,
-    json_values | st.lists(st.dictionaries(keys, json_values | st.sampled_from(["user", "assistant"]), max_size=4)),
+    st.sampled_from([*COLUMNS, "images", "label", "functions", "weight"]),
+    values | st.lists(message, min_size=1, max_size=3),
+    max_size=4,
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(row=rows, format=st.sampled_from(["auto", *FORMATS]))
 def test_any_row_is_read_or_refused_with_a_remedy(file: Path, row: dict[str, Any], format: str) -> None:  # noqa: A002
     """Whatever JSON a row holds, it becomes an example that can be encoded and learned from, or an error of the job's
