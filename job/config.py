@@ -25,6 +25,11 @@ CONTENTS = ("base_weights", "model_config", "tokenizer", "training_data")
 """What a run is fingerprinted by besides its variables."""
 FIXED = ("TUNE_LORA_R", "TUNE_LORA_TARGETS", "TUNE_PRECISION")
 """Variables that a checkpoint cannot be carried over: its tensors would not fit."""
+COLUMNS = (
+    "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "question", "answer", "text",
+    "system", "history", "tools",
+)  # fmt: skip
+"""Our names for the columns of all formats."""
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text")
 
 
@@ -101,6 +106,17 @@ class Config:
     )
     format: str = _setting(
         choice("auto", *FORMATS), "format of the rows; `auto` detects it per file", default="auto", fingerprint=True
+    )
+    columns: tuple[str, ...] = _setting(
+        names(
+            text(
+                rf"(?:{'|'.join(COLUMNS)})=.+", f"our name=your column, where our name is one of {', '.join(COLUMNS)}"
+            ),
+            f"our name=your column, separated by commas; our name is one of {', '.join(COLUMNS)}",
+        ),
+        "columns under other names, as in `prompt=question,completion=reply.text` (a dot leads into a column)",
+        default=(),
+        fingerprint=True,
     )
     chat_template: str = _setting(
         _TEMPLATE,
@@ -253,6 +269,7 @@ class Config:
                 f"TUNE_METRICS_PORT={self.metrics_port} shows what the log's events say, and "
                 f"TUNE_LOG_LEVEL={self.log_level} drops them. Set TUNE_LOG_LEVEL=info."
             )
+        found += self._columns_named_twice()
         marked = {s.variable for s in SETTINGS if s.fingerprint}
         for name in self.allow_change:
             if name in FIXED:
@@ -263,6 +280,12 @@ class Config:
                     "`python -m job variables`, or " + ", ".join(CONTENTS) + "."
                 )
         return found
+
+    def _columns_named_twice(self) -> list[str]:
+        pairs = [pair.partition("=") for pair in self.columns]
+        sides = [ours for ours, _, _ in pairs], [theirs for _, _, theirs in pairs]
+        twice = [name for side in sides for name in dict.fromkeys(side) if side.count(name) > 1]
+        return [f"TUNE_COLUMNS names {name!r} twice. Name each column once." for name in twice]
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The settings that decide the result, by variable name."""

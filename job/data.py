@@ -9,7 +9,7 @@ from pathlib import Path
 
 import structlog
 
-from job import dataset, inputs
+from job import columns, dataset, inputs
 from job import tokenizer as tokenizers
 from job.arrow import Prepared, prepare
 from job.config import Config
@@ -43,11 +43,12 @@ class Data:
 
 def read(config: Config, pulled: Inputs) -> Examples:
     """Files to examples, split into training and evaluation."""
-    reading = dataset.read(_sources(pulled.dataset), format=config.format)
+    named = columns.parsed(config.columns)
+    reading = dataset.read(_sources(pulled.dataset), format=config.format, columns=named)
     if not pulled.eval_dataset:
         split = dataset.split(reading, fraction=config.eval_fraction)
         return Examples(split=split, files=reading.facts, skipped=reading.skipped)
-    held_out = dataset.read(_sources(pulled.eval_dataset), format=config.format)
+    held_out = dataset.read(_sources(pulled.eval_dataset), format=config.format, columns=named)
     split = dataset.given(reading, held_out)
     return Examples(split=split, files=(*reading.facts, *held_out.facts), skipped=(*reading.skipped, *held_out.skipped))
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import xxhash
 
+from job.columns import Columns
 from job.errors import DataError
 from job.examples import Example, InvalidRows, RowError, content_key
-from job.formats import FORMATS, InvalidError, columns_of, detect, example
+from job.fields import InvalidError
+from job.formats import FORMATS, columns_of, detect, example
 from job.rows import CODECS, TYPES, Row, file_type, rows
 
 LOOK_AHEAD = 100
@@ -55,9 +57,10 @@ class FileFacts:
 class Reading:
     """The examples of several files, in order. To be iterated once; after that `facts` is complete."""
 
-    def __init__(self, sources: Sequence[Source], *, format: str) -> None:  # noqa: A002 - the variable is TUNE_FORMAT
+    def __init__(self, sources: Sequence[Source], *, format: str, columns: Columns) -> None:  # noqa: A002 - TUNE_FORMAT
         self._sources = [source for source in sources if source.named or file_type(source.name).type]
         self._format = format
+        self._columns = columns
         self._invalid = InvalidRows()
         self._rows = 0
         self.skipped: tuple[str, ...] = tuple(source.name for source in sources if source not in self._sources)
@@ -68,11 +71,14 @@ class Reading:
     def __iter__(self) -> Iterator[Example]:
         for source in self._sources:
             yield from self._file(source)
+        self._columns.check()
         self._invalid.raise_if_any(self._rows)
         if not self._rows:
             raise DataError(
                 f"The dataset has no rows ({len(self._sources)} data files, {len(self.skipped)} others).",
-                remedy=f"Give files that end in {', '.join(TYPES)}, also with {' or '.join(CODECS)}.",
+                remedy="Upload the data files again: they are empty."
+                if self._sources
+                else f"Give files that end in {', '.join(TYPES)}, also with {' or '.join(CODECS)}.",
             )
 
     def _file(self, source: Source) -> Iterator[Example]:
@@ -82,17 +88,27 @@ class Reading:
                 remedy=f"The name must end in {', '.join(TYPES)}, also with {' or '.join(CODECS)}.",
             )
         found, empty, before = self._format, 0, self._rows
-        stream = rows(source.name, source.path)
+        stream: Iterator[Row] = map(self._renamed, rows(source.name, source.path))
         if found == "auto":
             head = self._head(source, stream)
-            columns = set[str]().union(*(columns_of(row.value) for row in head))
-            found, stream = detect(source.name, columns) if head else "", chain(head, stream)
+            found, stream = self._detected(source, head) if head else "", chain(head, stream)
         for row in stream:
             self._rows += 1
             if read_row := self._row(source, row, found):
                 empty += _is_empty(read_row)
                 yield read_row
         self.facts += (_facts(source, found if self._rows > before else "", self._rows - before, empty),)
+
+    def _renamed(self, row: Row) -> Row:
+        return replace(row, value=self._columns.renamed(row.value)) if self._columns.theirs else row
+
+    def _detected(self, source: Source, head: list[Row]) -> str:
+        columns = set[str]().union(*(columns_of(row.value) for row in head))
+        try:
+            return detect(source.name, columns, named=self._columns.theirs)
+        except DataError:
+            self._columns.check()  # a name that no row has is the likelier reason
+            raise
 
     def _head(self, source: Source, stream: Iterator[Row]) -> list[Row]:
         """The rows up to the hundredth object; raises DataError if the first thousand hold none at all."""
@@ -113,23 +129,27 @@ class Reading:
         self._invalid.raise_if_any(self._rows + len(head))
 
     def _row(self, source: Source, row: Row, found: str) -> Example | None:
-        reason = row.problem
+        reason, remedy = row.problem, row.remedy
         if not reason:
             try:
                 return example(row.value, format=found, source=source.name, line=row.line)
             except InvalidError as error:
-                reason = str(error)
-        self._invalid.add(RowError(source=source.name, line=row.line, reason=reason))
+                reason, remedy = self._columns.explained(str(error)), error.remedy
+        self._invalid.add(RowError(source=source.name, line=row.line, reason=reason, remedy=remedy))
         return None
 
 
-def read(sources: Sequence[Source], *, format: str = "auto") -> Reading:  # noqa: A002 - the variable is TUNE_FORMAT
+def read(sources: Sequence[Source], *, format: str = "auto", columns: Columns | None = None) -> Reading:  # noqa: A002
     """Read all files; `format` is `auto` (found out for each file) or one of `job.formats.FORMATS`.
 
+    `columns` are the user's names for columns; they may be shared by several readings, of which the first to end must
+    have met them all.
+
     Iterating raises DataError: at once for a file that cannot be read or whose format is unclear, at the end for
-    invalid rows (the first ten in words, all in number), and if there are no rows.
+    invalid rows (the first ten in words, all in number), and if there are no rows; ConfigError for a column that the
+    user named and no row has.
     """
-    return Reading(sources, format=format)
+    return Reading(sources, format=format, columns=columns or Columns())
 
 
 def _is_empty(read_row: Example) -> bool:

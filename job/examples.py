@@ -15,6 +15,7 @@ from job.errors import DataError
 
 JsonObject = dict[str, Any]
 
+CORRECT = "Correct or remove these rows."
 SHOWN = 10
 """How many invalid rows a message names; the total is always given."""
 
@@ -97,20 +98,21 @@ class RowError(DataError):
 class InvalidRows:
     """Collects invalid rows: the first ten in words, all of them in number."""
 
-    remedy: str = "Correct or remove these rows."
     total: int = 0
     shown: list[str] = field(default_factory=list)
+    remedies: dict[str, None] = field(default_factory=dict)
+    """Of the rows shown, each once, in their order."""
 
     def add(self, error: RowError) -> None:
         """Count one more; later ones than the tenth are only counted."""
         self.total += 1
         if len(self.shown) < SHOWN:
             self.shown.append(error.message)
-            self.remedy = error.remedy or self.remedy
+            self.remedies[error.remedy or CORRECT] = None
 
     def raise_if_any(self, rows: int) -> None:
         """Raise DataError if a row of `rows` was invalid."""
         if not self.total:
             return
         head = f"{self.total:,} of {rows:,} rows are invalid" + (", the first ten:" if self.total > SHOWN else ":")
-        raise DataError("\n".join([head, *self.shown]), remedy=self.remedy)
+        raise DataError("\n".join([head, *self.shown]), remedy=" ".join(self.remedies))

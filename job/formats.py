@@ -1,31 +1,33 @@
 """A row's fields -> an example. Knows the six formats, what their columns are called and what makes a row invalid.
 
-Knows nothing of files. Sources: TRL's dataset formats (`messages`, `prompt`/`completion`), OpenAI's chat messages,
-ShareGPT's `conversations`, Stanford Alpaca's three fields.
+Knows nothing of files, and of single messages only that `job.turns` reads them. Sources: TRL's dataset formats
+(`messages`, `prompt`/`completion`), OpenAI's chat messages, ShareGPT's `conversations`, Stanford Alpaca's three fields
+with LLaMA-Factory's `system` and `history`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+from job import fields as values
+from job import turns
 from job.errors import DataError
 from job.examples import Example, JsonObject, Turn
+from job.fields import Fields, InvalidError, kind, optional, quoted, text, value_of
 
-Fields = Mapping[str, Any]
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-SHAREGPT_ROLES = {
-    **{role: role for role in ROLES},
-    **dict.fromkeys(("human",), "user"),
-    **dict.fromkeys(("gpt", "bot", "model", "chatgpt"), "assistant"),
-    **dict.fromkeys(("function", "observation", "function_response"), "tool"),
-}
-
-
-class InvalidError(ValueError):
-    """Why a row is no example; the caller adds file and line."""
+MEDIA = ("images", "videos", "audios")
+UNDESIRED = ("label", "kto_tag")
+"""Booleans by which TRL and LLaMA-Factory mark an answer as a bad one, for preference training (KTO)."""
+PREFERENCES = (
+    "Pairs of answers are not trained on as such. The good ones alone are with TUNE_COLUMNS=completion=chosen, or with "
+    "TUNE_COLUMNS=messages=chosen where they are whole conversations."
+)
+ONE_FORMAT = (
+    "All rows of a file have one format: give these rows the column, put them into a file of their own, or name their "
+    "column by TUNE_COLUMNS."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,174 +42,203 @@ class Format:
 def example(fields: Any, *, format: str, source: str, line: int) -> Example:  # noqa: A002 - the domain's word
     """One row as an example. Raises InvalidError with the reason."""
     if not isinstance(fields, dict):
-        raise InvalidError(f"the row is {_kind(fields)}, not an object")
+        raise InvalidError(
+            f"the row is {kind(fields)}, not an object",
+            remedy="Write each row as an object with named columns: `{...}`.",
+        )
     known = FORMATS[format]
-    if missing := [column for column in known.needs if fields.get(column) is None]:
-        raise InvalidError(f"no {_quoted(missing)} (columns: {_quoted(_present(fields)) or 'none'})")
+    if missing := [column for column in known.needs if value_of(fields, column) is None]:
+        there = quoted(values.present(fields)) or "none"
+        raise InvalidError(f"no {quoted(missing)} (columns: {there})", remedy=ONE_FORMAT)
     if format == "text":
-        return Example(source=source, line=line, format=format, text=_text(fields, "text", empty=False))
-    turns = known.turns(fields)
-    if not any(turn.role == "assistant" for turn in turns):
-        raise InvalidError("the conversation has no assistant turn, so there is nothing to learn")
-    return Example(source=source, line=line, format=format, turns=turns, tools=_tools(fields.get("tools")))
+        return Example(source=source, line=line, format=format, text=text(fields, "text", empty=False))
+    _refuse_what_would_be_lost(fields, format)
+    said = _with_system(fields, known.turns(fields))
+    _refuse_nothing_to_learn(said)
+    return Example(source=source, line=line, format=format, turns=said, tools=_tools(fields))
 
 
-def detect(name: str, columns: set[str]) -> str:
-    """The one format whose columns are all there. Raises DataError for none or several: nothing is guessed."""
+def detect(name: str, columns: set[str], *, named: Collection[str] = ()) -> str:
+    """The one format whose columns are all there. Raises DataError for none or several: nothing is guessed.
+
+    Of several, the one whose column the user named (`named`: our names in TUNE_COLUMNS) is meant.
+    """
     matching = [key for key, known in FORMATS.items() if columns.issuperset(known.needs)]
-    if len(matching) == 1:
-        return matching[0]
-    found = f"{name} has the columns {_quoted(sorted(columns)) or 'none'}"
+    meant = [key for key in matching if not set(named).isdisjoint(FORMATS[key].needs)]
+    if len(meant or matching) == 1:
+        return (meant or matching)[0]
+    found = f"{name} has the columns {quoted(sorted(columns)) or 'none'}"
     if matching:
+        choices = " or ".join(f"TUNE_FORMAT={key}" for key in matching)
         raise DataError(
             f"{found}, which is more than one format: {_wanted(matching)}.",
-            remedy="Set " + " or ".join(f"TUNE_FORMAT={key}" for key in matching) + ".",
+            remedy=f"Set {choices}, or put rows of different formats into files of their own.",
         )
     raise DataError(
         f"{found}, which is no format that is known: {_wanted(list(FORMATS))}.",
-        remedy=f"Rename the columns, or set TUNE_FORMAT={'|'.join(FORMATS)} if only some rows lack them.",
+        remedy=PREFERENCES
+        if {"chosen", "rejected"} <= columns
+        else "Say which columns are meant, as in TUNE_COLUMNS=prompt=query,completion=reply; or set "
+        f"TUNE_FORMAT={'|'.join(FORMATS)} if only some rows lack them.",
     )
 
 
 def columns_of(fields: Any) -> set[str]:
     """The columns in which a row has a value; empty for a row that is no object."""
-    return set(_present(fields)) if isinstance(fields, dict) else set()
-
-
-def _present(fields: Fields) -> list[str]:
-    return [str(key) for key, value in fields.items() if value is not None]
-
-
-def _quoted(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+    return set(values.present(fields)) if isinstance(fields, dict) else set()
 
 
 def _wanted(names: list[str]) -> str:
-    return "; ".join(f"{name} wants {_quoted(list(FORMATS[name].needs))} ({FORMATS[name].holds})" for name in names)
+    return "; ".join(f"{name} wants {quoted(list(FORMATS[name].needs))} ({FORMATS[name].holds})" for name in names)
 
 
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
-    return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
+def _refuse_what_would_be_lost(fields: Fields, format: str) -> None:  # noqa: A002 - the domain's word
+    """Columns that change what the row means, in tools that read them; this one would train on in silence."""
+    if lost := [key for key in MEDIA if value_of(fields, key) not in (None, "", [])]:
+        raise InvalidError(
+            f"the row has {quoted(lost)}; only text is trained on", remedy="Remove these rows, or the column."
+        )
+    if lost := [key for key in UNDESIRED if fields.get(key) is False]:
+        raise InvalidError(
+            f"{quoted(lost)} is false, which marks an answer that is not wanted; preferences are not trained on",
+            remedy="Remove these rows, or rename the column if it means something else.",
+        )
+    weight = value_of(fields, "weight")
+    if format in ("messages", "sharegpt") and isinstance(weight, int | float) and weight != 1:
+        raise InvalidError(
+            f"the row has `weight` {weight!r}, and rows are not weighted",
+            remedy="Remove rows that should not count, and the column; or rename it if it means something else.",
+        )
 
 
-def _text(fields: Fields, key: str, *, empty: bool = True, where: str = "") -> str:
-    value = fields.get(key)
-    if not isinstance(value, str):
-        raise InvalidError(f"{where}`{key}` is {_kind(value)}, not text")
-    if not empty and not value.strip():
-        raise InvalidError(f"{where}`{key}` is empty")
-    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise InvalidError(f"{where}`{key}` holds half a surrogate pair, which is no character")
-    return value
+def _refuse_nothing_to_learn(said: tuple[Turn, ...]) -> None:
+    """Counting such rows instead would let them into the evaluation and the samples, where they say nothing."""
+    answers = [turn for turn in said if turn.role == "assistant"]
+    if not answers:
+        raise InvalidError(
+            "the conversation has no assistant turn, so there is nothing to learn",
+            remedy="Remove these rows, or give them the answer.",
+        )
+    if not any(turn.trained for turn in answers):
+        raise InvalidError(
+            "every assistant turn is marked as only context, so there is nothing to learn",
+            remedy="Remove these rows, or mark an answer as learned.",
+        )
 
 
-def _optional(fields: Fields, key: str) -> str:
-    return "" if fields.get(key) is None else _text(fields, key)
+def _tools(fields: Fields) -> tuple[JsonObject, ...]:
+    """OpenAI's `tools`, or its older `functions`, in the shape of `tools`."""
+    tools, functions = value_of(fields, "tools"), value_of(fields, "functions")
+    if tools not in (None, "", []):
+        found = values.object_texts(tools, "`tools`")
+    elif isinstance(functions, list) and "messages" in fields:
+        found = [{"type": "function", "function": one} for one in values.object_texts(functions, "`functions`")]
+    else:
+        return ()
+    for tool in found:
+        function = tool.get("function", tool)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InvalidError(
+                "`tools` holds an object without a name",
+                remedy='Write a tool as {"type": "function", "function": {"name": ..., "parameters": {...}}}.',
+            )
+    values.whole(found, "`tools`")
+    return tuple(found)
 
 
-def _decoded(value: Any, what: str) -> Any:
-    """CSV cells and some Parquet columns hold lists as JSON text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise InvalidError(f"{what} is text, but not JSON: {error}") from error
-
-
-def _objects(value: Any, what: str) -> list[JsonObject]:
-    listed = _decoded(value, what)
-    if not isinstance(listed, list):
-        raise InvalidError(f"{what} is {_kind(listed)}, not a list")
-    if bad := [item for item in listed if not isinstance(item, dict)]:
-        raise InvalidError(f"{what} holds {_kind(bad[0])}, not an object")
-    return listed
-
-
-def _tools(value: Any) -> tuple[JsonObject, ...]:
-    return () if value is None or value in ("", []) else tuple(_objects(value, "`tools`"))
-
-
-def _system(fields: Fields) -> tuple[Turn, ...]:
-    content = _optional(fields, "system")
-    return (Turn(role="system", content=content),) if content.strip() else ()
-
-
-def _conversation(value: Any, what: str, turn: Callable[[JsonObject, str], Turn]) -> tuple[Turn, ...]:
-    messages = _objects(value, what)
-    if not messages:
-        raise InvalidError(f"{what} is empty")
-    return tuple(turn(message, f"{what}, turn {number}: ") for number, message in enumerate(messages, 1))
-
-
-def _turn(message: JsonObject, where: str) -> Turn:
-    role = message.get("role")
-    if role not in ROLES:
-        raise InvalidError(f"{where}role {role!r} is none of {', '.join(sorted(ROLES))}")
-    calls = tuple(_objects(message["tool_calls"], f"{where}`tool_calls`")) if message.get("tool_calls") else ()
-    content = "" if calls and message.get("content") is None else _content(message, where)
-    optional: Any = {key: _text(message, key, where=where) for key in OPTIONAL if message.get(key) is not None}
-    return Turn(role=role, content=content, tool_calls=calls, **optional)
-
-
-OPTIONAL = ("tool_call_id", "name", "reasoning_content")
-
-
-def _content(message: JsonObject, where: str) -> str:
-    """Text, or a list of text parts as OpenAI writes them."""
-    if not isinstance(message.get("content"), list):
-        return _text(message, "content", where=where)
-    parts = _objects(message["content"], f"{where}`content`")
-    if other := [part.get("type") for part in parts if part.get("type") != "text"]:
-        raise InvalidError(f"{where}a content part is of type {other[0]!r}; only text is trained on")
-    return "".join(_text(part, "text", where=where) for part in parts)
-
-
-def _sharegpt_turn(message: JsonObject, where: str) -> Turn:
-    """`from`/`value` with ShareGPT's names for roles; rows that were half converted have `role`/`content`."""
-    role = message.get("from", message.get("role"))
-    if not isinstance(role, str) or role.lower() not in SHAREGPT_ROLES:
-        raise InvalidError(f"{where}role {role!r} is none of {', '.join(sorted(SHAREGPT_ROLES))}")
-    renamed = {"role": SHAREGPT_ROLES[role.lower()]}
-    if "value" in message or "content" not in message:
-        renamed["content"] = _text(message, "value", where=where)
-    return _turn({**message, **renamed}, where)
+def _with_system(fields: Fields, said: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The column `system` before the conversation. Where that begins with a system turn too, both must be the same."""
+    content = optional(fields, "system")
+    if not content.strip():
+        return said
+    if said[0].role not in ("system", "developer"):
+        return (Turn(role="system", content=content), *said)
+    if said[0].content.strip() != content.strip():
+        raise InvalidError(
+            "the column `system` and the conversation's own system turn do not say the same",
+            remedy="Keep one of them.",
+        )
+    return said
 
 
 def _messages(fields: Fields) -> tuple[Turn, ...]:
-    return _conversation(fields["messages"], "`messages`", _turn)
+    return turns.messages(fields["messages"], "`messages`")
 
 
 def _sharegpt(fields: Fields) -> tuple[Turn, ...]:
-    return _system(fields) + _conversation(fields["conversations"], "`conversations`", _sharegpt_turn)
+    return turns.sharegpt(fields["conversations"], "`conversations`")
 
 
 def _alpaca(fields: Fields) -> tuple[Turn, ...]:
     question = Turn(
-        role="user", content=_text(fields, "instruction", empty=False), input=_optional(fields, "input").strip()
+        role="user", content=text(fields, "instruction", empty=False), input=optional(fields, "input").strip()
     )
-    return (*_system(fields), question, Turn(role="assistant", content=_text(fields, "output")))
+    return (*_history(fields), question, Turn(role="assistant", content=text(fields, "output")))
 
 
 def _prompt_completion(fields: Fields) -> tuple[Turn, ...]:
-    """Both text, or both lists of messages (TRL's conversational kind)."""
-    if isinstance(fields["prompt"], str) and isinstance(fields["completion"], str):
-        return (*_system(fields), *_pair(fields, "prompt", "completion"))
-    prompt = _conversation(fields["prompt"], "`prompt`", _turn)
-    completion = _conversation(fields["completion"], "`completion`", _turn)
-    if not any(turn.role == "assistant" for turn in completion):
-        raise InvalidError("`completion` has no assistant turn, so there is nothing to learn")
-    return (*(replace(turn, trained=False) for turn in prompt), *completion)
+    """Both text, or both lists of messages (TRL's conversational kind), perhaps as JSON text in a CSV file's cells."""
+    prompt, completion = _perhaps_messages(fields["prompt"]), _perhaps_messages(fields["completion"])
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _conversational(prompt, completion)
+    if isinstance(fields["prompt"], list) or isinstance(fields["completion"], list):
+        raise InvalidError(
+            f"`prompt` is {kind(fields['prompt'])} and `completion` is {kind(fields['completion'])}",
+            remedy="Write both as text, or both as lists of messages.",
+        )
+    return _pair(fields, "prompt", "completion")
+
+
+def _perhaps_messages(value: Any) -> Any:
+    """JSON text that can only be a list of messages as that list; everything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        listed = values.objects(value, "")
+    except InvalidError:
+        return value
+    return listed if listed and all({"role", "content"} <= message.keys() for message in listed) else value
+
+
+def _conversational(prompt: list[Any], completion: list[Any]) -> tuple[Turn, ...]:
+    before, after = turns.messages(prompt, "`prompt`"), turns.messages(completion, "`completion`")
+    if turns.asks_to_learn(prompt, "`prompt`: "):
+        raise InvalidError(
+            "`prompt` has a message that is marked as learned, and a prompt is only context",
+            remedy="Move it to `completion`, or put both lists into one column `messages`.",
+        )
+    if not any(turn.role == "assistant" for turn in after):
+        raise InvalidError(
+            "`completion` has no assistant turn, so there is nothing to learn",
+            remedy="Remove these rows, or give them the answer.",
+        )
+    return (*(replace(turn, trained=False) for turn in before), *after)
 
 
 def _question_answer(fields: Fields) -> tuple[Turn, ...]:
-    return (*_system(fields), *_pair(fields, "question", "answer"))
+    return _pair(fields, "question", "answer")
 
 
-def _pair(fields: Fields, asked: str, answered: str) -> tuple[Turn, Turn]:
-    answer = _text(fields, answered)
-    return Turn(role="user", content=_text(fields, asked)), Turn(role="assistant", content=answer)
+def _pair(fields: Fields, asked: str, answered: str) -> tuple[Turn, ...]:
+    question = Turn(role="user", content=text(fields, asked))
+    return (*_history(fields), question, Turn(role="assistant", content=text(fields, answered)))
+
+
+def _history(fields: Fields) -> tuple[Turn, ...]:
+    """Earlier questions and answers, as LLaMA-Factory and ms-swift write them; the answers are learned, as there."""
+    history = value_of(fields, "history")
+    if history in (None, "", []):
+        return ()
+    said: list[Turn] = []
+    for number, pair in enumerate(values.items(history, "`history`"), 1):
+        if not isinstance(pair, list) or [type(part) for part in pair] != [str, str]:
+            raise InvalidError(
+                f"`history`, pair {number}: it is not a list of two texts",
+                remedy="Write `history` as [[question, answer], ...], or rename the column if it means something else.",
+            )
+        values.whole(pair, "`history`")
+        said += [Turn(role="user", content=pair[0]), Turn(role="assistant", content=pair[1])]
+    return tuple(said)
 
 
 FORMATS: dict[str, Format] = {

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from job.jsontext import Decoder
+
 CHUNK = 1 << 20
 SPACE = re.compile(r"[ \t\r\n]*")
 LONGEST_WORD = 64
@@ -34,6 +36,8 @@ class Element:
     line: int
     value: Any = None
     problem: str = ""
+    repeated: str | None = None
+    """A key that stands twice in an object of the element."""
     too_long: bool = False
 
 
@@ -56,15 +60,22 @@ class _Window:
         self.line = 1
         self.line_start = 0
         self.ended = False
+        self._undecodable = ""
 
     def grow(self) -> None:
-        """Drop what lies before the position and read at least as much again as is left."""
+        """Drop what lies before the position and read at least as much again as is left.
+
+        What stands before a byte that is no UTF-8 is read first, so that the error has the line where it lies.
+        """
+        if self._undecodable:
+            raise _DamagedError(f"not UTF-8: {self._undecodable}")
         chunk = self._stream.read(max(CHUNK, len(self.text) - self.position))
         self.ended = not chunk
         try:
             new = self._decoder.decode(chunk, final=self.ended)
         except UnicodeDecodeError as error:
-            raise _DamagedError(f"not UTF-8: {error.reason}") from error
+            self._undecodable, self.ended = error.reason, False
+            new = error.object[: error.start].decode("utf-8")
         self.line_start -= self.position
         self.text = self.text[self.position :] + new
         self.position = 0
@@ -111,9 +122,9 @@ def _elements(window: _Window, limit: int) -> Iterator[Element]:
         window.advance(window.position + 1)
         if window.next_character() == "]" and separator == "[":
             break
-        line = window.line
-        value = _value(window, limit)
-        yield Element(line=line, value=value)
+        line, decoder = window.line, Decoder()
+        value = _value(window, decoder, limit)
+        yield Element(line=line, value=value, repeated=decoder.repeated)
         separator = _separator(window)
     window.advance(window.position + 1)
     if window.next_character():
@@ -129,12 +140,11 @@ def _separator(window: _Window) -> str:
     return found
 
 
-def _value(window: _Window, limit: int) -> Any:
+def _value(window: _Window, decoder: Decoder, limit: int) -> Any:
     """Decode the value at the position and move behind it, reading on as long as it is incomplete."""
-    decoder = json.JSONDecoder()
     while True:
         try:
-            value, end = decoder.raw_decode(window.text, window.position)
+            value, end = decoder.value_at(window.text, window.position)
             if end < len(window.text) or window.ended:  # a number at the edge may go on
                 window.advance(end)
                 return value

@@ -28,6 +28,8 @@ TrainOn = Literal["responses", "last_response", "all"]
 Overlong = Literal["truncate", "drop", "fail"]
 Outcome = Literal["kept", "truncated", "overlong", "masked"]
 
+MARKED = ("messages", "sharegpt")
+"""Formats whose untrained turns were marked so one by one; those of a conversational `prompt` are by its column."""
 IGNORED = -100
 """The label that the loss skips (torch's cross_entropy, ignore_index)."""
 
@@ -106,7 +108,9 @@ class Renderer:
         return Prompt(
             input_ids=self.encoded(cut)[0].ids,
             text=self.tokenizer.rearm(before) if text.disarmed else before,
-            reference=next(turn.content for turn in reversed(example.turns) if turn.role == "assistant"),
+            reference=next(
+                turn.content for turn in reversed(example.turns) if turn.role == "assistant" and turn.trained
+            ),
         )
 
     def _text_prompt(self, text: str) -> Prompt:
@@ -122,6 +126,13 @@ class Renderer:
         turns = self._disarmed(example)
         template = self.tokenizer.template_for(example.format)
         mode = train_on or self.train_on
+        if mode == "all" and example.format in MARKED and any(not turn.trained for turn in turns):
+            raise RowError(
+                source=example.source,
+                line=example.line,
+                reason="a message of it is marked as only context, and TUNE_TRAIN_ON=all learns every message",
+                remedy="Set TUNE_TRAIN_ON=responses, or remove the marks.",
+            )
         try:
             if mode == "all":
                 pieces = whole(template, turns, example.tools)

@@ -20,6 +20,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 from pyarrow import parquet
 
+from job import jsontext
 from job.errors import DataError
 from job.jsonarray import elements
 
@@ -31,10 +32,20 @@ BUFFER = 1 << 20
 TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 BOM = b"\xef\xbb\xbf"
+WIDE = (b"\xff\xfe", b"\xfe\xff", b"{\x00", b"[\x00", b"\x00{", b"\x00[")
+"""How UTF-16 files begin, with their mark or with JSON."""
+OTHER_DELIMITERS = {",": ";\t", "\t": ",;"}
+"""What separates the columns of files that are called CSV or TSV and are not."""
 NOT_DATA = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"})
 """Files that dataset libraries put beside the data."""
 
 DAMAGED = "Upload the file again, or rename it to what it is."
+UTF_8 = "Save the file as UTF-8."
+ONE_ROW_A_LINE = "Write each row as JSON on a line of its own."
+LINE_ENDS = "Save the file with line feeds (LF) at the ends of its lines."
+CUT_OFF = "Upload the file again; if it is whole, correct its last line."
+QUOTES = "Put cells that hold separators, quotes or line ends into quotes, and double the quotes inside them."
+KEEP_ONE = "Keep one of the two keys."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +55,8 @@ class Row:
     line: int
     value: Any = None
     problem: str = ""
+    remedy: str = ""
+    """What to do about the problem."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +90,11 @@ def rows(name: str, path: Path) -> Iterator[Row]:
         with _opened(path, kind.compression) as stream:
             yield from _READERS[kind.type](name, stream)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{name} cannot be read: {error}.", remedy=DAMAGED) from error
+        raise DataError(f"{name} cannot be read: {str(error).rstrip('.')}.", remedy=DAMAGED) from error
     except OSError as error:
         if error.errno is not None:  # the disk's or the kernel's, not the file's
             raise
-        raise DataError(f"{name} cannot be read: {error}.", remedy=DAMAGED) from error
+        raise DataError(f"{name} cannot be read: {str(error).rstrip('.')}.", remedy=DAMAGED) from error
 
 
 @contextmanager
@@ -111,33 +124,51 @@ def _too_long(name: str, line: int) -> DataError:
     )
 
 
+def _refuse_wide(name: str, stream: io.BufferedReader) -> None:
+    if stream.peek(BUFFER).startswith(WIDE):
+        raise DataError(f"{name} is UTF-16, not UTF-8.", remedy=UTF_8)
+
+
 def _jsonl(name: str, stream: io.BufferedReader) -> Iterator[Row]:
+    _refuse_wide(name, stream)
+    if _begins_with(stream, b"["):
+        raise DataError(
+            f"{name} is one JSON array, and its name promises one row per line.",
+            remedy="Rename it to .json, or write each row on a line of its own.",
+        )
     for number, line in _lines(name, stream):
         if line.strip():
             yield _parsed(number, line)
 
 
+def _begins_with(stream: io.BufferedReader, mark: bytes) -> bool:
+    return stream.peek(BUFFER).removeprefix(BOM).lstrip().startswith(mark)
+
+
 def _parsed(number: int, line: bytes) -> Row:
-    cut_off = "" if line.endswith(b"\n") else " (the file ends here without a line end: was it cut off?)"
-    try:
-        return Row(line=number, value=json.loads(line.decode("utf-8")))
+    whole = line.endswith(b"\n")
+    try:  # files that were joined have byte-order marks in the middle, too
+        return Row(line=number, value=jsontext.loads(line.removeprefix(BOM).decode("utf-8")))
     except UnicodeDecodeError as error:
-        return Row(line=number, problem=f"not UTF-8 at byte {error.start + 1}")
+        return Row(line=number, problem=f"not UTF-8 at byte {error.start + 1}", remedy=UTF_8)
     except json.JSONDecodeError as error:
-        return Row(line=number, problem=f"not JSON: {error.msg} at column {error.colno}{cut_off}")
+        whole = whole or error.msg == "Extra data"
+        cut_off = "" if whole else " (the file ends here without a line end: was it cut off?)"
+        remedy = (LINE_ENDS if b"\r" in line.rstrip() else ONE_ROW_A_LINE) if whole else CUT_OFF
+        return Row(line=number, problem=f"not JSON: {error.msg} at column {error.colno}{cut_off}", remedy=remedy)
+    except jsontext.RepeatedKeyError as error:
+        return Row(line=number, problem=str(error), remedy=KEEP_ONE)
     except RecursionError:
-        return Row(line=number, problem="not JSON that can be read: nested too deeply")
+        return Row(line=number, problem="not JSON that can be read: nested too deeply", remedy="Remove these rows.")
     except ValueError as error:  # e.g. an integer of more than 4,300 digits
-        return Row(line=number, problem=f"not JSON that can be read: {error}")
+        return Row(line=number, problem=f"not JSON that can be read: {error}", remedy="Write such numbers as text.")
 
 
 def _json(name: str, stream: io.BufferedReader) -> Iterator[Row]:
     """A `.json` file holds one array of rows, or one row per line; anything else is refused."""
-    if stream.peek(BUFFER).removeprefix(BOM).lstrip().startswith(b"["):
-        for element in elements(stream, limit=MAX_LINE):
-            if element.too_long:
-                raise _too_long(name, element.line)
-            yield Row(line=element.line, value=element.value, problem=element.problem)
+    _refuse_wide(name, stream)
+    if _begins_with(stream, b"["):
+        yield from _array(name, stream)
         return
     for row in _jsonl(name, stream):
         if row.problem and row.line == 1:
@@ -148,20 +179,43 @@ def _json(name: str, stream: io.BufferedReader) -> Iterator[Row]:
         yield row
 
 
+def _array(name: str, stream: io.BufferedReader) -> Iterator[Row]:
+    for element in elements(stream, limit=MAX_LINE):
+        if element.too_long:
+            raise _too_long(name, element.line)
+        if element.repeated is not None:
+            problem = f"the key `{element.repeated}` stands twice in one object"
+            yield Row(line=element.line, problem=problem, remedy=KEEP_ONE)
+        elif element.problem:
+            yield Row(line=element.line, problem=element.problem, remedy=f"Correct the file there. {DAMAGED}")
+        else:
+            yield Row(line=element.line, value=element.value)
+
+
 def _csv(name: str, stream: io.BufferedReader, delimiter: str = ",") -> Iterator[Row]:
+    _refuse_wide(name, stream)
     csv.field_size_limit(MAX_LINE)
     reader = csv.reader(_text_lines(name, stream), delimiter=delimiter, strict=True)
     try:
-        header = next(reader, None)
+        header = next(filter(None, reader), None)
     except csv.Error as error:
-        raise DataError(f"{name}:1: the header is not CSV: {error}.", remedy=DAMAGED) from error
+        raise DataError(f"{name}:{reader.line_num}: the header is not CSV: {error}.", remedy=DAMAGED) from error
     if header is None:
         return
-    if len(set(header)) < len(header):
-        raise DataError(f"{name}:1: a column name stands twice in {header}.", remedy="Give each column its own name.")
+    _check_header(f"{name}:{reader.line_num}", header, delimiter)
     while row := _csv_row(reader, header):
         if row.value != {}:
             yield row
+
+
+def _check_header(where: str, header: list[str], delimiter: str) -> None:
+    if len(set(header)) < len(header):
+        raise DataError(f"{where}: a column name stands twice in {header}.", remedy="Give each column its own name.")
+    if len(header) == 1 and (other := [mark for mark in OTHER_DELIMITERS[delimiter] if mark in header[0]]):
+        raise DataError(
+            f"{where}: the columns {header[0]!r} are separated by {other[0]!r}, not by {delimiter!r}.",
+            remedy="Save it with commas as .csv, or with tabs as .tsv.",
+        )
 
 
 def _csv_row(reader: Any, header: list[str]) -> Row | None:
@@ -170,11 +224,12 @@ def _csv_row(reader: Any, header: list[str]) -> Row | None:
     try:
         cells = next(reader, None)
     except csv.Error as error:
-        return Row(line=line, problem=f"not CSV: {error}")
+        return Row(line=line, problem=f"not CSV: {error}", remedy=QUOTES)
     if cells is None:
         return None
     if cells and len(cells) != len(header):
-        return Row(line=line, problem=f"{len(cells)} cells, but the header has {len(header)}")
+        problem = f"{len(cells)} cells, but the header has {len(header)}"
+        return Row(line=line, problem=problem, remedy=QUOTES)
     return Row(line=line, value=dict(zip(header, cells, strict=False)))
 
 
@@ -183,19 +238,21 @@ def _text_lines(name: str, stream: io.BufferedReader) -> Iterator[str]:
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{name}:{number}: not UTF-8 at byte {error.start + 1}.", remedy="Save the file as UTF-8."
-            ) from error
+            raise DataError(f"{name}:{number}: not UTF-8 at byte {error.start + 1}.", remedy=UTF_8) from error
 
 
 def _tsv(name: str, stream: io.BufferedReader) -> Iterator[Row]:
     return _csv(name, stream, "\t")
 
 
-def _parquet(_name: str, stream: io.BufferedReader) -> Iterator[Row]:
+def _parquet(name: str, stream: io.BufferedReader) -> Iterator[Row]:
     number = 0
     with _seekable(stream) as file:
-        for batch in parquet.ParquetFile(file).iter_batches(PARQUET_BATCH):
+        table = parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise DataError(f"{name}: a column name stands twice in {names}.", remedy="Give each column its own name.")
+        for batch in table.iter_batches(PARQUET_BATCH):
             for value in batch.to_pylist():
                 number += 1
                 yield Row(line=number, value=_without_null(value))

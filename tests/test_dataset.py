@@ -344,7 +344,7 @@ def test_a_compressed_file_that_was_cut_off_is_noticed(tmp_path: Path, suffix: s
 def test_a_bomb_is_refused_before_it_fills_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """No line or element is read beyond the bound, however small it was packed."""
     monkeypatch.setattr(rows, "MAX_LINE", 1 << 20)
-    content = b'[{"text": "' + b"a" * (8 << 20)
+    content = (b'[{"text": "' if ".jsonl" not in name else b'{"text": "') + b"a" * (8 << 20)
     packed = zstandard.compress(content) if name.endswith("zst") else gzip.compress(content)
     with pytest.raises(DataError, match="longer than 1 MiB"):
         list(read([store(tmp_path, name, packed)]))

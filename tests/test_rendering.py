@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,24 @@ def learnt(found: Tokenizer, sequence: Rendered) -> list[str]:
         assert label in {token, IGNORED}
         stretches = [*stretches, []] if label == IGNORED else [*stretches[:-1], [*stretches[-1], label]]
     return [found.hf.decode(stretch) for stretch in stretches if stretch]
+
+
+def marked() -> Example:
+    """A conversation whose last answer is only context."""
+    turns = conversation(*TALK).turns
+    return replace(conversation(*TALK), turns=(*turns[:3], replace(turns[3], trained=False)))
+
+
+def test_an_answer_that_is_only_context_is_no_sample() -> None:
+    """A sample is compared with the answer that its prompt asks for: the last one that is learned."""
+    found = Renderer(tokenizer=tokenizer("chatml")).prompt(marked())
+    assert (found.reference, "It is one" in found.text) == ("It is one.", False)
+
+
+def test_a_mark_is_never_overruled_in_silence() -> None:
+    """TUNE_TRAIN_ON=all and a message that is marked as context contradict each other; the row is named."""
+    with pytest.raises(RowError, match=r"a\.jsonl:1: a message of it is marked as only context"):
+        Renderer(tokenizer=tokenizer("chatml"), train_on="all").render(marked())
 
 
 def whole(found: Tokenizer, sequence: Rendered) -> str:

@@ -19,6 +19,7 @@ CHANGED = {
     "TUNE_EVAL_DATASET": "s3://faults/data/",
     "TUNE_EVAL_FRACTION": 0.2,
     "TUNE_FORMAT": "messages",
+    "TUNE_COLUMNS": "system=persona",
     "TUNE_CHAT_TEMPLATE": "chatml",
     "TUNE_TRAIN_ON": "all",
     "TUNE_MAX_LENGTH": 64,
