@@ -89,10 +89,10 @@ def judge(config: Config, findings: Sequence[Finding], *, rows: int) -> None:
 
 
 def _refused(findings: Sequence[Finding], grave: Sequence[Finding]) -> DataError:
-    listed = [f"{one.code}: {one.message} First: {', '.join(one.first)}. {one.remedy}" for one in findings]
+    listed = "\n".join(f"{one.code}: {one.message} First: {', '.join(one.first)}. {one.remedy}" for one in findings)
     names = ", ".join(finding.code for finding in grave)
     return DataError(
-        "\n".join([f"TUNE_QUALITY=fail, and the data is not fit to train on ({names}):", *listed]),
+        f"TUNE_QUALITY=fail, and something grave is in the data ({names}):\n{listed}",
         remedy="Correct the rows, or set TUNE_QUALITY=warn to train on them as they are.",
     )
 
