@@ -133,6 +133,8 @@ def groups(signatures: Signature) -> NDArray[np.int64]:
     """
     numbers = np.arange(len(signatures))
     compared = numbers[signatures.any(axis=1)]
+    if not len(compared):
+        return numbers
     edges = [_alike(signatures, compared, band) for band in range(BANDS)]
     return _joined(numbers, np.concatenate(edges, axis=1))
 
