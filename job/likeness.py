@@ -1,6 +1,6 @@
 """Texts -> signatures -> groups of texts that are nearly the same.
 
-The likeness of two texts is the share of their word triples that both have (Jaccard). Each text keeps 128 numbers from
+The likeness of two texts is the share of their word pairs that both have (Jaccard). Each text keeps 128 numbers from
 which it is estimated (MinHash by one permutation: Li, Owen, Zhang 2012; empty bins filled as in Shrivastava 2017), and
 texts are compared only if eight of the numbers agree in one of 16 places (locality-sensitive hashing).
 
@@ -92,13 +92,12 @@ class Signatures:
 
     def _sketched(self, data: NDArray[np.uint8], ends: NDArray[np.int64]) -> Signature:
         words, rows = self._words(data, ends)
-        triples = _mixed(words[:-2] * np.uint64(3) + words[1:-1] * np.uint64(5) + words[2:] * np.uint64(7))
-        inside = rows[2:] == rows[:-2]
-        triples, rows = triples[inside], rows[:-2][inside]
+        inside = rows[1:] == rows[:-1]
+        pairs, rows = _mixed(words[:-1] * np.uint64(3) + words[1:])[inside], rows[:-1][inside]
         smallest = np.full(len(ends) * SLOTS, NONE, dtype=np.uint32)
-        slots = rows * SLOTS + (triples >> np.uint64(57)).astype(np.int64)
-        np.minimum.at(smallest, slots, (triples & np.uint64(NONE >> 1)).astype(np.uint32))
-        long_enough = np.bincount(rows, minlength=len(ends)) >= LEAST_WORDS - 2
+        slots = rows * SLOTS + (pairs >> np.uint64(57)).astype(np.int64)
+        np.minimum.at(smallest, slots, (pairs & np.uint64(NONE >> 1)).astype(np.uint32))
+        long_enough = np.bincount(rows, minlength=len(ends)) >= LEAST_WORDS - 1
         return self._filled(smallest.reshape(-1, SLOTS), long_enough)
 
     def _words(self, data: NDArray[np.uint8], ends: NDArray[np.int64]) -> tuple[Hashes, NDArray[np.int64]]:

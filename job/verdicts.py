@@ -15,7 +15,7 @@ WORDS = {
         "Remove them, unless they are meant to count double: what stands twice is learned twice as often.",
     ),
     "near_duplicates": (
-        "{rows} are nearly the same as an earlier row: they share four fifths of their word triples or more.",
+        "{rows} are nearly the same as an earlier row: they share four fifths of their word pairs or more.",
         "Keep one of each, unless the variants are meant; the split holds them on one side.",
     ),
     "eval_leakage": (
