@@ -11,6 +11,7 @@ no word ever becomes a Python object. Knows nothing of rows.
 
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
@@ -39,9 +40,10 @@ BASE = 0x9E3779B97F4A7C15
 """Odd, so that it has an inverse modulo 2**64."""
 
 
+@functools.cache
 def _powers(base: int) -> Hashes:
     """The base's powers modulo 2**64, one for each byte of the largest batch."""
-    factors = np.full(BATCH + LONGEST + 1, base, dtype=np.uint64)
+    factors = np.full(BATCH + LONGEST + 2, base, dtype=np.uint64)
     factors[0] = 1
     return np.multiply.accumulate(factors)
 
@@ -51,6 +53,13 @@ def _mixed(values: Hashes) -> Hashes:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+@functools.cache
+def _asks() -> NDArray[np.int64]:
+    """For each slot the order in which it asks the others when it is empty."""
+    drawn = _mixed(np.arange(1, SLOTS * SLOTS + 1, dtype=np.uint64)).reshape(SLOTS, SLOTS)
+    return np.argsort(drawn, axis=1, kind="stable")
 
 
 def spaced(text: str) -> str:
@@ -66,9 +75,7 @@ class Signatures:
         self._bytes = 0
         self._done: list[Signature] = []
         self._powers, self._inverse = _powers(BASE), _powers(pow(BASE, -1, 2**64))
-        # For each slot the order in which it asks the others when it is empty.
-        asked = _mixed(np.arange(1, SLOTS * SLOTS + 1, dtype=np.uint64)).reshape(SLOTS, SLOTS)
-        self._asks = np.argsort(asked, axis=1, kind="stable")
+        self._asks = _asks()
 
     def add(self, text: str) -> None:
         """One more text. Case, punctuation and white space do not matter."""
