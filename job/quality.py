@@ -100,22 +100,23 @@ class _Rows:
         self.sources.append(self.names.setdefault(example.source, len(self.names)))
         self.lines.append(example.line)
         self.keys += bytes.fromhex(content_key(example))
-        if self.level != "exact":
-            self.signatures.add(_said(example))
+        if self.level == "exact":
+            return
+        said = [_content(turn) for turn in example.turns]
+        self.signatures.add(_compared(example, said))
         if self.level == "all":
-            self._look(example)
+            self._look(example, said)
 
-    def _look(self, example: Example) -> None:
+    def _look(self, example: Example, said: list[str]) -> None:
         trained = [at for at, turn in enumerate(example.turns) if turn.role == "assistant" and turn.trained]
-        at = trained[-1] if trained else None
-        answer = "" if at is None else _content(example.turns[at])
-        self.prompts.append(0 if at is None else _prompt(example, at))
+        answer = said[trained[-1]] if trained else ""
+        self.prompts.append(_prompt(example, said[: trained[-1]]) if trained else 0)
         self.answers.append(_hash(answer.strip().casefold()))
         self.words.append(len(spaced(answer[:LONG_ENOUGH]).split()))
-        flags = EMPTY * any(not _content(example.turns[turn]).strip() for turn in trained)
+        flags = EMPTY * any(not said[at].strip() for at in trained)
         flags |= ONE_WORD * (self.words[-1] == 1)
-        flags |= REPEATS * any(turn > 0 and _repeats(*example.turns[turn - 1 : turn + 1]) for turn in trained)
-        self.flags.append(flags | self._suspect(_all(example)))
+        flags |= REPEATS * any(at > 0 and _repeats(*example.turns[at - 1 : at + 1]) for at in trained)
+        self.flags.append(flags | self._suspect(_all(example, said)))
 
     def _suspect(self, text: str) -> int:
         kind = garbage(text)
@@ -138,27 +139,28 @@ def _content(turn: Turn) -> str:
     return f"{turn.text}\n{calls}" if calls else turn.text
 
 
-def _said(example: Example) -> str:
-    """What is compared: the conversation without its system prompt, so that a shared one makes no rows alike."""
+def _compared(example: Example, said: list[str]) -> str:
+    """The conversation without its system prompt, so that a shared one makes no rows alike."""
     if example.text is not None:
         return example.text
-    return "\n".join(_content(turn) for turn in example.turns if turn.role not in {"system", "developer"})
+    turns = zip(example.turns, said, strict=True)
+    return "\n".join(text for turn, text in turns if turn.role not in {"system", "developer"})
 
 
-def _all(example: Example) -> str:
+def _all(example: Example, said: list[str]) -> str:
     """Every text of the row."""
     if example.text is not None:
         return example.text
-    return "\n".join(f"{_content(turn)}\n{turn.reasoning_content or ''}" for turn in example.turns)
+    return "\n".join([*said, *(turn.reasoning_content for turn in example.turns if turn.reasoning_content)])
 
 
-def _prompt(example: Example, at: int) -> int:
-    before = example.turns[:at]
-    if not any(turn.role == "user" and turn.text.strip() for turn in before):
+def _prompt(example: Example, said: list[str]) -> int:
+    """A hash of what is said before an answer, and by whom; 0 if nothing is asked."""
+    before = list(zip(example.turns, said, strict=False))
+    if not any(turn.role == "user" and text.strip() for turn, text in before):
         return 0
-    said = [text for turn in before for text in (turn.role, _content(turn).strip())]
     tools = json.dumps(example.tools, sort_keys=True, default=str) if example.tools else ""
-    return _hash("\x1f".join([*said, tools])) or 1
+    return _hash("\x1f".join([*(f"{turn.role}\x1f{text.strip()}" for turn, text in before), tools])) or 1
 
 
 def _repeats(before: Turn, answer: Turn) -> bool:
