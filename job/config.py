@@ -118,6 +118,12 @@ class Config:
         default=(),
         fingerprint=True,
     )
+    quality: Literal["warn", "fail", "off"] = _setting(
+        choice("warn", "fail", "off"),
+        "what to do about duplicates, leaks into the evaluation, secrets, garbage and the like in the rows: `fail` "
+        "ends the run if some are grave, `off` does not look for them",
+        default="warn",
+    )
     chat_template: str = _setting(
         _TEMPLATE,
         "`tokenizer` = the model's own; or a name (`chatml`, `llama-3.1`, ...); or a Jinja file's URI",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,10 +13,14 @@ from job import columns, dataset, inputs
 from job import tokenizer as tokenizers
 from job.arrow import Prepared, prepare
 from job.config import Config
+from job.errors import DataError
 from job.examples import Example, RowError
+from job.findings import Finding
 from job.inputs import Inputs
+from job.quality import Level, Surveyed, survey
 from job.rendering import Prompt, Renderer
 from job.tokenizer import Tokenizer
+from job.verdicts import is_grave
 
 log = structlog.get_logger()
 
@@ -28,6 +32,8 @@ class Examples:
     split: dataset.Split
     files: tuple[dataset.FileFacts, ...]
     skipped: tuple[str, ...]
+    surveyed: Surveyed
+    """What was found in the rows, and how many repeat others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +44,58 @@ class Data:
     train: Prepared
     evaluation: Prepared | None
     files: tuple[dataset.FileFacts, ...]
+    findings: tuple[Finding, ...]
     prompts: tuple[Prompt, ...]
 
 
 def read(config: Config, pulled: Inputs) -> Examples:
-    """Files to examples, split into training and evaluation."""
+    """Files to examples, surveyed and split into training and evaluation.
+
+    The files are gone through here once, and again for each side when it is rendered.
+    """
     named = columns.parsed(config.columns)
     reading = dataset.read(_sources(pulled.dataset), format=config.format, columns=named)
     if not pulled.eval_dataset:
-        split = dataset.split(reading, fraction=config.eval_fraction)
-        return Examples(split=split, files=reading.facts, skipped=reading.skipped)
+        surveyed = survey(reading, level=_level(config, splits=config.eval_fraction > 0))
+        split = dataset.split(reading, surveyed.group_keys(), fraction=config.eval_fraction)
+        if split.note:
+            log.warning("evaluation_off", reason=split.note)
+        return Examples(split=split, files=reading.facts, skipped=reading.skipped, surveyed=surveyed)
     held_out = dataset.read(_sources(pulled.eval_dataset), format=config.format, columns=named)
-    split = dataset.given(reading, held_out)
-    return Examples(split=split, files=(*reading.facts, *held_out.facts), skipped=(*reading.skipped, *held_out.skipped))
+    surveyed = survey(reading, held_out, level=_level(config, splits=False))
+    split = dataset.given(reading, held_out, rows=surveyed.rows, held_out=surveyed.held_out)
+    files, skipped = (*reading.facts, *held_out.facts), (*reading.skipped, *held_out.skipped)
+    return Examples(split=split, files=files, skipped=skipped, surveyed=surveyed)
+
+
+def _level(config: Config, *, splits: bool) -> Level:
+    """What `off` may leave out: never what decides who is on which side."""
+    if config.quality != "off":
+        return "all"
+    return "alike" if splits else "exact"
+
+
+def judge(config: Config, findings: Sequence[Finding], *, rows: int) -> None:
+    """Let pass what was found in so many rows, with a warning each, or end the run where TUNE_QUALITY says so.
+
+    Raises DataError under `fail`, naming all that was found, if some of it is grave (`job.verdicts.is_grave`).
+    """
+    if config.quality == "off":
+        return
+    grave = [finding for finding in findings if is_grave(finding, rows)]
+    if config.quality == "fail" and grave:
+        raise _refused(findings, grave)
+    for finding in findings:
+        log.warning("data_quality", **asdict(finding))
+
+
+def _refused(findings: Sequence[Finding], grave: Sequence[Finding]) -> DataError:
+    listed = "\n".join(f"{one.code}: {one.message} First: {', '.join(one.first)}. {one.remedy}" for one in findings)
+    names = ", ".join(finding.code for finding in grave)
+    return DataError(
+        f"TUNE_QUALITY=fail, and something grave is in the data ({names}):\n{listed}",
+        remedy="Correct the rows, or set TUNE_QUALITY=warn to train on them as they are.",
+    )
 
 
 def render(config: Config, pulled: Inputs, examples: Examples, *, directory: Path) -> Data:
@@ -72,9 +117,10 @@ def render(config: Config, pulled: Inputs, examples: Examples, *, directory: Pat
         evaluation=asdict(held_out.counts),
         files=[asdict(facts) for facts in examples.files],
         skipped_files=list(examples.skipped),
-        duplicates=split.duplicates,
+        duplicates=examples.surveyed.duplicates,
+        findings={finding.code: finding.count for finding in examples.surveyed.findings},
         eval_rows=held_out.counts.rows,
-        eval_rows_shared=split.shared,
+        eval_rows_shared=examples.surveyed.shared,
         eval_note=split.note,
         chat_template=tokenizer.name,
     )
@@ -83,11 +129,12 @@ def render(config: Config, pulled: Inputs, examples: Examples, *, directory: Pat
         train=train,
         evaluation=held_out if held_out.counts.sequences else None,
         files=examples.files,
+        findings=examples.surveyed.findings,
         prompts=_prompts(config, renderer, split.evaluation or split.train),
     )
 
 
-def _prompts(config: Config, renderer: Renderer, examples: Sequence[Example]) -> tuple[Prompt, ...]:
+def _prompts(config: Config, renderer: Renderer, examples: Iterable[Example]) -> tuple[Prompt, ...]:
     """The first prompts that leave room for an answer; rows that cannot be one are passed over."""
     found: list[Prompt] = []
     for example in examples:

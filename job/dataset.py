@@ -1,7 +1,8 @@
 """Files -> examples -> splits.
 
 Knows which files count, which format each has, which rows are invalid, and which side of the split a row is on.
-Nothing of file types (rows), columns (formats), tokens or storage.
+Nothing of file types (rows), columns (formats), tokens or storage. Files are read anew each time that examples are
+gone through, so that memory never holds more than one.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 
 import xxhash
 
 from job.columns import Columns
 from job.errors import DataError
-from job.examples import Example, InvalidRows, RowError, content_key
+from job.examples import Example, InvalidRows, RowError
 from job.fields import InvalidError
 from job.formats import FORMATS, columns_of, detect, example
 from job.rows import CODECS, TYPES, Row, file_type, rows
@@ -55,7 +56,7 @@ class FileFacts:
 
 
 class Reading:
-    """The examples of several files, in order. To be iterated once; after that `facts` is complete."""
+    """The examples of several files, in order, each time that it is iterated; `facts` is complete after the first."""
 
     def __init__(self, sources: Sequence[Source], *, format: str, columns: Columns) -> None:  # noqa: A002 - TUNE_FORMAT
         self._sources = [source for source in sources if source.named or file_type(source.name).type]
@@ -69,8 +70,10 @@ class Reading:
         """One for each file read to its end."""
 
     def __iter__(self) -> Iterator[Example]:
+        self._invalid, self._rows = InvalidRows(), 0
+        known = {facts.name: facts for facts in self.facts}
         for source in self._sources:
-            yield from self._file(source)
+            yield from self._file(source, known.get(source.name))
         self._columns.check()
         self._invalid.raise_if_any(self._rows)
         if not self._rows:
@@ -81,13 +84,13 @@ class Reading:
                 else f"Give files that end in {', '.join(TYPES)}, also with {' or '.join(CODECS)}.",
             )
 
-    def _file(self, source: Source) -> Iterator[Example]:
+    def _file(self, source: Source, known: FileFacts | None) -> Iterator[Example]:
         if not file_type(source.name).type:
             raise DataError(
                 f"{source.name} is of no known type.",
                 remedy=f"The name must end in {', '.join(TYPES)}, also with {' or '.join(CODECS)}.",
             )
-        found, empty, before = self._format, 0, self._rows
+        found, empty, before = known.format if known else self._format, 0, self._rows
         stream: Iterator[Row] = map(self._renamed, rows(source.name, source.path))
         if found == "auto":
             head = self._head(source, stream)
@@ -97,7 +100,8 @@ class Reading:
             if read_row := self._row(source, row, found):
                 empty += _is_empty(read_row)
                 yield read_row
-        self.facts += (_facts(source, found if self._rows > before else "", self._rows - before, empty),)
+        if not known:
+            self.facts += (_facts(source, found if self._rows > before else "", self._rows - before, empty),)
 
     def _renamed(self, row: Row) -> Row:
         return replace(row, value=self._columns.renamed(row.value)) if self._columns.theirs else row
@@ -166,61 +170,61 @@ def _facts(source: Source, found: str, count: int, empty: int) -> FileFacts:
     return FileFacts(name=source.name, format=found, rows=count, bytes=size, sha256=digest, empty_answers=empty)
 
 
+class Side:
+    """Some of the examples, in their order, each time that it is iterated."""
+
+    def __init__(self, examples: Iterable[Example], chosen: bytes) -> None:
+        """Args: chosen: one byte for each of the examples, 1 for those that are on this side."""
+        self._examples = examples
+        self._chosen = chosen
+        self._count = chosen.count(1)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Example]:
+        if self._count:
+            yield from compress(self._examples, self._chosen)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Training and evaluation side, each in the order of the files."""
+    """Training and evaluation side."""
 
-    train: tuple[Example, ...]
-    evaluation: tuple[Example, ...]
-    duplicates: int
-    """Training rows that repeat an earlier training row exactly; they stay."""
-    shared: int
-    """Evaluation rows that also occur in training: 0 after `split`, possible with an evaluation file of its own."""
+    train: Side
+    evaluation: Side
     note: str
     """Why there is no evaluation side although one was asked for; else empty."""
 
 
-def split(examples: Iterable[Example], *, fraction: float) -> Split:
-    """Put a row on the evaluation side if and only if its content's hash, as a number in [0, 1), is below `fraction`.
+def split(examples: Iterable[Example], keys: Iterable[str], *, fraction: float) -> Split:
+    """Put a row on the evaluation side if and only if its key's hash, as a number in [0, 1), is below `fraction`.
 
-    So exact duplicates are on one side, and a row stays where it is when others are added. If one side came out
-    empty, all rows are trained on and the note says so.
+    `keys` has one for each example; where it is the smallest content key of the rows that are nearly the same, those
+    are all on one side, and a row stays where it is when others, unlike it, are added. If one side came out empty, all
+    rows are trained on and the note says so. `examples` is gone through once for each side that is iterated.
     """
-    train: list[Example] = []
-    evaluation: list[Example] = []
-    train_keys: set[str] = set()
-    for one in examples:
-        key = content_key(one)
-        if is_evaluation(key, fraction):
-            evaluation.append(one)
-        else:
-            train.append(one)
-            train_keys.add(key)
-    if fraction > 0 and not (train and evaluation):
-        return _all_trained(train + evaluation, fraction)
-    return Split(
-        train=tuple(train),
-        evaluation=tuple(evaluation),
-        duplicates=len(train) - len(train_keys),
-        shared=0,
-        note="",
-    )
-
-
-def _all_trained(examples: list[Example], fraction: float) -> Split:
-    note = f"no evaluation: {fraction:.3g} of {len(examples)} rows leaves one side empty"
-    duplicates = len(examples) - len({content_key(one) for one in examples})
-    return Split(train=tuple(examples), evaluation=(), duplicates=duplicates, shared=0, note=note)
+    held_out = bytes(is_evaluation(key, fraction) for key in keys)
+    if fraction > 0 and len(set(held_out)) < 2:  # noqa: PLR2004 - the sides
+        note = f"{fraction:.3g} of {len(held_out):,} rows leaves one side empty"
+        return Split(train=_whole(examples, len(held_out)), evaluation=_none(), note=note)
+    train = held_out.translate(bytes.maketrans(b"\0\1", b"\1\0"))
+    return Split(train=Side(examples, train), evaluation=Side(examples, held_out), note="")
 
 
 def is_evaluation(key: str, fraction: float) -> bool:
-    """The split's rule, for one `content_key`."""
+    """The split's rule, for one key."""
     return bool(xxhash.xxh3_64_intdigest(key.encode()) < fraction * 2**64)
 
 
-def given(train: Iterable[Example], evaluation: Iterable[Example]) -> Split:
-    """The split that the user made with files of their own; rows that both sides share are counted, not moved."""
-    trained, evaluated = tuple(train), tuple(evaluation)
-    keys = {content_key(one) for one in trained}
-    shared = sum(content_key(one) in keys for one in evaluated)
-    return Split(train=trained, evaluation=evaluated, duplicates=len(trained) - len(keys), shared=shared, note="")
+def given(train: Iterable[Example], evaluation: Iterable[Example], *, rows: int, held_out: int) -> Split:
+    """The split that the user made with files of their own, of so many rows each; no row is moved."""
+    return Split(train=_whole(train, rows), evaluation=_whole(evaluation, held_out), note="")
+
+
+def _whole(examples: Iterable[Example], count: int) -> Side:
+    return Side(examples, bytes([1]) * count)
+
+
+def _none() -> Side:
+    return Side((), b"")

@@ -18,7 +18,7 @@ from job.base_model import BaseModel
 from job.card import Card
 from job.checkpoints import Restored
 from job.config import Config
-from job.data import Data, read, render
+from job.data import Data, judge, read, render
 from job.errors import ConfigError, FencedError, JobError, Stop, known
 from job.inputs import Inputs
 from job.ledger import Ledger
@@ -134,6 +134,7 @@ def _live(life: Life) -> None:
 
     pulled, base = gather(life)
     examples = read(config, pulled)
+    judge(config, examples.surveyed.findings, rows=examples.surveyed.rows)
     finetuning = _import_tuning(life)
     data = render(config, pulled, examples, directory=life.work / "data")
     del examples  # from here on they are on disk

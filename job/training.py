@@ -19,6 +19,7 @@ from job.data import Data
 from job.errors import JobError, Stop
 from job.ledger import Ledger
 from job.record import Record, versions
+from job.suspects import masked
 from job.uploader import Saved, Setup, Uploader
 
 log = structlog.get_logger()
@@ -182,7 +183,8 @@ def look(finetune: Any, data: Data, record: Record, *, phase: str, step: int) ->
     """Evaluate and answer the sample prompts; both go to the log and the record."""
     loss = look_at_loss(finetune, data, record, step=step)
     for index, (prompt, answer) in enumerate(zip(data.prompts, finetune.answer(data.prompts), strict=True)):
-        entry = {"phase": phase, "index": index, "prompt": prompt.text, "reference": prompt.reference, "answer": answer}
+        shown = {"prompt": masked(prompt.text), "reference": masked(prompt.reference), "answer": masked(answer)}
+        entry = {"phase": phase, "index": index, **shown}
         record.note({"event": "sample", **entry})
         log.info("sample", **{k: v[:SHOWN_CHARACTERS] if isinstance(v, str) else v for k, v in entry.items()})
     return loss

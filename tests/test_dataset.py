@@ -17,7 +17,7 @@ from hypothesis import given as forall
 from hypothesis import strategies as st
 
 from job import jsonarray, rows
-from job.dataset import Source, given, is_evaluation, read, split
+from job.dataset import Source, Split, given, is_evaluation, read, split
 from job.errors import DataError
 from job.examples import Example, Turn, content_key
 
@@ -392,11 +392,25 @@ def example(content: str, line: int = 1) -> Example:
     return Example(source="a", line=line, format="text", text=content)
 
 
+def test_a_reading_can_be_read_again(tmp_path: Path) -> None:
+    """Each time gives the same examples, and the facts are those of one time."""
+    reading = read([store(tmp_path, "a.jsonl", jsonl(ROWS)), store(tmp_path, "b.json", array([{"text": "x"}]))])
+    first = list(reading)
+    facts = reading.facts
+    assert next(iter(reading)) == first[0]
+    assert list(reading) == first
+    assert reading.facts == facts
+
+
+def parted(examples: list[Example], fraction: float) -> Split:
+    return split(examples, [content_key(one) for one in examples], fraction=fraction)
+
+
 @forall(contents=st.lists(st.text(max_size=3), min_size=2, max_size=60), extra=st.lists(st.text(max_size=3)))
 def test_the_split_is_stable_and_never_shares_a_duplicate(contents: list[str], extra: list[str]) -> None:
-    """A row's side depends on its content alone: duplicates stay together, and added rows move none."""
-    found = split([example(content) for content in contents], fraction=0.3)
-    more = split([example(content) for content in contents + extra], fraction=0.3)
+    """A row's side depends on its key alone: duplicates stay together, and added rows move none."""
+    found = parted([example(content) for content in contents], fraction=0.3)
+    more = parted([example(content) for content in contents + extra], fraction=0.3)
     train, evaluation = ({row.text for row in side} for side in (found.train, found.evaluation))
     assert not train & evaluation
     assert len(found.train) + len(found.evaluation) == len(contents)
@@ -407,25 +421,26 @@ def test_the_split_is_stable_and_never_shares_a_duplicate(contents: list[str], e
 
 def test_the_split_takes_about_the_fraction_and_keeps_the_order() -> None:
     """The hash spreads rows evenly, and both sides keep the order of the files."""
-    found = split([example(str(n), line=n) for n in range(4000)], fraction=0.05)
+    found = parted([example(str(n), line=n) for n in range(4000)], fraction=0.05)
     assert 150 <= len(found.evaluation) <= 250
+    assert len(list(found.evaluation)) == len(found.evaluation)
     assert [row.line for row in found.train] == sorted(row.line for row in found.train)
     assert all(is_evaluation(content_key(row), 0.05) for row in found.evaluation)
 
 
 def test_too_few_rows_for_an_evaluation_are_all_trained_on() -> None:
     """An empty side is never made; the note says why there is no evaluation."""
-    found = split([example("a"), example("a")], fraction=0.000001)
-    assert (len(found.train), found.evaluation, found.duplicates) == (2, (), 1)
-    assert "no evaluation" in found.note
-    assert split([example("a")], fraction=1.0).train
-    assert split([example("a")], fraction=0).note == ""
+    found = parted([example("a"), example("a")], fraction=0.000001)
+    assert (len(found.train), len(list(found.train)), list(found.evaluation)) == (2, 2, [])
+    assert "leaves one side empty" in found.note
+    assert parted([example("a")], fraction=1.0).train
+    assert parted([example("a")], fraction=0).note == ""
 
 
-def test_an_evaluation_file_that_repeats_training_rows_is_reported() -> None:
-    """The user's own split is left as it is, and what leaks is counted."""
-    found = given([example("a"), example("b")], [example("b"), example("c")])
-    assert (len(found.train), len(found.evaluation), found.shared) == (2, 2, 1)
+def test_files_of_the_users_own_are_the_split() -> None:
+    """No row is moved from one of the user's files to the other."""
+    found = given([example("a"), example("b")], [example("b")], rows=2, held_out=1)
+    assert ([one.text for one in found.train], [one.text for one in found.evaluation]) == (["a", "b"], ["b"])
 
 
 def test_the_content_key_sees_content_only() -> None:

@@ -1,0 +1,192 @@
+"""Texts -> signatures -> groups of texts that are nearly the same.
+
+The likeness of two texts is the share of their word pairs that both have (Jaccard). Each text keeps 128 numbers from
+which it is estimated (MinHash by one permutation: Li, Owen, Zhang 2012; empty bins filled as in Shrivastava 2017), and
+texts are compared only if eight of the numbers agree in one of 16 places (locality-sensitive hashing).
+
+It is written out here rather than taken from a library because sides of the split follow from it: the same rows must
+give the same groups on every machine and with every version of the libraries. All of it is numpy on batches of bytes;
+no word ever becomes a Python object. Knows nothing of rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+
+ALIKE = 0.8
+"""From this estimated likeness on two texts are nearly the same."""
+LEAST_WORDS = 8
+"""Shorter texts are never nearly the same: one other word makes another text of them."""
+LONGEST = 1 << 17
+"""Bytes of a text that are looked at."""
+SLOTS, BANDS = 128, 16
+NONE = np.iinfo(np.uint32).max
+BATCH = 1 << 18
+"""Bytes that are hashed at once; small enough for the processor's cache to help."""
+ROUNDS = 8
+"""How many texts of a place all the others there are compared with."""
+
+Hashes = NDArray[np.uint64]
+Signature = NDArray[np.uint16]
+
+# Scripts without spaces between words: each character is one.
+SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+IN_WORD = np.array([chr(byte).isalnum() if byte < 128 else True for byte in range(256)])  # noqa: PLR2004 - ASCII
+BASE = 0x9E3779B97F4A7C15
+"""Odd, so that it has an inverse modulo 2**64."""
+
+
+@functools.cache
+def _powers(base: int) -> Hashes:
+    """The base's powers modulo 2**64, one for each byte of the largest batch."""
+    factors = np.full(BATCH + LONGEST + 2, base, dtype=np.uint64)
+    factors[0] = 1
+    return np.multiply.accumulate(factors)
+
+
+def _mixed(values: Hashes) -> Hashes:
+    """Every bit of the result depends on every bit of the value (the finaliser of SplitMix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+@functools.cache
+def _asks() -> NDArray[np.int64]:
+    """For each slot the order in which it asks the others when it is empty."""
+    drawn = _mixed(np.arange(1, SLOTS * SLOTS + 1, dtype=np.uint64)).reshape(SLOTS, SLOTS)
+    return np.argsort(drawn, axis=1, kind="stable")
+
+
+def spaced(text: str) -> str:
+    """The text with a space behind each character of a script that has none between its words."""
+    return text if text.isascii() else SPACELESS.sub(r"\g<0> ", text)
+
+
+class Signatures:
+    """Takes texts one by one; memory holds one batch of them, and 256 bytes for each text so far."""
+
+    def __init__(self) -> None:
+        self._waiting: list[bytes] = []
+        self._bytes = 0
+        self._done: list[Signature] = []
+        self._powers, self._inverse = _powers(BASE), _powers(pow(BASE, -1, 2**64))
+        self._asks = _asks()
+
+    def add(self, text: str) -> None:
+        """One more text. Case, punctuation and white space do not matter."""
+        words = spaced(text[:LONGEST].lower())
+        self._waiting.append(words.encode("utf-8", "replace")[:LONGEST])
+        self._bytes += len(self._waiting[-1]) + 1
+        if self._bytes >= BATCH:
+            self._flush()
+
+    def all(self) -> Signature:
+        """One row of 128 numbers for each text, all zero for a text that is too short to be compared."""
+        if self._waiting:
+            self._flush()
+        return np.concatenate(self._done) if self._done else np.zeros((0, SLOTS), dtype=np.uint16)
+
+    def _flush(self) -> None:
+        lengths = np.array([len(words) + 1 for words in self._waiting])
+        data = np.frombuffer(b"\n".join(self._waiting) + b"\n", dtype=np.uint8)
+        self._done.append(self._sketched(data, np.cumsum(lengths)))
+        self._waiting, self._bytes = [], 0
+
+    def _sketched(self, data: NDArray[np.uint8], ends: NDArray[np.int64]) -> Signature:
+        words, rows = self._words(data, ends)
+        inside = rows[1:] == rows[:-1]
+        pairs, rows = _mixed(words[:-1] * np.uint64(3) + words[1:])[inside], rows[:-1][inside]
+        smallest = np.full(len(ends) * SLOTS, NONE, dtype=np.uint32)
+        slots = rows * SLOTS + (pairs >> np.uint64(57)).astype(np.int64)
+        np.minimum.at(smallest, slots, (pairs & np.uint64(NONE >> 1)).astype(np.uint32))
+        long_enough = np.bincount(rows, minlength=len(ends)) >= LEAST_WORDS - 1
+        return self._filled(smallest.reshape(-1, SLOTS), long_enough)
+
+    def _words(self, data: NDArray[np.uint8], ends: NDArray[np.int64]) -> tuple[Hashes, NDArray[np.int64]]:
+        """A hash of each word, and the text that it is of."""
+        inside = IN_WORD[data]  # the last byte is a line end, so that words end as often as they start
+        borders = np.flatnonzero(inside[1:] != inside[:-1]) + 1
+        starts, stops = (borders[1::2], borders[::2]) if inside[0] else (borders[::2], borders[1::2])
+        starts = np.concatenate(([0], starts)) if inside[0] else starts
+        sums = np.cumsum(data * self._powers[: len(data)], dtype=np.uint64)
+        before = np.where(starts > 0, sums[starts - 1], np.uint64(0))
+        hashes = (sums[stops - 1] - before) * self._inverse[starts]
+        return _mixed(hashes), np.searchsorted(ends, starts, side="right")
+
+    def _filled(self, smallest: NDArray[np.uint32], long_enough: NDArray[np.bool_]) -> Signature:
+        """Empty slots take over the number of another: the first in their own order that has one."""
+        found = smallest.copy()
+        rows, slots = np.nonzero((smallest == NONE) & long_enough[:, None])
+        for turn in range(SLOTS):
+            if not len(rows):
+                break
+            taken = smallest[rows, self._asks[slots, turn]]
+            found[rows, slots] = taken
+            rows, slots = rows[taken == NONE], slots[taken == NONE]
+        found[~long_enough] = 0
+        return (found & np.uint32(0xFFFF)).astype(np.uint16)
+
+
+def groups(signatures: Signature) -> NDArray[np.int64]:
+    """For each text the first, in the order given, of those that are nearly the same; its own number if it is alone.
+
+    Likeness carries over: if a is like b and b like c, all three are one group.
+    """
+    numbers = np.arange(len(signatures))
+    compared = numbers[signatures.any(axis=1)]
+    if not len(compared):
+        return numbers
+    edges = [_alike(signatures, compared, band) for band in range(BANDS)]
+    return _joined(numbers, np.concatenate(edges, axis=1))
+
+
+def _alike(signatures: Signature, compared: NDArray[np.int64], band: int) -> NDArray[np.int64]:
+    """Pairs of texts that agree in a band and are alike, as two rows of numbers.
+
+    All are compared with the first of their place, those that are not like it with the first among them, and so on.
+    """
+    width = SLOTS // BANDS
+    part = np.ascontiguousarray(signatures[compared, band * width : (band + 1) * width])
+    halves = part.view(np.uint64).reshape(len(part), -1)
+    places = _mixed(halves[:, 0]) + halves[:, 1]
+    order = np.argsort(places, kind="stable")
+    members, places = compared[order], places[order]
+    found = []
+    for _ in range(ROUNDS):
+        first = np.concatenate(([True], places[1:] != places[:-1]))[: len(places)]
+        leader = members[first][np.cumsum(first) - 1]
+        like = _likeness(signatures, members, leader) >= ALIKE
+        found.append(np.stack([leader, members])[:, like & ~first])
+        members, places = members[~like & ~first], places[~like & ~first]
+        if not len(members):
+            break
+    return np.concatenate(found, axis=1)
+
+
+def _likeness(signatures: Signature, one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The share of equal numbers; only texts of different number are looked at, 4,096 at a time."""
+    share = np.ones(len(one))
+    differ = np.flatnonzero(one != other)
+    for at in range(0, len(differ), 4096):
+        some = differ[at : at + 4096]
+        share[some] = (signatures[one[some]] == signatures[other[some]]).mean(axis=1)
+    return share
+
+
+def _joined(labels: NDArray[np.int64], edges: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The smallest number that each can reach over the edges."""
+    left, right = edges
+    while True:
+        smaller = np.minimum(labels[left], labels[right])
+        joined = labels.copy()
+        for side in (labels[left], labels[right], left, right):
+            np.minimum.at(joined, side, smaller)
+        joined = joined[joined]
+        if np.array_equal(joined, labels):
+            return joined
+        labels = joined

@@ -1,0 +1,162 @@
+"""What a text should not hold: secrets, e-mail addresses, characters that no one typed.
+
+Says only that they are there, never what they are; `masked` is for whatever shows a text. Each pattern is tried only
+where a few characters that it cannot do without are found, which costs a hundredth of the pattern itself.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+MASK = "[masked]"
+SPACING = 50
+RUN = 2 * SPACING
+"""One character so often in a row is no text. Such a run holds a whole block between two multiples of its half."""
+RULES = frozenset(" \t\n\r-=_*#~.+/\\|─━═│█▒░▓·•…")
+"""Characters that lines, tables and drawings are made of."""
+LEAST_ENTROPY = 2.8
+"""Bits for each character from which on a password looks like one that was drawn at random."""
+
+EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,5}[A-Za-z]{2,24}(?![\w-])")
+EMAIL_OF_NO_ONE = re.compile(r"(?i)@(?:[\w-]+\.)*(?:example\.(?:com|org|net)|[\w-]+\.(?:example|test|invalid|local))$")
+"""Domains that are set aside for documents and tests (RFC 2606)."""
+
+_GITHUB = re.compile(r"\bgh[pousr]_[A-Za-z0-9]{36,251}\b")
+_AWS = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
+_STRIPE = re.compile(r"\b[sr]k_live_[A-Za-z0-9]{16,}\b")
+_PRIVATE_KEY = re.compile(
+    r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"
+    r"(?:(?s:.{0,16384}?)-----END [A-Z0-9 ]{0,40}-----|(?s:.{0,16384}))"
+)
+SECRETS = {
+    "AKIA": _AWS,
+    "ASIA": _AWS,
+    "PRIVATE KEY": _PRIVATE_KEY,
+    "ghp_": _GITHUB,
+    "gho_": _GITHUB,
+    "ghu_": _GITHUB,
+    "ghs_": _GITHUB,
+    "ghr_": _GITHUB,
+    "github_pat_": re.compile(r"\bgithub_pat_[A-Za-z0-9_]{36,251}\b"),
+    "glpat-": re.compile(r"\bglpat-[A-Za-z0-9_-]{20,}"),
+    "xox": re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}"),
+    "hooks.slack.com/": re.compile(r"hooks\.slack\.com/services/[A-Za-z0-9/]{20,}"),
+    "hf_": re.compile(r"\bhf_[A-Za-z0-9]{30,}\b"),
+    "sk-": re.compile(r"\bsk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{32,}"),
+    "k_live_": _STRIPE,
+    "AIza": re.compile(r"\bAIza[A-Za-z0-9_-]{35}"),
+    "eyJ": re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{16,}"),
+}
+"""Characters that a kind of secret cannot do without, and what it looks like."""
+HINTS = ("passw", "pwd", "secret", "api", "access", "token")
+NAMED = re.compile(
+    r"(?i)(?:passwd|password|pwd|secret(?:[_-]?access)?(?:[_-]?key)?|api[_-]?key|access[_-]?key|token)"
+    r"[\"']?[ \t]{0,4}(?::=|=>|=|:)[ \t]{0,4}[\"']?([A-Za-z0-9+/=_!@#%^&*.~-]{8,256})"
+)
+"""A name that says what follows, and a value."""
+IN_ADDRESS = re.compile(r"://[^\s:/@]{1,64}:([^\s:/@]{6,256})@")
+"""A password inside a URL."""
+PLACEHOLDER = re.compile(
+    r"(?i)example|placeholder|changeme|your|redacted|xxx|\*\*\*|\.\.\.|dummy|sample|insert|test|none|null|token|password"
+    r"|secret|getenv|environ|process\.env|config|self\.|request"
+)
+"""Words of values that stand for another."""
+
+CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufff9-\ufffb\ufffe\uffff]")
+REPLACEMENT = "\ufffd"
+# What UTF-8 looks like when it was read as Windows-1252 or Latin-1: a lead byte and what its successors become.
+_LETTERS = "\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u20ac\u2122"
+_MARKS = "\u2013-\u203a"
+_MOJIBAKE = (
+    f"Ã[\x80-\x9f\xa1-\xac\xae-\xba\xbc-\xbf{_LETTERS}]",
+    f"(?<![A-ZÀ-Þ])Ã[\xa0\xbb{_MARKS}]",  # behind a capital it may end a word of Portuguese
+    "Â[\xa0\xa3\xa7\xa9\xae\xb0-\xb7]",
+    f"(?:â€|ðŸ)[\x80-\xbf{_LETTERS}{_MARKS}]",
+    "ï»¿|ï¿½",
+)
+MOJIBAKE = re.compile("|".join(_MOJIBAKE))
+
+
+def holds_secret(text: str) -> bool:
+    """Whether something in the text looks like a key, a token or a password."""
+    return next(_secrets(text), None) is not None
+
+
+def holds_email(text: str) -> bool:
+    """Whether an e-mail address is in the text, other than of a domain that belongs to no one."""
+    return next(_emails(text), None) is not None
+
+
+def garbage(text: str) -> str:
+    """What kind of characters that no one typed are in the text; empty if none."""
+    if CONTROL.search(text) is not None:
+        return "control characters"
+    if not text.isascii():
+        if REPLACEMENT in text:
+            return "U+FFFD"
+        if MOJIBAKE.search(text) is not None:
+            return "UTF-8 read as another encoding"
+    return "one character again and again" if _repeats(text) else ""
+
+
+def masked(text: str) -> str:
+    """The text as it may be shown: without what looks like a secret or an e-mail address."""
+    shown, at = [], 0
+    for start, end in sorted((*_secrets(text), *_emails(text))):
+        if start >= at:
+            shown += [text[at:start], MASK]
+        at = max(at, end)
+    return "".join([*shown, text[at:]])
+
+
+def _secrets(text: str) -> Iterator[tuple[int, int]]:
+    for hint, pattern in SECRETS.items():
+        if hint in text:
+            yield from (found.span() for found in pattern.finditer(text))
+    if "=" in text or ":" in text:
+        yield from (found.span(1) for found in _named(text) if _drawn(found[1]))
+
+
+def _named(text: str) -> Iterator[re.Match[str]]:
+    """Values behind a name that says that they are secret."""
+    if "://" in text:
+        yield from IN_ADDRESS.finditer(text)
+    lower = text.lower()
+    if len(lower) != len(text):  # a few letters become two
+        yield from NAMED.finditer(text)
+        return
+    for hint in HINTS:
+        at = lower.find(hint)
+        while at >= 0:
+            if found := NAMED.match(text, at):
+                yield found
+            at = lower.find(hint, at + 1)
+
+
+def _emails(text: str) -> Iterator[tuple[int, int]]:
+    if "@" in text:
+        yield from (found.span() for found in EMAIL.finditer(text) if not EMAIL_OF_NO_ONE.search(found[0]))
+
+
+def _drawn(value: str) -> bool:
+    """Whether a value looks drawn at random: letters and digits, many different ones, and no placeholder."""
+    mixed = any(char.isdigit() for char in value) and any(char.isalpha() for char in value)
+    return mixed and not PLACEHOLDER.search(value) and _entropy(value) >= LEAST_ENTROPY
+
+
+def _entropy(value: str) -> float:
+    return -sum(n / len(value) * math.log2(n / len(value)) for n in Counter(value).values())
+
+
+def _repeats(text: str) -> bool:
+    if len(text) < RUN:
+        return False
+    for block, (one, other, third) in enumerate(zip(text[::SPACING], text[1::SPACING], text[2::SPACING], strict=False)):
+        if one == other == third and one not in RULES:
+            start = block * SPACING
+            if text[start : start + SPACING] == one * SPACING:
+                return True
+    return False
