@@ -38,20 +38,22 @@ def problems(pairs: Sequence[str], *, train_on: str, rows: str) -> list[str]:
     """What no single pair shows, given TUNE_TRAIN_ON and TUNE_FORMAT."""
     if not pairs:
         return []
-    value = f"TUNE_ROLE_WEIGHTS={','.join(pairs)}"
+    value = ",".join(pairs)
     weights = by_role(pairs)
     found = []
     if len(weights) < len(pairs):
-        found.append(f"{value} names a role twice. Give each role one weight.")
+        found.append(f"TUNE_ROLE_WEIGHTS={value} names a role twice. Give each role one weight.")
     if "assistant" not in weights:
-        found.append(f"{value} does not say what answers weigh. Add assistant=1, or assistant=0 to learn none.")
+        found.append(
+            f"TUNE_ROLE_WEIGHTS={value} does not say what answers weigh. Add assistant=1, or assistant=0 to learn none."
+        )
     if not any(weights.values()):
-        found.append(f"{value} leaves nothing to learn. Give a role a weight above 0.")
+        found.append(f"TUNE_ROLE_WEIGHTS={value} leaves nothing to learn. Give a role a weight above 0.")
     if train_on != "responses":
         found.append(
-            f"{value} says which roles are learned, and so does TUNE_TRAIN_ON={train_on}. "
+            f"TUNE_ROLE_WEIGHTS={value} says which roles are learned, and so does TUNE_TRAIN_ON={train_on}. "
             "Set TUNE_TRAIN_ON=responses, or no weights."
         )
     if rows == "text":
-        found.append(f"{value} needs roles, and TUNE_FORMAT=text has none. Remove the weights.")
+        found.append(f"TUNE_ROLE_WEIGHTS={value} needs roles, and TUNE_FORMAT=text has none. Remove the weights.")
     return found

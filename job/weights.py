@@ -80,7 +80,7 @@ class _Search:
         text = self.piece.text
         stop = len(text) - len(behind)
         if not (text.startswith(before) and text.endswith(behind) and len(before) < stop):
-            raise RefusedError(self._impossible(index))
+            raise self._impossible(index)
         if behind.startswith(self.template.end_of_turn):
             stop += len(self.template.end_of_turn)
         return Span(start=len(before), end=stop, role=self.turns[index].role)
@@ -91,9 +91,9 @@ class _Search:
             raise RefusedError(f"it holds all of {STAND_INS[0]!a} to {STAND_INS[-1]!a}, which stand for turns")
         return free
 
-    def _impossible(self, index: int) -> str:
+    def _impossible(self, index: int) -> RefusedError:
         role = self.turns[index].role
-        return (
-            f"it does not write the content of turn {index + 1} ({role}) once and as one stretch, so {role}= in "
-            "TUNE_ROLE_WEIGHTS has no tokens to weigh"
+        return RefusedError(
+            f"it does not write the content of turn {index + 1} once and as one stretch, so that TUNE_ROLE_WEIGHTS "
+            f"can weigh no {role} turns: leave {role} out"
         )
