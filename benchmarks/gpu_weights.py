@@ -4,7 +4,8 @@
    two precisions: loss and gradients by the trainer, against those by hand (tests/by_hand.py), with the same for
    weights that are all 1, which take the ordinary way, and for weights that are all but 1, which take the other.
    Are the batches still padding-free?
-2. Weights of 0 and 1 against none at all: are the adapters equal, bit for bit?
+2. Weights of 0 and 1 against none at all, and weights twice: are the adapters equal, bit for bit? Does
+   TUNE_DETERMINISTIC find a kernel for all of it?
 3. The cost: a 1B shape with the same labelled tokens, all of weight 1 and of two weights, one after the other, alone on
    the card.
 
@@ -43,7 +44,13 @@ CUTS = {
     "all 1": ("16bit", ROWS, ONES),
     "all but 1": ("16bit", ROWS, ALMOST),
 }
-MASKS = {"no weights": "", "0 and 1": "assistant=1,user=0,tool=0", "0 and 0.5": "assistant=0.5"}
+PAIRS = {
+    "no weights": {"role_weights": ""},
+    "0 and 1": {"role_weights": "assistant=1,user=0,tool=0"},
+    "weights": {"role_weights": WEIGHTS},
+    "weights again": {"role_weights": WEIGHTS},
+    "weights, deterministic": {"role_weights": WEIGHTS, "deterministic": "true"},
+}
 
 
 def main() -> int:
@@ -72,23 +79,21 @@ def stages(asked: argparse.Namespace, scratch: Path):  # noqa: ANN201 - names an
     rows.write_text("".join(lines[:ROWS]))
     started = time.monotonic()
     hands = {name: ByHand(scratch, asked, middling, rows, cut) for name, cut in CUTS.items()}
-    masked = {
-        name: Attempt(
-            f"mask-{n}", scratch, settings(asked, scratch, middling), run_id=f"mask-{n}", **mask_changes(value)
-        )
-        for n, (name, value) in enumerate(MASKS.items())
+    common = {**settings(asked, scratch, middling), "max_steps": 6, "lora_dropout": 0.1}
+    attempts = {
+        name: Attempt(run_id(name), scratch, common, run_id=run_id(name), **more) for name, more in PAIRS.items()
     }
     large = make_model(scratch / "large", {} if asked.small else {**LLAMA_1B, "num_hidden_layers": 16})
     yield "by_hand", {name: process.answer() for name, process in hands.items()}
-    yield "masks", {name: adapter(scratch, n, attempt) for n, (name, attempt) in enumerate(masked.items())}
+    yield "adapters", {name: adapter(scratch, name, attempt) for name, attempt in attempts.items()}
     print(f"{time.monotonic() - started:.0f} s", flush=True)
     for number, (name, value) in enumerate({"all 1": ONES, "two weights": WEIGHTS}.items()):
         yield f"cost, {name}", cost(asked, scratch, large, number, value)
     print(f"{time.monotonic() - started:.0f} s", flush=True)
 
 
-def mask_changes(value: str) -> dict:
-    return {"max_steps": 6, "lora_dropout": 0.1, "role_weights": value}
+def run_id(name: str) -> str:
+    return name.replace(" ", "-").replace(",", "")
 
 
 class ByHand:
@@ -111,11 +116,11 @@ class ByHand:
         return json.loads(found[-1]) if found else {"error": text[-3000:]}
 
 
-def adapter(scratch: Path, number: int, attempt: Attempt) -> dict:
+def adapter(scratch: Path, name: str, attempt: Attempt) -> dict:
     code = attempt.wait()
     if code:
         return {"exit_code": code, "error": attempt.last_words()}
-    path = scratch / "runs" / f"mask-{number}" / "adapter/adapter_model.safetensors"
+    path = scratch / "runs" / run_id(name) / "adapter/adapter_model.safetensors"
     return {
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "losses": [line["loss"] for line in attempt.events("train_progress")],
@@ -161,8 +166,12 @@ def problems(result: dict, *, padding_free: bool) -> list[str]:
             wrong.append(f"{name}: padding_free is {found['padding_free']}")
         if found["weighted"] is (name == "all 1"):
             wrong.append(f"{name}: weighted is {found['weighted']}")
-    if len({found.get("sha256") for found in result["masks"].values()}) > 1:
-        wrong.append("masks: the adapters differ")
+    adapters = {name: found.get("sha256") for name, found in result["adapters"].items()}
+    for one, other in (("no weights", "0 and 1"), ("weights", "weights again")):
+        if adapters[one] != adapters[other]:
+            wrong.append(f"the adapters of {one!r} and {other!r} differ")
+    if adapters["weights"] == adapters["no weights"]:
+        wrong.append("weights change nothing")
     return wrong
 
 
