@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -30,6 +30,8 @@ IN_FLIGHT = 2
 SCHEMA = pa.schema(
     {"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "length": pa.int32()}  # what datasets reads
 )
+WEIGHTED = SCHEMA.append(pa.field("weights", pa.list_(pa.float32())))
+"""For TUNE_ROLE_WEIGHTS, where labels alone cannot say it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +52,8 @@ class Counts:
     """Sequences trained on."""
     tokens: int
     labelled_tokens: int
+    weight_by_role: dict[str, float]
+    """With TUNE_ROLE_WEIGHTS: what the labelled tokens of each role count in all; else empty."""
     length_p50: int
     length_p90: int
     length_max: int
@@ -69,10 +73,11 @@ class Prepared:
     """A training or evaluation set, in the order of its files."""
 
     dataset: Any
-    """A memory-mapped `datasets.Dataset`: input_ids and labels (list of int32), length (int32)."""
+    """A memory-mapped `datasets.Dataset`: input_ids and labels (list of int32), length (int32), and where roles weigh
+    differently weights (list of float32)."""
     counts: Counts
     digest: str
-    """SHA-256 of all token ids, labels and lengths in order: what is learned, and in which order."""
+    """SHA-256 of all token ids, labels, lengths and weights in order: what is learned, and in which order."""
 
 
 def prepare(
@@ -89,11 +94,12 @@ def prepare(
     path = directory / f"{name}.arrow"
     tally = _Tally()
     digest = hashlib.sha256()
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+    schema = WEIGHTED if renderer.weighted else SCHEMA
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for chunk in _rendered(examples, renderer, tally):
             for sequence in chunk:
                 tally.add(sequence)
-            batch = _batch([sequence for sequence in chunk if sequence.trained])
+            batch = _batch([sequence for sequence in chunk if sequence.trained], schema)
             _add(digest, batch)
             writer.write_batch(batch)
     tally.invalid.raise_if_any(tally.rows + tally.invalid.total)
@@ -155,7 +161,7 @@ def _labelled(chunk: _Chunk, renderer: Renderer, tally: _Tally) -> list[Rendered
     return done
 
 
-def _batch(sequences: list[Rendered]) -> pa.RecordBatch:
+def _batch(sequences: list[Rendered], schema: pa.Schema) -> pa.RecordBatch:
     lengths = [len(sequence.input_ids) for sequence in sequences]
     borders = array("i", [0])
     for length in lengths:
@@ -165,18 +171,21 @@ def _batch(sequences: list[Rendered]) -> pa.RecordBatch:
         _lists(borders, (sequence.labels for sequence in sequences)),
         pa.array(lengths, pa.int32()),
     ]
-    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+    if schema is WEIGHTED:
+        columns.append(_lists(borders, (sequence.weights or [] for sequence in sequences), kind="f"))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _lists(borders: array[int], values: Iterable[list[int]]) -> pa.ListArray:
-    flat = array("i")
+def _lists(borders: array[int], values: Iterable[list[Any]], *, kind: Literal["i", "f"] = "i") -> pa.ListArray:
+    flat: array[Any] = array(kind)
     for one in values:
         flat.fromlist(one)
-    return pa.ListArray.from_arrays(_int32(borders), _int32(flat))
+    return pa.ListArray.from_arrays(_flat(borders), _flat(flat))
 
 
-def _int32(values: array[int]) -> pa.Array:
-    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
+def _flat(values: array[Any]) -> pa.Array:
+    kind = pa.int32() if values.typecode == "i" else pa.float32()
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
 
 
 @dataclass(kw_only=True)
@@ -203,6 +212,7 @@ class _Tally:
     invalid: InvalidRows = field(default_factory=InvalidRows)
     lengths: array[int] = field(default_factory=lambda: array("i"))
     labelled: int = 0
+    weights: Counter[str] = field(default_factory=Counter)
     split: _Places = field(default_factory=_Places)
     header_differs: _Places = field(default_factory=_Places)
     truncated: _Places = field(default_factory=_Places)
@@ -219,6 +229,7 @@ class _Tally:
         if sequence.trained:
             self.lengths.append(len(sequence.input_ids))
             self.labelled += len(sequence.labels) - sequence.labels.count(IGNORED)
+            self.weights.update(sequence.weight_by_role)
 
     def _add_row(self, sequence: Rendered) -> None:
         if sequence.parts > 1:
@@ -233,6 +244,7 @@ class _Tally:
             sequences=len(ordered),
             tokens=sum(ordered),
             labelled_tokens=self.labelled,
+            weight_by_role={role: round(weight, 3) for role, weight in self.weights.items()},
             length_p50=_percentile(ordered, 50),
             length_p90=_percentile(ordered, 90),
             length_max=ordered[-1] if ordered else 0,

@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from job import roles
 from job.kinds import Kind, auto_or, choice, flag, integer, names, number, text
 
 PREFIX = "TUNE_"
@@ -132,6 +133,12 @@ class Config:
     )
     train_on: Literal["responses", "last_response", "all"] = _setting(
         choice("responses", "last_response", "all"), "which tokens are learned", default="responses", fingerprint=True
+    )
+    role_weights: tuple[str, ...] = _setting(
+        names(text(roles.PAIR, "role=weight"), roles.RULE),
+        "how much each role's tokens count in the loss; a role that is not named counts 0; none = assistant=1",
+        default=(),
+        fingerprint=True,
     )
     max_length: int = _setting(integer(8), "tokens per example", default=2048, fingerprint=True)
     overlong: Literal["truncate", "drop", "fail"] = _setting(
@@ -276,6 +283,7 @@ class Config:
                 f"TUNE_LOG_LEVEL={self.log_level} drops them. Set TUNE_LOG_LEVEL=info."
             )
         found += self._columns_named_twice()
+        found += roles.problems(self.role_weights, train_on=self.train_on, rows=self.format)
         marked = {s.variable for s in SETTINGS if s.fingerprint}
         for name in self.allow_change:
             if name in FIXED:

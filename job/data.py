@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import structlog
 
-from job import columns, dataset, inputs
+from job import columns, dataset, inputs, roles
 from job import tokenizer as tokenizers
 from job.arrow import Prepared, prepare
 from job.config import Config
@@ -109,8 +109,14 @@ def render(config: Config, pulled: Inputs, examples: Examples, *, directory: Pat
     renderer = Renderer(
         tokenizer=tokenizer, train_on=config.train_on, max_length=config.max_length, overlong=config.overlong
     )
+    held_out_renderer = renderer
+    if weights := roles.learnt(config.role_weights):
+        held_out_renderer = replace(renderer, weights=roles.held_out(weights))
+        renderer = replace(renderer, weights=weights)
     train = prepare(split.train, renderer=renderer, directory=directory, name="train")
-    held_out = prepare(split.evaluation, renderer=renderer, directory=directory, name="evaluation", may_be_empty=True)
+    held_out = prepare(
+        split.evaluation, renderer=held_out_renderer, directory=directory, name="evaluation", may_be_empty=True
+    )
     log.info(
         "dataset_ready",
         **asdict(train.counts),

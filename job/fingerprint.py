@@ -24,7 +24,7 @@ DECIDE_CONTENTS = frozenset(
     "TUNE_" + name
     for name in (
         *("MODEL", "DATASET", "EVAL_DATASET", "EVAL_FRACTION", "FORMAT"),
-        *("CHAT_TEMPLATE", "TRAIN_ON", "MAX_LENGTH", "OVERLONG"),
+        *("CHAT_TEMPLATE", "TRAIN_ON", "ROLE_WEIGHTS", "MAX_LENGTH", "OVERLONG"),
     )
 )
 

@@ -14,15 +14,17 @@ such as <tool_call>) are encoded as ever.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from job import roles
 from job.encoding import Encoding
 from job.examples import Example, RowError, Turn
 from job.spans import Piece, Span, answers, whole
 from job.template import RefusedError
 from job.tokenizer import STAND_IN, Tokenizer
+from job.weights import add_roles
 
 TrainOn = Literal["responses", "last_response", "all"]
 Overlong = Literal["truncate", "drop", "fail"]
@@ -53,6 +55,10 @@ class Rendered:
     """Into how many sequences the row was split: 1 unless the template rewrites earlier turns."""
     header_differs: bool
     """See `job.spans.Piece`."""
+    weights: list[float] | None = None
+    """What each label counts, where that is not all the same; 0 where nothing is learnt."""
+    weight_by_role: Mapping[str, float] = field(default_factory=dict)
+    """Sums of the weights, where roles were given some."""
 
     @property
     def trained(self) -> bool:
@@ -87,6 +93,13 @@ class Renderer:
     train_on: TrainOn = "responses"
     max_length: int = 2048
     overlong: Overlong = "truncate"
+    weights: Mapping[str, float] | None = None
+    """Of each role that is learnt, with `responses`; None learns the answers alone."""
+
+    @property
+    def weighted(self) -> bool:
+        """Whether sequences carry weights: only where labels alone cannot say it."""
+        return roles.differ(self.weights or {})
 
     def render(self, example: Example) -> list[Rendered]:
         """All sequences of the example, also those not trained on.
@@ -122,6 +135,7 @@ class Renderer:
     def text(self, example: Example, train_on: TrainOn | None = None) -> Text:
         """Apply the template. Raises RowError if it refuses the row."""
         if example.text is not None:
+            self._needs_roles(example)
             return Text(example=example, pieces=(self._ready(example.text),), disarmed=False)
         turns = self._disarmed(example)
         template = self.tokenizer.template_for(example.format)
@@ -138,6 +152,8 @@ class Renderer:
                 pieces = whole(template, turns, example.tools)
             else:
                 pieces = answers(template, turns, example.tools, only_last=mode == "last_response")
+            if mode == "responses" and self.weights is not None:
+                pieces = add_roles(pieces, template, turns, example.tools, roles=self.weights.keys() - {"assistant"})
         except RefusedError as error:
             raise RowError(
                 source=example.source,
@@ -146,6 +162,15 @@ class Renderer:
                 remedy="Correct these rows, or set TUNE_CHAT_TEMPLATE to a template that allows them.",
             ) from error
         return Text(example=example, pieces=pieces, disarmed=turns is not example.turns)
+
+    def _needs_roles(self, example: Example) -> None:
+        if self.weights is not None:
+            raise RowError(
+                source=example.source,
+                line=example.line,
+                reason="ready text has no roles for TUNE_ROLE_WEIGHTS",
+                remedy="Set no TUNE_ROLE_WEIGHTS, or give conversations.",
+            )
 
     @staticmethod
     def _ready(text: str) -> Piece:
@@ -184,7 +209,8 @@ class Renderer:
         piece = text.pieces[part]
         if cuts := [span.start for span in piece.spans if encoding.crosses(span.start)]:
             encoding = self.tokenizer.encode_parts(piece.text, cuts=cuts, disarmed=text.disarmed)
-        ids, labels = encoding.ids, _labels(encoding, piece.spans)
+        spans = self._learnt(piece)
+        ids, labels = encoding.ids, _labels(encoding, spans)
         if text.example.text is not None:
             self._end_text(piece.text, ids, labels)
         outcome = self._outcome(text.example, labels)
@@ -198,7 +224,32 @@ class Renderer:
             part=part,
             parts=len(text.pieces),
             header_differs=piece.header_differs,
+            weights=self._weights(encoding, spans) if self.weighted else None,
+            weight_by_role=self._weight_by_role(encoding, spans),
         )
+
+    def _learnt(self, piece: Piece) -> tuple[Span, ...]:
+        if self.weights is None:
+            return piece.spans
+        return tuple(span for span in (*piece.spans, *piece.others) if span.role in self.weights)
+
+    def _weights(self, encoding: Encoding, spans: Sequence[Span]) -> list[float]:
+        weights = [0.0] * min(len(encoding.ids), self.max_length)
+        for span in spans:
+            tokens = self._kept(encoding, span)
+            weights[tokens.start : tokens.stop] = [(self.weights or {})[span.role]] * len(tokens)
+        return weights
+
+    def _weight_by_role(self, encoding: Encoding, spans: Sequence[Span]) -> dict[str, float]:
+        found: dict[str, float] = dict.fromkeys(self.weights or (), 0.0)
+        for span in spans if self.weights else ():
+            found[span.role] += (self.weights or {})[span.role] * len(self._kept(encoding, span))
+        return found
+
+    def _kept(self, encoding: Encoding, span: Span) -> range:
+        """The tokens of a span that are learnt: not the first of all, and none behind the greatest length."""
+        tokens = encoding.inside(span.start, span.end)
+        return range(max(tokens.start, 1), max(tokens.start, 1, min(tokens.stop, self.max_length)))
 
     def _end_text(self, text: str, ids: list[int], labels: list[int]) -> None:
         """Append EOS to ready text that does not end with it."""

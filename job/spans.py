@@ -23,6 +23,8 @@ class Span:
 
     start: int
     end: int
+    role: str = "assistant"
+    """Whose turn it is, for weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +33,8 @@ class Piece:
 
     text: str
     spans: tuple[Span, ...]
+    others: tuple[Span, ...] = ()
+    """Turns of other roles that are learnt too; see `job.weights`."""
     header_differs: bool = False
     """The template opens an answer otherwise than its generation prompt does (some reasoning models' templates)."""
 

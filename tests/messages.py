@@ -63,7 +63,11 @@ def errors() -> Iterator[Said]:
             yield Said(where=where, name=name, text=template(words["problem"]))
         elif name in classes or (name == "ValueError" and path.name == "env.py"):
             yield Said(where=where, name=name, text=template(node.args[0]) if node.args else "")
-        elif name == "append" and path.name in ("env.py", "config.py") and isinstance(node.args[0], ast.JoinedStr):
+        elif (
+            name == "append"
+            and path.name in ("env.py", "config.py", "roles.py")
+            and isinstance(node.args[0], ast.JoinedStr)
+        ):
             yield Said(where=where, name=name, text=template(node.args[0]))
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+IGNORED = -100
+"""The label of tokens that are not learned."""
+
 
 def by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     """Row numbers in batches of `size`, longest first, so that padding is small and memory trouble comes early."""
@@ -36,6 +39,6 @@ def training_batch(rows: Sequence[dict[str, Any]], *, pad_id: int, device: str) 
     batch = {
         "input_ids": pad(ids, value=pad_id),
         "attention_mask": mask(ids),
-        "labels": pad([row["labels"] for row in rows], value=-100),
+        "labels": pad([row["labels"] for row in rows], value=IGNORED),
     }
     return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -12,9 +12,8 @@ import torch
 from unsloth import FastLanguageModel
 
 from job.rendering import Prompt
-from job.tuning.batches import by_length, mask, pad, training_batch
+from job.tuning.batches import IGNORED, by_length, mask, pad, training_batch
 
-IGNORED = -100  # the label of tokens that are not learned
 ANSWER_TOKENS = (32, 256)  # least and most that an answer may have
 
 

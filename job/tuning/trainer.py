@@ -17,13 +17,14 @@ from trl import SFTConfig, SFTTrainer
 from job.config import Config
 from job.errors import NO_SPACE, ConfigError, HopelessError
 from job.tuning import model as adapter
+from job.tuning.batches import IGNORED
 from job.tuning.checkpoint import write_adapter
 from job.tuning.device import Device
+from job.tuning.weighted import COLUMN, WeightedLoss, use_log_probs
 
 log = structlog.get_logger()
 LEAST_FREE_BYTES = 1 << 20
 AUTO_MICRO_BATCH = 8
-IGNORED = -100
 CPU_OPTIMIZER = "adamw_torch_fused"
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 
@@ -109,6 +110,10 @@ class _Trainer(SFTTrainer):
         self.model.peft_config["default"].save_pretrained(directory)
 
 
+class _WeightedTrainer(WeightedLoss, _Trainer):
+    """The same, for rows that carry weights."""
+
+
 def skip_if_full(error: Exception, directory: Path, step: int) -> None:
     """Give a checkpoint up that does not fit on the disk, and go on; any other error is raised."""
     shutil.rmtree(directory, ignore_errors=True)
@@ -130,7 +135,7 @@ def build(
     """The trainer, checked.
 
     Args:
-        dataset: columns input_ids, labels; already cut to length.
+        dataset: columns input_ids, labels and perhaps weights; already cut to length.
         directory: where the trainer writes its checkpoints.
     """
     arguments = SFTConfig(
@@ -154,7 +159,7 @@ def build(
         packing=False,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=True,
+        remove_unused_columns=False,  # only those wanted are there
         dataloader_num_workers=0,
         dataloader_drop_last=False,
         logging_strategy="steps",
@@ -168,11 +173,15 @@ def build(
         push_to_hub=False,
         **ADAM,
     )
-    rows = dataset.select_columns(["input_ids", "labels"])
+    weighted = COLUMN in dataset.column_names
+    rows = dataset.select_columns(["input_ids", "labels", COLUMN] if weighted else ["input_ids", "labels"])
     # Rendering has cut the rows already. Without this claim Unsloth turns padding-free batches off, since it could not
     # cut ready rows itself.
     rows._unsloth_truncated_to = config.max_length  # noqa: SLF001
-    trainer = _Trainer(model=model, args=arguments, train_dataset=rows, processing_class=hf_tokenizer)
+    kind = _WeightedTrainer if weighted else _Trainer
+    trainer = kind(model=model, args=arguments, train_dataset=rows, processing_class=hf_tokenizer)
+    if weighted:
+        use_log_probs(trainer)
     adapter.cast_trainable(trainer.model)
     _check(trainer, plan)
     return trainer

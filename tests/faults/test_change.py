@@ -22,6 +22,7 @@ CHANGED = {
     "TUNE_COLUMNS": "system=persona",
     "TUNE_CHAT_TEMPLATE": "chatml",
     "TUNE_TRAIN_ON": "all",
+    "TUNE_ROLE_WEIGHTS": "assistant=1,user=0.1",
     "TUNE_MAX_LENGTH": 64,
     "TUNE_OVERLONG": "drop",
     "TUNE_PRECISION": "16bit",
