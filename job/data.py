@@ -63,11 +63,12 @@ def render(config: Config, pulled: Inputs, examples: Examples, *, directory: Pat
     renderer = Renderer(
         tokenizer=tokenizer, train_on=config.train_on, max_length=config.max_length, overlong=config.overlong
     )
-    train = prepare(split.train, renderer=renderer, directory=directory, name="train")
+    train = prepare(split.train, renderer=renderer, directory=directory, name="train", micro_batch=config.rows_in_pass)
     held_out = prepare(split.evaluation, renderer=renderer, directory=directory, name="evaluation", may_be_empty=True)
     log.info(
         "dataset_ready",
         **asdict(train.counts),
+        lengths=asdict(train.lengths),
         evaluation=asdict(held_out.counts),
         files=[asdict(facts) for facts in examples.files],
         skipped_files=list(examples.skipped),
