@@ -1,8 +1,8 @@
 """Many examples -> an Arrow file of token ids and labels on disk, and the counts that the report shows.
 
 Memory stays flat: a few hundred examples are in flight at a time. Templates run here, in Python; tokens are made
-meanwhile by other threads in compiled code, on all cores: three quarters of the work, so that worker processes for
-the templates would gain nothing (`benchmarks/data.py`).
+meanwhile by another thread in compiled code, on all cores. That is four fifths of the work, and on two cores keeps
+both busy, so that worker processes for the templates would gain nothing (measured: CHANGELOG.md).
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ from job.rendering import Rendered, Renderer, Text
 
 CHUNK = 256
 """Examples that are tokenised at once."""
-AT_ONCE = 2
-"""Chunks whose tokens are being made: while one ends on one core, the other has work for the rest."""
-IN_FLIGHT = 3
+IN_FLIGHT = 2
 """Chunks that wait for their tokens while the next is rendered."""
 SCHEMA = pa.schema(
     {"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "length": pa.int32()}  # what datasets reads
@@ -156,7 +154,7 @@ class _Chunk:
 def _rendered(examples: Iterable[Example], renderer: Renderer, tally: _Tally) -> Iterator[list[Rendered]]:
     source = iter(examples)
     waiting: deque[_Chunk] = deque()
-    with ThreadPoolExecutor(max_workers=AT_ONCE, thread_name_prefix="tokenise") as thread:
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as thread:
         while part := list(islice(source, CHUNK)):
             texts = [text for example in part if (text := _text(example, renderer, tally))]
             plain = [piece.text for text in texts if not text.disarmed for piece in text.pieces]
