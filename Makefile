@@ -9,7 +9,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-h
 STAMP := $(VENV)/installed-$(shell sha256sum requirements-dev.lock | cut -c1-16)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults soak image-test lint format lock readme chart-schema chart-test bench-storage bench-resume-control bench-gpu bench-gpu-resume clean $(VENV)
+.PHONY: help demo test faults soak image-test lint format lock readme chart-schema chart-test bench-data bench-storage bench-resume-control bench-gpu bench-gpu-resume clean $(VENV)
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$][^:]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -57,6 +57,9 @@ chart-test: $(STAMP)  ## the chart and k8s/ with the real Helm and kustomize
 
 bench-resume-control: $(STAMP)  ## the same kills against stock resume_from_checkpoint=True
 	$(BIN)/python benchmarks/resume_control.py
+
+bench-data: $(STAMP)  ## 100,000 conversations to tokens and labels beside TRL's own way (after make demo)
+	$(BIN)/python benchmarks/data.py
 
 bench-storage: $(STAMP)  ## object transfers beside aws s3 cp and s5cmd
 	$(BIN)/python benchmarks/storage.py

@@ -1,11 +1,14 @@
 """Many examples -> an Arrow file of token ids and labels on disk, and the counts that the report shows.
 
 Memory stays flat: a few hundred examples are in flight at a time. Templates run here, in Python; tokens are made
-meanwhile by another thread in compiled code, on all cores.
+meanwhile by another thread in compiled code, on all cores. That is four fifths of the work, and on two cores keeps
+both busy, so that worker processes for the templates would gain nothing (measured: CHANGELOG.md).
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 from array import array
 from collections import Counter, deque
@@ -21,7 +24,8 @@ import pyarrow as pa
 from job.encoding import Encoding
 from job.errors import DataError
 from job.examples import SHOWN, Example, InvalidRows, RowError
-from job.rendering import IGNORED, Rendered, Renderer, Text
+from job.lengths import Gathering, Lengths, percentile
+from job.rendering import Rendered, Renderer, Text
 
 CHUNK = 256
 """Examples that are tokenised at once."""
@@ -44,7 +48,7 @@ class Noted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """What rendering did. Tokens and lengths are those of the sequences trained on."""
+    """What rendering did. Tokens and lengths are those of the sequences trained on, as they are trained on."""
 
     rows: int
     """Valid rows read."""
@@ -62,8 +66,12 @@ class Counts:
     header_differs: Noted
     """Rows whose answers the template opens otherwise than its generation prompt."""
     truncated: Noted
+    """Sequences, not rows, as in the next ones: a split row may lose some. Each is one of the next two."""
+    lost_turns: Noted
+    """Truncated behind the last answer that fits whole."""
+    cut_inside: Noted
+    """Truncated inside an answer, since none fits whole, or inside ready text: its end is not learnt."""
     dropped_overlong: Noted
-    """Sequences, not rows, as in the next: a split row may lose some."""
     fully_masked: Noted
     """Dropped because no label is left, usually since truncation cut the answer off."""
 
@@ -76,14 +84,24 @@ class Prepared:
     """A memory-mapped `datasets.Dataset`: input_ids and labels (list of int32), length (int32), and where roles weigh
     differently weights (list of float32)."""
     counts: Counts
+    lengths: Lengths
     digest: str
     """SHA-256 of all token ids, labels, lengths and weights in order: what is learned, and in which order."""
 
 
 def prepare(
-    examples: Iterable[Example], *, renderer: Renderer, directory: Path, name: str = "train", may_be_empty: bool = False
+    examples: Iterable[Example],
+    *,
+    renderer: Renderer,
+    directory: Path,
+    name: str = "train",
+    may_be_empty: bool = False,
+    micro_batch: int = 1,
 ) -> Prepared:
     """Render all into `<directory>/<name>.arrow`, replacing an older file.
+
+    Args:
+        micro_batch: sequences in one pass of training, for the share of padding.
 
     Raises DataError for rows that the template refuses or that are too long under `fail` (the first ten in words, all
     in number), and if nothing is left to train on, unless `may_be_empty` (for an evaluation set).
@@ -95,7 +113,7 @@ def prepare(
     tally = _Tally()
     digest = hashlib.sha256()
     schema = WEIGHTED if renderer.weighted else SCHEMA
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+    with _settled(), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for chunk in _rendered(examples, renderer, tally):
             for sequence in chunk:
                 tally.add(sequence)
@@ -106,7 +124,22 @@ def prepare(
     counts = tally.counts()
     if not (counts.sequences or may_be_empty):
         raise _nothing_left(counts, renderer)
-    return Prepared(dataset=Dataset.from_file(str(path)), counts=counts, digest=digest.hexdigest())
+    lengths = tally.gathered.lengths(micro_batch=micro_batch)
+    return Prepared(dataset=Dataset.from_file(str(path)), counts=counts, lengths=lengths, digest=digest.hexdigest())
+
+
+@contextlib.contextmanager
+def _settled() -> Iterator[None]:
+    """Inside, the garbage collector leaves alone what is there already.
+
+    Rendering makes and drops objects all the time, and to look through all examples again and again took as long as
+    the templates.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _add(digest: Any, batch: pa.RecordBatch) -> None:
@@ -210,26 +243,29 @@ class _Tally:
 
     rows: int = 0
     invalid: InvalidRows = field(default_factory=InvalidRows)
-    lengths: array[int] = field(default_factory=lambda: array("i"))
-    labelled: int = 0
+    gathered: Gathering = field(default_factory=Gathering)
     weights: Counter[str] = field(default_factory=Counter)
     split: _Places = field(default_factory=_Places)
     header_differs: _Places = field(default_factory=_Places)
     truncated: _Places = field(default_factory=_Places)
+    shortened: _Places = field(default_factory=_Places)
+    cut: _Places = field(default_factory=_Places)
     overlong: _Places = field(default_factory=_Places)
     masked: _Places = field(default_factory=_Places)
 
     def add(self, sequence: Rendered) -> None:
         if sequence.part == 0:
             self._add_row(sequence)
+        self.gathered.add(sequence.length, sequence.learnt)
         if sequence.outcome != "kept":
-            {"truncated": self.truncated, "overlong": self.overlong, "masked": self.masked}[sequence.outcome].add(
-                sequence
-            )
+            getattr(self, sequence.outcome).add(sequence)
         if sequence.trained:
-            self.lengths.append(len(sequence.input_ids))
-            self.labelled += len(sequence.labels) - sequence.labels.count(IGNORED)
             self.weights.update(sequence.weight_by_role)
+            if sequence.outcome != "kept":
+                self.truncated.add(sequence)
+            keep = len(sequence.input_ids)
+            labelled = sum(max(min(stop, keep) - start, 0) for start, stop in sequence.learnt)
+            self.gathered.add_trained(keep, labelled)
 
     def _add_row(self, sequence: Rendered) -> None:
         if sequence.parts > 1:
@@ -238,27 +274,24 @@ class _Tally:
             self.header_differs.add(sequence)
 
     def counts(self) -> Counts:
-        ordered = sorted(self.lengths)
+        ordered = sorted(self.gathered.trained)
         return Counts(
             rows=self.rows,
             sequences=len(ordered),
             tokens=sum(ordered),
-            labelled_tokens=self.labelled,
+            labelled_tokens=self.gathered.labelled,
             weight_by_role={role: round(weight, 3) for role, weight in self.weights.items()},
-            length_p50=_percentile(ordered, 50),
-            length_p90=_percentile(ordered, 90),
-            length_max=ordered[-1] if ordered else 0,
+            length_p50=percentile(ordered, 50),
+            length_p90=percentile(ordered, 90),
+            length_max=percentile(ordered, 100),
             split=self.split.noted(),
             header_differs=self.header_differs.noted(),
             truncated=self.truncated.noted(),
+            lost_turns=self.shortened.noted(),
+            cut_inside=self.cut.noted(),
             dropped_overlong=self.overlong.noted(),
             fully_masked=self.masked.noted(),
         )
-
-
-def _percentile(ordered: list[int], percent: int) -> int:
-    """Nearest rank."""
-    return ordered[max(-(-len(ordered) * percent // 100) - 1, 0)] if ordered else 0
 
 
 def _nothing_left(counts: Counts, renderer: Renderer) -> DataError:

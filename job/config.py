@@ -31,6 +31,7 @@ COLUMNS = (
     "system", "history", "tools",
 )  # fmt: skip
 """Our names for the columns of all formats."""
+AUTO_MICRO_BATCH = 8
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text")
 
 
@@ -163,6 +164,12 @@ class Config:
     epochs: float = _setting(number(0, exclusive=True), "passes over the data", default=3.0, fingerprint=True)
     max_steps: int | None = _setting(
         integer(1), "optimizer steps; when set, decides alone", default=None, fingerprint=True
+    )
+    curriculum: Literal["none", "short_first"] = _setting(
+        choice("none", "short_first"),
+        "order of the first epoch: `short_first` = by length; later epochs are shuffled in any case",
+        default="none",
+        fingerprint=True,
     )
     batch_size: int = _setting(
         integer(1), "examples per optimizer step over all GPUs; never changed", default=8, fingerprint=True
@@ -300,6 +307,13 @@ class Config:
         sides = [ours for ours, _, _ in pairs], [theirs for _, _, theirs in pairs]
         twice = [name for side in sides for name in dict.fromkeys(side) if side.count(name) > 1]
         return [f"TUNE_COLUMNS names {name!r} twice. Name each column once." for name in twice]
+
+    @property
+    def rows_in_pass(self) -> int:
+        """`TUNE_MICRO_BATCH`, with `auto` decided."""
+        if self.micro_batch != "auto":
+            return self.micro_batch
+        return max(n for n in range(1, AUTO_MICRO_BATCH + 1) if self.batch_size % n == 0)
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The settings that decide the result, by variable name."""

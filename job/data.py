@@ -113,13 +113,14 @@ def render(config: Config, pulled: Inputs, examples: Examples, *, directory: Pat
     if weights := roles.learnt(config.role_weights):
         held_out_renderer = replace(renderer, weights=roles.held_out(weights))
         renderer = replace(renderer, weights=weights)
-    train = prepare(split.train, renderer=renderer, directory=directory, name="train")
+    train = prepare(split.train, renderer=renderer, directory=directory, name="train", micro_batch=config.rows_in_pass)
     held_out = prepare(
         split.evaluation, renderer=held_out_renderer, directory=directory, name="evaluation", may_be_empty=True
     )
     log.info(
         "dataset_ready",
         **asdict(train.counts),
+        lengths=asdict(train.lengths),
         evaluation=asdict(held_out.counts),
         files=[asdict(facts) for facts in examples.files],
         skipped_files=list(examples.skipped),

@@ -21,6 +21,7 @@ from typing import Literal
 from job import roles
 from job.encoding import Encoding
 from job.examples import Example, RowError, Turn
+from job.lengths import Cut, Tokens, cut
 from job.spans import Piece, Span, answers, whole
 from job.template import RefusedError
 from job.tokenizer import STAND_IN, Tokenizer
@@ -28,7 +29,7 @@ from job.weights import add_roles
 
 TrainOn = Literal["responses", "last_response", "all"]
 Overlong = Literal["truncate", "drop", "fail"]
-Outcome = Literal["kept", "truncated", "overlong", "masked"]
+Outcome = Literal["kept", "shortened", "cut", "overlong", "masked"]
 
 MARKED = ("messages", "sharegpt")
 """Formats whose untrained turns were marked so one by one; those of a conversational `prompt` are by its column."""
@@ -46,9 +47,12 @@ class Rendered:
     source: str
     line: int
     outcome: Outcome
-    """`kept` and `truncated` are trained on; `overlong` was dropped for its length, `masked` has no label left."""
+    """`kept`, `shortened` (whole turns are lost) and `cut` (it ends inside an answer, or inside ready text) are trained
+    on; `overlong` was dropped for its length, `masked` has no label left."""
     length: int
     """Tokens before truncation."""
+    learnt: tuple[Tokens, ...]
+    """Where the labelled tokens were, before truncation."""
     part: int
     """Which of the row's sequences, from 0."""
     parts: int
@@ -63,7 +67,7 @@ class Rendered:
     @property
     def trained(self) -> bool:
         """Whether the sequence is trained on."""
-        return self.outcome in {"kept", "truncated"}
+        return self.outcome in {"kept", "shortened", "cut"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,75 +214,96 @@ class Renderer:
         if cuts := [span.start for span in piece.spans if encoding.crosses(span.start)]:
             encoding = self.tokenizer.encode_parts(piece.text, cuts=cuts, disarmed=text.disarmed)
         spans = self._learnt(piece)
-        ids, labels = encoding.ids, _labels(encoding, spans)
-        if text.example.text is not None:
-            self._end_text(piece.text, ids, labels)
-        outcome = self._outcome(text.example, labels)
+        ids, learnt = encoding.ids, _learnt(encoding, spans)
+        if text.example.text is not None and self._needs_end(piece.text):
+            ids = [*ids, self.tokenizer.eos_token_id]
+            learnt = ((1, len(ids)),) if len(ids) > 1 else ()
+        found = self._cut(text, part, encoding, learnt, len(ids))
         return Rendered(
-            input_ids=ids[: self.max_length],
-            labels=labels[: self.max_length],
+            input_ids=ids[: found.keep],
+            labels=_labels(ids, learnt, found.keep),
             source=text.example.source,
             line=text.example.line,
-            outcome=outcome,
+            outcome=self._outcome(text.example, found, len(ids)),
             length=len(ids),
+            learnt=learnt,
             part=part,
             parts=len(text.pieces),
             header_differs=piece.header_differs,
-            weights=self._weights(encoding, spans) if self.weighted else None,
-            weight_by_role=self._weight_by_role(encoding, spans),
+            weights=self._weights(encoding, spans, found.keep) if self.weighted else None,
+            weight_by_role=self._weight_by_role(encoding, spans, found.keep),
         )
 
     def _learnt(self, piece: Piece) -> tuple[Span, ...]:
         if self.weights is None:
             return piece.spans
-        return tuple(span for span in (*piece.spans, *piece.others) if span.role in self.weights)
+        learnt = (span for span in (*piece.spans, *piece.others) if span.role in self.weights)
+        return tuple(sorted(learnt, key=lambda span: span.start))
 
-    def _weights(self, encoding: Encoding, spans: Sequence[Span]) -> list[float]:
-        weights = [0.0] * min(len(encoding.ids), self.max_length)
+    def _weights(self, encoding: Encoding, spans: Sequence[Span], keep: int) -> list[float]:
+        weights = [0.0] * keep
         for span in spans:
-            tokens = self._kept(encoding, span)
+            tokens = _kept(encoding, span, keep)
             weights[tokens.start : tokens.stop] = [(self.weights or {})[span.role]] * len(tokens)
         return weights
 
-    def _weight_by_role(self, encoding: Encoding, spans: Sequence[Span]) -> dict[str, float]:
+    def _weight_by_role(self, encoding: Encoding, spans: Sequence[Span], keep: int) -> dict[str, float]:
         found: dict[str, float] = dict.fromkeys(self.weights or (), 0.0)
         for span in spans if self.weights else ():
-            found[span.role] += (self.weights or {})[span.role] * len(self._kept(encoding, span))
+            found[span.role] += (self.weights or {})[span.role] * len(_kept(encoding, span, keep))
         return found
 
-    def _kept(self, encoding: Encoding, span: Span) -> range:
-        """The tokens of a span that are learnt: not the first of all, and none behind the greatest length."""
-        tokens = encoding.inside(span.start, span.end)
-        return range(max(tokens.start, 1), max(tokens.start, 1, min(tokens.stop, self.max_length)))
+    def _needs_end(self, text: str) -> bool:
+        """Whether ready text does not end with EOS."""
+        return not text.rstrip().endswith(self.tokenizer.hf.eos_token)
 
-    def _end_text(self, text: str, ids: list[int], labels: list[int]) -> None:
-        """Append EOS to ready text that does not end with it."""
-        if not text.rstrip().endswith(self.tokenizer.hf.eos_token):
-            ids.append(self.tokenizer.eos_token_id)
-            labels.append(self.tokenizer.eos_token_id)
+    def _cut(self, text: Text, part: int, encoding: Encoding, learnt: Sequence[Tokens], length: int) -> Cut:
+        """How much of the sequence stays. Where all is learnt, the ends of the answers are looked up only now."""
+        if length > self.max_length and self.train_on == "all" and text.example.text is None:
+            spans = self._answers(text, text.pieces[part].text)
+            return cut(learnt, length, self.max_length, [stop for _, stop in _learnt(encoding, spans)])
+        if self.weights is not None:
+            answers_end = [stop for _, stop in _learnt(encoding, text.pieces[part].spans)]
+            return cut(learnt, length, self.max_length, answers_end)
+        return cut(learnt, length, self.max_length)
 
-    def _outcome(self, example: Example, labels: list[int]) -> Outcome:
-        too_long = len(labels) > self.max_length
-        if too_long and self.overlong == "fail":
-            raise RowError(
-                source=example.source,
-                line=example.line,
-                reason=f"{len(labels):,} tokens, more than TUNE_MAX_LENGTH={self.max_length}",
-                remedy="Raise TUNE_MAX_LENGTH, or set TUNE_OVERLONG to truncate or drop.",
-            )
-        if too_long and self.overlong == "drop":
+    def _answers(self, text: Text, whole_text: str) -> tuple[Span, ...]:
+        """The answers of a conversation that is learnt whole; none where the template does not show them."""
+        try:
+            piece, *others = self.text(text.example, train_on="responses").pieces
+        except RowError:
+            return ()
+        return () if others or not whole_text.startswith(piece.text) else piece.spans
+
+    def _outcome(self, example: Example, found: Cut, length: int) -> Outcome:
+        if length <= self.max_length or self.overlong == "truncate":
+            return found.outcome
+        if self.overlong == "drop":
             return "overlong"
-        if labels[: self.max_length].count(IGNORED) == min(len(labels), self.max_length):
-            return "masked"
-        return "truncated" if too_long else "kept"
+        raise RowError(
+            source=example.source,
+            line=example.line,
+            reason=f"{length:,} tokens, more than TUNE_MAX_LENGTH={self.max_length}",
+            remedy="Raise TUNE_MAX_LENGTH, or set TUNE_OVERLONG to truncate or drop.",
+        )
 
 
-def _labels(encoding: Encoding, spans: Sequence[Span]) -> list[int]:
-    """The ids of the tokens that lie wholly inside a span, elsewhere -100."""
-    ids = encoding.ids
-    labels = [IGNORED] * len(ids)
-    for span in spans:
-        learnt = encoding.inside(span.start, span.end)
-        labels[learnt] = ids[learnt]
-    labels[:1] = [IGNORED] * len(labels[:1])
+def _learnt(encoding: Encoding, spans: Sequence[Span]) -> tuple[Tokens, ...]:
+    """The tokens that lie wholly inside a span; never the first of the sequence, which nothing stands before."""
+    found = (encoding.inside(span.start, span.end) for span in spans)
+    tokens = ((max(one.start, 1), one.stop) for one in found)
+    return tuple((start, stop) for start, stop in tokens if start < stop)
+
+
+def _kept(encoding: Encoding, span: Span, keep: int) -> range:
+    """The tokens of a span that are learnt: not the first of all, and none behind the cut."""
+    tokens = encoding.inside(span.start, span.end)
+    return range(max(tokens.start, 1), max(tokens.start, 1, min(tokens.stop, keep)))
+
+
+def _labels(ids: list[int], learnt: Sequence[Tokens], keep: int) -> list[int]:
+    """The ids of the learnt tokens, elsewhere -100."""
+    labels = [IGNORED] * keep
+    for start, stop in learnt:
+        labels[start : min(stop, keep)] = ids[start : min(stop, keep)]
     return labels

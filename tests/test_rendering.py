@@ -296,7 +296,7 @@ def test_formats_without_roles_use_the_chat_template_or_their_block() -> None:
 
 @pytest.mark.parametrize(
     ("overlong", "outcomes"),
-    [("truncate", ["kept", "truncated", "masked"]), ("drop", ["kept", "overlong", "overlong"])],
+    [("truncate", ["kept", "cut", "masked"]), ("drop", ["kept", "overlong", "overlong"])],
 )
 def test_every_overlong_row_is_counted_and_named(tmp_path: Path, overlong: Any, outcomes: list[str]) -> None:
     """Truncated, dropped and fully masked rows are in the counts with file and line; the rest is untouched."""
@@ -309,7 +309,7 @@ def test_every_overlong_row_is_counted_and_named(tmp_path: Path, overlong: Any, 
     assert [sequence.outcome for row in rows for sequence in renderer.render(row)] == outcomes
     counts = prepare(rows, renderer=renderer, directory=tmp_path).counts
     places = {
-        "truncated": counts.truncated.first,
+        "cut": counts.cut_inside.first,
         "masked": counts.fully_masked.first,
         "overlong": counts.dropped_overlong.first,
     }

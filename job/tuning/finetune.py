@@ -85,6 +85,8 @@ class Finetune:
             learning_rate=base.learning_rate(),
             checkpointing=loaded.checkpointing,
         )
+        if config.curriculum == "short_first" and planned.epochs < 1:
+            log.warning("curriculum_incomplete", epochs=round(planned.epochs, 3), steps=planned.steps)
         now = memory(device)
         log.info(
             "model_loaded",

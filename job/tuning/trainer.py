@@ -20,11 +20,11 @@ from job.tuning import model as adapter
 from job.tuning.batches import IGNORED
 from job.tuning.checkpoint import write_adapter
 from job.tuning.device import Device
+from job.tuning.order import ShortFirst
 from job.tuning.weighted import COLUMN, WeightedLoss, use_log_probs
 
 log = structlog.get_logger()
 LEAST_FREE_BYTES = 1 << 20
-AUTO_MICRO_BATCH = 8
 CPU_OPTIMIZER = "adamw_torch_fused"
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 
@@ -59,7 +59,7 @@ def plan(config: Config, device: Device, *, examples: int, learning_rate: float,
     Raises:
         ConfigError: the warm-up is as long as the run.
     """
-    micro = _micro_batch(config)
+    micro = config.rows_in_pass
     per_epoch = math.ceil(examples / config.batch_size)
     steps = config.max_steps or max(1, math.ceil(per_epoch * config.epochs))
     gpu = device.kind == "cuda"
@@ -87,14 +87,14 @@ def plan(config: Config, device: Device, *, examples: int, learning_rate: float,
     )
 
 
-def _micro_batch(config: Config) -> int:
-    if config.micro_batch != "auto":
-        return config.micro_batch
-    return max(n for n in range(1, AUTO_MICRO_BATCH + 1) if config.batch_size % n == 0)
-
-
 class _Trainer(SFTTrainer):
     """Checkpoints hold what a resume needs: no model card and no tokenizer, which would cost training a second each."""
+
+    order: ShortFirst | None = None
+    """None shuffles every epoch."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.order or super()._get_train_sampler(train_dataset)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -135,7 +135,7 @@ def build(
     """The trainer, checked.
 
     Args:
-        dataset: columns input_ids, labels and perhaps weights; already cut to length.
+        dataset: columns input_ids, labels, length and perhaps weights; already cut to length.
         directory: where the trainer writes its checkpoints.
     """
     arguments = SFTConfig(
@@ -182,14 +182,18 @@ def build(
     trainer = kind(model=model, args=arguments, train_dataset=rows, processing_class=hf_tokenizer)
     if weighted:
         use_log_probs(trainer)
+    if config.curriculum == "short_first":
+        trainer.order = ShortFirst(dataset["length"][:], seed=config.seed)
     adapter.cast_trainable(trainer.model)
-    _check(trainer, plan)
+    _check(trainer, plan, config)
     return trainer
 
 
-def _check(trainer: SFTTrainer, plan: Plan) -> None:
+def _check(trainer: SFTTrainer, plan: Plan, config: Config) -> None:
     """Unsloth and TRL change arguments with a printed line at most: what counts is what they ended up with."""
     arguments = trainer.args
+    sampler = trainer._get_train_sampler()  # noqa: SLF001 - what the training loop asks
+    order = "short_first" if isinstance(sampler, ShortFirst) else "none"
     effective = {
         "micro-batch": (arguments.per_device_train_batch_size, plan.micro_batch),
         "accumulation": (arguments.gradient_accumulation_steps, plan.accumulation),
@@ -198,6 +202,7 @@ def _check(trainer: SFTTrainer, plan: Plan) -> None:
         "schedule": (getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type), plan.schedule),
         "warm-up": (arguments.warmup_steps, plan.warmup_steps),
         "optimizer": (getattr(arguments.optim, "value", arguments.optim), plan.optimizer),
+        "curriculum": (order, config.curriculum),
         "padding-free": (bool(getattr(trainer.data_collator, "padding_free", False)), plan.padding_free),
     }
     changed = [f"{name} {found} instead of {wanted}" for name, (found, wanted) in effective.items() if found != wanted]

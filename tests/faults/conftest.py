@@ -95,6 +95,7 @@ def _is_jobs(child: psutil.Process, base: str, zygote: Zygote) -> bool:
 SAMPLED = {
     "test_kill_at_a_random_step": 4,
     "test_kill_inside_a_save": 2,
+    "test_a_killed_run_keeps_the_order": 2,
     "test_damaged_file": 7,
     "test_damaged_record": 4,
     "test_record_with_a_path_that_escapes": 2,

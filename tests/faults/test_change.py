@@ -33,6 +33,7 @@ CHANGED = {
     "TUNE_LORA_RSLORA": "true",
     "TUNE_EPOCHS": 1.5,
     "TUNE_MAX_STEPS": 14,
+    "TUNE_CURRICULUM": "short_first",
     "TUNE_BATCH_SIZE": 8,
     "TUNE_LEARNING_RATE": 5e-3,
     "TUNE_WARMUP": 2,
