@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class BaseModel:
     prequantised: str | None
     """`4bit` or `8bit` where the checkpoint itself is bitsandbytes-quantised."""
     config: dict[str, Any]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The shape of each tensor as stored, by name."""
 
     def learning_rate(self) -> float:
         """The usual LoRA learning rate for a model of this size."""
@@ -72,6 +74,7 @@ def inspect(path: Path, *, name: str) -> BaseModel:
         positions=text.get("max_position_embeddings"),
         prequantised=_quantisation(name, config),
         config=config,
+        shapes={key: tuple(tensor["shape"]) for key, tensor in tensors.items()},
     )
 
 
