@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import ConfigError, DataError
+from job.headers import LONGEST_HEADER
 
 MULTIMODAL = ("vision_config", "audio_config", "vision_tower", "audio_token_id", "image_token_id", "image_token_index")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 COPY_AGAIN = "Copy the model to TUNE_MODEL again."
-LONGEST_HEADER = 100_000_000
 # Learning rates that work for LoRA by model size in parameters (upper bound, rate); above the last, 5e-5.
 RATES = ((7e9, 2e-4), (13e9, 1e-4))
 RATE_ABOVE = 5e-5

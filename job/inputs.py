@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job import hub
+from job import headers, hub
 from job.config import HUB_NAME, Config
 from job.digests import sha256
 from job.errors import DataError
-from job.storage.fetch import Fetched, fetch, look
+from job.storage.fetch import Fetched, fetch, look, skim
 
 MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
 NAMED_TEMPLATE = ("s3://", "/")
@@ -65,13 +65,16 @@ class Inputs:
         }
 
 
-def pull(config: Config, *, scratch: Path, pinned: dict[str, Any] | None, date: str | None = None) -> Inputs:
+def pull(
+    config: Config, *, scratch: Path, pinned: dict[str, Any] | None, date: str | None = None, weights: bool = True
+) -> Inputs:
     """Bring everything to local disk.
 
     Args:
         scratch: where downloads are kept and found again.
         pinned: `inputs.json` of an earlier attempt: exactly its files are read.
         date: of the run's first attempt (ISO 8601); today where None.
+        weights: False leaves stand-ins in the place of remote weights, with their headers and sizes.
 
     Raises:
         DataError: something is missing.
@@ -82,6 +85,7 @@ def pull(config: Config, *, scratch: Path, pinned: dict[str, Any] | None, date: 
         directory=scratch / "inputs",
         patience_seconds=config.storage_patience_minutes * 60,
         names=None if pinned is None else frozenset(file["name"] for file in pinned["files"]),
+        weights=weights,
     )
     model, model_files, revision = puller.model(config.model)
     template = config.chat_template if config.chat_template.startswith(NAMED_TEMPLATE) else None
@@ -135,19 +139,26 @@ def _is_model_file(key: str) -> bool:
     return key.endswith(MODEL_FILES) and "/" not in key
 
 
+def _is_small_model_file(key: str) -> bool:
+    return _is_model_file(key) and not key.endswith(headers.SUFFIX)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Puller:
     directory: Path
     patience_seconds: float
     names: frozenset[str] | None
     """What an earlier attempt read; None for the first."""
+    weights: bool
 
     def model(self, name: str) -> tuple[Path, tuple[File, ...], str | None]:
-        place = self._place(name)
+        place = self._place(name if self.weights else f"{name} without weights")
         if HUB_NAME.fullmatch(name):
-            found = hub.fetch_model(name, place, patience_seconds=self.patience_seconds)
+            found = hub.fetch_model(name, place, patience_seconds=self.patience_seconds, weights=self.weights)
             return found.path, _hub_files(found), found.commit
-        files = self._fetch(name, place, wanted=_is_model_file)
+        files = self._fetch(name, place, wanted=_is_model_file if self.weights else _is_small_model_file)
+        if not self.weights:
+            files += skim(name, place, patience_seconds=self.patience_seconds)
         if not name.startswith("s3://"):
             place.parent.mkdir(parents=True, exist_ok=True)
             link = place.with_name(f"{place.name}.{uuid.uuid4().hex}")

@@ -50,6 +50,10 @@ class Store(Protocol):
         """The content of a small object, or None."""
         ...
 
+    def read_start(self, key: str, size: int) -> bytes | None:
+        """The first `size` bytes of an object that has as many, or None."""
+        ...
+
     def write(self, key: str, data: bytes) -> None:
         """Create or replace a small object, whole or not at all."""
         ...
