@@ -14,6 +14,7 @@ from job import tokenizer as tokenizers
 from job.arrow import Prepared, prepare
 from job.config import Config
 from job.examples import Example, RowError
+from job.findings import Finding
 from job.inputs import Inputs
 from job.rendering import Prompt, Renderer
 from job.tokenizer import Tokenizer
@@ -38,6 +39,7 @@ class Data:
     train: Prepared
     evaluation: Prepared | None
     files: tuple[dataset.FileFacts, ...]
+    findings: tuple[Finding, ...]
     prompts: tuple[Prompt, ...]
 
 
@@ -82,6 +84,7 @@ def render(config: Config, pulled: Inputs, examples: Examples, *, directory: Pat
         train=train,
         evaluation=held_out if held_out.counts.sequences else None,
         files=examples.files,
+        findings=(),
         prompts=_prompts(config, renderer, split.evaluation or split.train),
     )
 

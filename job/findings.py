@@ -1,4 +1,4 @@
-"""What was found in the data: a kind of problem, how many rows it concerns, where, and what to do about it."""
+"""What was found in data: the value that quality, lengths, check and report share. Knows nothing of how it is found."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One kind of problem, with the rows it concerns."""
+    """One kind of thing that was found, with the rows where it stands."""
 
     code: str
-    """Constant snake_case: near_duplicates, one_word_answers, ..."""
+    """Constant snake_case: `near_duplicates`, `one_word_answers`, ..."""
     count: int
     """Rows (or sequences) concerned."""
     first: tuple[str, ...]

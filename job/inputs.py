@@ -81,25 +81,24 @@ def pull(
         DeniedError: credentials or a licence.
         StorageError: unreachable past the patience, or the disk is full.
     """
-    puller = _Puller(
-        directory=scratch / "inputs",
-        patience_seconds=config.storage_patience_minutes * 60,
-        names=None if pinned is None else frozenset(file["name"] for file in pinned["files"]),
-        weights=weights,
-    )
+    puller = Puller.of(config, scratch=scratch, pinned=pinned, weights=weights)
     model, model_files, revision = puller.model(config.model)
-    template = config.chat_template if config.chat_template.startswith(NAMED_TEMPLATE) else None
-    template_files = puller.data([template]) if template else ()
+    text, template_files = puller.template(config.chat_template)
     return Inputs(
         model=model,
         model_files=model_files,
         model_revision=revision,
         dataset=puller.data(config.dataset),
         eval_dataset=puller.data(config.eval_dataset),
-        template_text=_text(template_files[0]) if template_files else None,
+        template_text=text,
         template_files=template_files,
-        date=datetime.date.fromisoformat(date) if date else datetime.datetime.now(datetime.UTC).date(),
+        date=day(date),
     )
+
+
+def day(date: str | None) -> datetime.date:
+    """The date that templates may print: that of the run's first attempt, or today."""
+    return datetime.date.fromisoformat(date) if date else datetime.datetime.now(datetime.UTC).date()
 
 
 def listing(config: Config, *, pinned: dict[str, Any]) -> dict[str, Any]:
@@ -144,14 +143,27 @@ def _is_small_model_file(key: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Puller:
+class Puller:
+    """Brings one kind of input after the other; `pull` brings them all."""
+
     directory: Path
     patience_seconds: float
     names: frozenset[str] | None
     """What an earlier attempt read; None for the first."""
     weights: bool
 
+    @classmethod
+    def of(cls, config: Config, *, scratch: Path, pinned: dict[str, Any] | None, weights: bool = True) -> Puller:
+        """See `pull`."""
+        return cls(
+            directory=scratch / "inputs",
+            patience_seconds=config.storage_patience_minutes * 60,
+            names=None if pinned is None else frozenset(file["name"] for file in pinned["files"]),
+            weights=weights,
+        )
+
     def model(self, name: str) -> tuple[Path, tuple[File, ...], str | None]:
+        """The directory, what was read, and the commit of a model from the hub."""
         place = self._place(name if self.weights else f"{name} without weights")
         if HUB_NAME.fullmatch(name):
             found = hub.fetch_model(name, place, patience_seconds=self.patience_seconds, weights=self.weights)
@@ -167,7 +179,15 @@ class _Puller:
         read = (_file(file, named=False) for file in files)
         return place, tuple(dataclasses.replace(f, etag=_identity(f.name, f.etag, None)) for f in read), None
 
+    def template(self, name: str) -> tuple[str | None, tuple[File, ...]]:
+        """The text of a chat template that is a file, and the file; None for any other."""
+        if not name.startswith(NAMED_TEMPLATE):
+            return None, ()
+        files = self.data([name])
+        return _text(files[0]), files
+
     def data(self, uris: Sequence[str]) -> tuple[File, ...]:
+        """The files of all these places."""
         found: list[File] = []
         for uri in uris:
             if uri.startswith("hf://"):
