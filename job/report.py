@@ -22,7 +22,7 @@ from job.findings import Finding
 
 WIDE, HIGH = 720, 220
 """Of a chart, in its own units."""
-LEFT, BELOW, RIGHT, ABOVE = 56, 26, 14, 12
+LEFT, BELOW, RIGHT, ABOVE = 56, 26, 26, 12
 _HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 
 

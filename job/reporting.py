@@ -14,7 +14,7 @@ from job.arrow import Counts, Noted
 from job.base_model import BaseModel
 from job.config import Config
 from job.data import Data
-from job.errors import JobError
+from job.errors import ConfigError, JobError
 from job.estimate import Estimate, estimate
 from job.findings import Finding
 from job.pace import pace
@@ -132,7 +132,7 @@ def report(
         title=f"Fine-tuning {config.model}, run {config.identity()}",
         state=state,
         summary=_summary(data, expected),
-        problems=tuple(str(problem) for problem in problems),
+        problems=tuple(map(_problem, problems)),
         findings=all_findings(data) if data else (),
         samples=samples(data) if data else (),
         lengths=lengths(data, config) if data else None,
@@ -163,6 +163,12 @@ def publish(
         store.write(f"{record.run_id}/{NAME}", page.encoded())
     except Exception as error:  # noqa: BLE001 - as the docstring says
         log.warning("report_not_written", reason=f"{type(error).__name__}: {error}")
+
+
+def _problem(error: JobError) -> str:
+    """Message, single problems and remedy, each on a line of its own."""
+    single = error.problems if isinstance(error, ConfigError) else ()
+    return "\n".join(part for part in (error.message, *single, error.remedy) if part)
 
 
 def _summary(data: Data | None, expected: Estimate | None) -> tuple[tuple[str, str], ...]:

@@ -155,8 +155,9 @@ def _one_of(tokens: Sequence[str]) -> re.Pattern[str]:
 
 
 def spare_torch() -> None:
-    """Import transformers and datasets without torch, which they import where they find it: 5 s that tokens do not
-    need. Only for a process that never trains. (None is how Python notes a module that is not there.)"""
+    """Import transformers and datasets without torch, which they import where they find it: seconds that tokens do
+    not need. Only for a process that never trains."""
+    # None is how Python notes a module that is not there.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     try:
         import datasets  # noqa: F401, PLC0415
