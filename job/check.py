@@ -68,7 +68,7 @@ class Checked:
         try:
             yield
         except Stop as stop:
-            self.add(check, InterruptedError(f"{stop.signal_name} asked the check to stop.", remedy="Start it again."))
+            self.add(check, InterruptedError(f"{stop.signal_name} asked the run to stop.", remedy="Start it again."))
             raise
         except Exception as error:
             ended = errors.known(error)
@@ -135,7 +135,6 @@ def check(checked: Checked) -> None:
     with checked.collecting("scratch"):
         scratch = env.scratch()
         env.prepare_libraries(scratch, expect_gpu=False, cpu_only=True, quiet=True)
-        tokenizer.spare_torch()
         with tempfile.TemporaryDirectory(prefix="check-", dir=scratch) as work:
             _inside(checked, config, scratch, Path(work))
 
@@ -152,6 +151,7 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
     if not (checked.base and checked.examples):
         return
     with checked.collecting("rendering"):
+        tokenizer.spare_torch()
         checked.data = render(config, pulled, checked.examples, directory=work)
         checked.expected = reporting.expect(config, checked.base, checked.data)
 

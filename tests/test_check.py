@@ -2,12 +2,11 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import boto3
 import pytest
@@ -24,7 +23,8 @@ class Checked:
     code: int
     found: dict
     stderr: str
-    seconds: float
+    cpu_seconds: float
+    """Where others use the processor too, the clock says nothing of a check's cost."""
 
     def problem(self, check: str) -> dict:
         return next(problem for problem in self.found["problems"] if problem["check"] == check)
@@ -41,15 +41,16 @@ def execute(tmp_path, *arguments, python=(), **variables):
 
 def check(tmp_path, *arguments, **variables) -> Checked:
     """The same with `--json`: stdout must be one JSON object in one line."""
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = execute(tmp_path, "--json", *arguments, **variables)
-    seconds = time.monotonic() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     lines = done.stdout.splitlines()
     assert len(lines) == 1, (done.stdout[:2000], done.stderr[-2000:])
     found = json.loads(lines[0])
     assert found["exit_code"] == done.returncode
     assert found["ok"] is (done.returncode == 0)
-    return Checked(code=done.returncode, found=found, stderr=done.stderr, seconds=seconds)
+    return Checked(code=done.returncode, found=found, stderr=done.stderr, cpu_seconds=seconds)
 
 
 def chat(number: int) -> str:
@@ -94,7 +95,7 @@ def test_good_data(place, tmp_path):
     page = tmp_path / "page.html"
     checked = check(tmp_path, "--report", str(page), **settings(place))
     assert checked.code == 0, checked.found["problems"]
-    assert checked.seconds < 10
+    assert checked.cpu_seconds < 10
     found = checked.found
     assert (found["problems"], found["output"]["conditional_writes"]) == ([], True)
     assert found["files"][0]["rows"] == 1000 == found["train"]["rows"] + found["evaluation"]["rows"]
@@ -118,26 +119,22 @@ def test_large_weights_are_not_downloaded(place, tiny_model, tmp_path):
     for name in (path.name for path in tiny_model.glob("*safetensors*")):
         client.delete_object(Bucket=place["bucket"], Key=f"model/{name}")
     client.put_object(Bucket=place["bucket"], Key="model/model.safetensors", Body=weights)
-    checked = check(tmp_path, **settings(place))
+    checked = check(tmp_path, **settings(place, dataset=f"s3://{place['bucket']}/nothing"))
     assert checked.found["model"]["parameters"] == 4 << 20
     (stand_in,) = (tmp_path / "scratch").rglob("*.safetensors")
     assert stand_in.read_bytes().rstrip(b"\0").count(b"w") < 1 << 20
 
 
 def test_in_words(place, tmp_path):
-    """Without --json it tells the same in words, on stdout, and what libraries print is not among them."""
-    done = execute(tmp_path, **settings(place))
-    assert done.returncode == 0, done.stderr
+    """Without --json it tells the same in words on stdout, and nothing else. Neither torch nor Unsloth is imported:
+    that alone would take longer than the whole check."""
+    done = execute(tmp_path, python=("-X", "importtime"), **settings(place))
+    assert done.returncode == 0, done.stderr[-3000:]
     assert "1,000 rows, messages" in done.stdout
     assert "an estimate, not a measurement" in done.stdout
     assert "A run would begin." in done.stdout.splitlines()[-1]
     assert "{" not in done.stdout
-
-
-def test_nothing_heavy_is_imported(place, tmp_path):
-    """Neither torch nor Unsloth is imported: that alone would take longer than the whole check."""
-    done = execute(tmp_path, "--json", python=("-X", "importtime"), **settings(place))
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line}
     assert "transformers" in imported
     assert imported & set(HEAVY) == set()
 
@@ -226,9 +223,9 @@ def test_bad_arguments(tmp_path):
     assert execute(tmp_path, "--no-such").returncode == 78
 
 
-def test_a_page_that_cannot_be_written(tiny_model, rows, tmp_path):
+def test_a_page_that_cannot_be_written(rows, tmp_path):
     """A page that cannot be written is told, and the object on stdout is whole all the same."""
-    page = str(Path("/proc/nowhere.html"))
-    checked = check(tmp_path, "--report", page, model=tiny_model, dataset=rows, output=tmp_path / "o", max_length=256)
-    assert checked.code != 0
+    nowhere = tmp_path / "nowhere"
+    checked = check(tmp_path, "--report", str(nowhere / "r"), model=nowhere, dataset=rows, output=tmp_path / "o")
+    assert checked.code == 65
     assert checked.problem("report")
