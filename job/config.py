@@ -25,6 +25,7 @@ CONTENTS = ("base_weights", "model_config", "tokenizer", "training_data")
 """What a run is fingerprinted by besides its variables."""
 FIXED = ("TUNE_LORA_R", "TUNE_LORA_TARGETS", "TUNE_PRECISION")
 """Variables that a checkpoint cannot be carried over: its tensors would not fit."""
+AUTO_MICRO_BATCH = 8
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text")
 
 
@@ -263,6 +264,13 @@ class Config:
                     "`python -m job variables`, or " + ", ".join(CONTENTS) + "."
                 )
         return found
+
+    @property
+    def rows_in_pass(self) -> int:
+        """`TUNE_MICRO_BATCH`, with `auto` decided."""
+        if self.micro_batch != "auto":
+            return self.micro_batch
+        return max(n for n in range(1, AUTO_MICRO_BATCH + 1) if self.batch_size % n == 0)
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The settings that decide the result, by variable name."""

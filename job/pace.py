@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from job.config import Config
 from job.errors import ConfigError
 
-AUTO_MICRO_BATCH = 8
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
@@ -34,7 +32,7 @@ def pace(config: Config, *, examples: int) -> Pace:
     Raises:
         ConfigError: the warm-up is as long as the run.
     """
-    micro = _micro_batch(config)
+    micro = config.rows_in_pass
     per_epoch = math.ceil(examples / config.batch_size)
     steps = config.max_steps or max(1, math.ceil(per_epoch * config.epochs))
     warmup = int(config.warmup) if config.warmup >= 1 else math.ceil(config.warmup * steps)
@@ -50,9 +48,3 @@ def pace(config: Config, *, examples: int) -> Pace:
         accumulation=config.batch_size // micro,
         warmup_steps=0 if config.schedule == "constant" else min(warmup, steps - 1),
     )
-
-
-def _micro_batch(config: Config) -> int:
-    if config.micro_batch != "auto":
-        return config.micro_batch
-    return max(n for n in range(1, AUTO_MICRO_BATCH + 1) if config.batch_size % n == 0)
