@@ -134,7 +134,7 @@ def test_in_words(place, tmp_path):
     assert "an estimate, not a measurement" in done.stdout
     assert "A run would begin." in done.stdout.splitlines()[-1]
     assert "{" not in done.stdout
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line}
+    imported = {line.rpartition("|")[2].strip(' "}') for line in done.stderr.splitlines() if "import time:" in line}
     assert "transformers" in imported
     assert imported & set(HEAVY) == set()
 

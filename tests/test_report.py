@@ -5,18 +5,22 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from structlog.testing import capture_logs
 
 from job import charts, logs
 from job.arrow import prepare
+from job.base_model import inspect
 from job.data import Data
 from job.estimate import estimate
 from job.findings import Finding
 from job.formats import example
 from job.pace import pace
+from job.record import Record
 from job.rendering import IGNORED, Renderer
 from job.report import Answer, Curve, Report
-from job.reporting import lengths, report
+from job.reporting import lengths, publish, report
 from job.samples import sample, samples
+from job.storage.store import open_store
 from job.template import named
 from job.tokenizer import wrap
 from tests.test_estimate import LLAMA_1B, settings
@@ -232,6 +236,16 @@ def test_axes_hold_their_values(values):
     assert axis.ticks[-1] == pytest.approx(axis.high)
     assert all(-1e-9 <= axis.share(value) <= 1 + 1e-9 for value in values)
     assert 2 <= len(axis.ticks) <= 12
+
+
+def test_a_page_that_cannot_be_written_ends_nothing(tmp_path, tiny_model):
+    """A store that refuses the page, or a page that cannot be made, is logged, and the run goes on."""
+    data, base = rendered(tmp_path, [chat("a", "b")]), inspect(tiny_model, name="m")
+    for uri, given in (("/proc/nowhere", data), (str(tmp_path / "out"), None)):
+        record = Record(store=open_store(uri), run_id="r")
+        with capture_logs() as said:
+            publish(settings(), record, base, given, state="complete")
+        assert [line["event"] for line in said] == ["report_not_written"], said
 
 
 def test_an_empty_page_is_a_page():
