@@ -25,7 +25,7 @@ from job.base_model import BaseModel
 from job.check_view import show
 from job.config import Config
 from job.data import Data, Examples, read, render
-from job.errors import ConfigError, InterruptedError, JobError, Stop  # noqa: A004
+from job.errors import ConfigError, DeniedError, InterruptedError, JobError, Stop, StorageError  # noqa: A004
 from job.estimate import Estimate
 from job.inputs import Inputs, Puller
 from job.record import Record
@@ -34,6 +34,8 @@ from job.storage.store import open_store
 
 log = structlog.get_logger()
 PATIENCE_SECONDS = 10.0
+PATIENCE_SPENT_SECONDS = 1.0
+"""Once the output was refused or not reached for all the patience, the inputs will hardly be an exception."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,8 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
     with checked.collecting("output"):
         checked.conditional_writes = preflight.probe_output(config.output)
         began = _begun(config)
+    if any(isinstance(problem.error, DeniedError | StorageError) for problem in checked.problems):
+        config = dataclasses.replace(config, storage_patience_minutes=PATIENCE_SPENT_SECONDS / 60)
     pulled = _pull(checked, config, scratch, began)
     with checked.collecting("dataset"):
         if pulled.dataset:
