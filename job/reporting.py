@@ -185,7 +185,7 @@ def _summary(data: Data | None, expected: Estimate | None) -> tuple[tuple[str, s
         ("chat template", data.tokenizer.name),
     ]
     if expected is not None:
-        rows += [("optimizer steps", f"{expected.steps:,}"), ("passes over the data", f"{expected.epochs:.3g}")]
+        rows += [("optimizer steps", f"{expected.steps:,}"), ("epochs", f"{expected.epochs:.3g}")]
     return tuple(rows)
 
 
