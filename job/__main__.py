@@ -10,6 +10,7 @@ import argparse  # noqa: E402 - the handlers come before everything that takes t
 import contextlib  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
 import structlog  # noqa: E402
@@ -36,6 +37,10 @@ def main(arguments: list[str]) -> int:
             from job import demo  # noqa: PLC0415 - the demo's needs are not those of a run
 
             return demo.demo()
+        if chosen.command == "check":
+            from job import check  # noqa: PLC0415 - a run needs nothing of it
+
+            return check.command(as_json=chosen.json, report=chosen.report)
         logs.configure(form=env.asked_log_format(), level="info", secrets=env.secrets())
         return _preflight() if chosen.command == "preflight" else _train()
     except SystemExit as asked:  # argparse's --help
@@ -51,6 +56,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="command")
     commands.add_parser("train", help="pull, train, publish (the default)")
     commands.add_parser("preflight", help="check this machine and the credentials for the output; train nothing")
+    look = commands.add_parser(
+        "check", help="check settings, credentials, model and data; needs no GPU, trains nothing"
+    )
+    look.add_argument("--json", action="store_true", help="one JSON object instead of words")
+    look.add_argument("--report", type=Path, metavar="FILE", help="write what a run would learn as an HTML page")
     table = commands.add_parser("variables", help="list the variables")
     form = table.add_mutually_exclusive_group()
     form.add_argument("--json", dest="form", action="store_const", const="json", default="text", help="as JSON")

@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from job.errors import ConfigError, DataError
+from job.headers import LONGEST_HEADER
 
 MULTIMODAL = ("vision_config", "audio_config", "vision_tower", "audio_token_id", "image_token_id", "image_token_index")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 COPY_AGAIN = "Copy the model to TUNE_MODEL again."
-LONGEST_HEADER = 100_000_000
 # Learning rates that work for LoRA by model size in parameters (upper bound, rate); above the last, 5e-5.
 RATES = ((7e9, 2e-4), (13e9, 1e-4))
 RATE_ABOVE = 5e-5
@@ -42,6 +42,8 @@ class BaseModel:
     prequantised: str | None
     """`4bit` or `8bit` where the checkpoint itself is bitsandbytes-quantised."""
     config: dict[str, Any]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The shape of each tensor as stored, by name."""
 
     def learning_rate(self) -> float:
         """The usual LoRA learning rate for a model of this size."""
@@ -72,6 +74,7 @@ def inspect(path: Path, *, name: str) -> BaseModel:
         positions=text.get("max_position_embeddings"),
         prequantised=_quantisation(name, config),
         config=config,
+        shapes={key: tuple(tensor["shape"]) for key, tensor in tensors.items()},
     )
 
 

@@ -198,7 +198,9 @@ def gpu_present() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
-def prepare_libraries(scratch: Path, *, expect_gpu: bool, cpu_only: bool = False, deterministic: bool = False) -> None:
+def prepare_libraries(
+    scratch: Path, *, expect_gpu: bool, cpu_only: bool = False, deterministic: bool = False, quiet: bool = False
+) -> None:
     """Set what the training libraries read at import. Must run before any of them is imported.
 
     The process that trains is offline from its first import: hub downloads run in a child process (`job.hub`).
@@ -236,6 +238,8 @@ def prepare_libraries(scratch: Path, *, expect_gpu: bool, cpu_only: bool = False
         os.environ["UNSLOTH_DISABLE_CPU_FALLBACK"] = "1"
     # One card: with more in sight the trainer would spread the batch over them.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    if quiet:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS promises to repeat itself only with a fixed one
     if cpu_only:

@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +42,21 @@ class _UnreachableError(Exception):
     """The hub does not answer, or not now."""
 
 
-def fetch_model(name: str, directory: Path, *, patience_seconds: float = 3600.0) -> HubFetched:
+def fetch_model(name: str, directory: Path, *, patience_seconds: float = 3600.0, weights: bool = True) -> HubFetched:
     """Download a model's weights (safetensors only), configuration, tokenizer and templates.
 
     Args:
         name: `org/name` or `org/name@revision`.
         directory: where to; what is there already is not fetched again.
         patience_seconds: how long an outage is waited for.
+        weights: False brings stand-ins with the headers and sizes of the weights.
 
     Raises:
         DataError: no such repository or revision, or no safetensors in it.
         DeniedError: gated or private, and the token does not open it.
         StorageError: unreachable past the patience, or offline.
     """
-    return _fetch(_request("model", name, directory), patience_seconds)
+    return _fetch(replace(_request("model", name, directory), weights=weights), patience_seconds)
 
 
 def fetch_dataset(uri: str, directory: Path, *, patience_seconds: float = 3600.0) -> HubFetched:

@@ -6,6 +6,7 @@ It is online where the user may be, and ends when its standard input closes: it 
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import json
 import os
@@ -17,8 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, errors, get_token, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, errors, get_token, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+from job import headers
 from job.errors import JobError, StorageError
 from job.hub_files import MODEL_FILES, Request, data_files, model_files
 
@@ -55,15 +58,33 @@ def _download(request: Request) -> dict[str, Any]:
     info = HfApi().repo_info(repo, repo_type=kind, revision=request.revision, files_metadata=True)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
     files = model_files(repo, list(sizes)) if kind == "model" else _dataset_files(request, info.sha, list(sizes))
-    _require_free(directory, sum(sizes[name] for name in files))
-    with _progress(request, files, sum(sizes[name] for name in files)):
+    skimmed = [] if request.weights else [name for name in files if name.endswith(headers.SUFFIX)]
+    whole = [name for name in files if name not in skimmed]
+    _require_free(directory, sum(sizes[name] for name in whole))
+    for name in skimmed:
+        headers.stand_in(Path(directory, name), sizes[name], functools.partial(_start, repo, info.sha, name))
+    with _progress(request, whole, sum(sizes[name] for name in whole)):
         # The names are escaped because they are patterns here; the commit spares another look at the branch.
-        patterns = [glob.escape(name) for name in files]
+        patterns = [glob.escape(name) for name in whole]
         snapshot_download(repo, repo_type=kind, revision=info.sha, local_dir=directory, allow_patterns=patterns)
     for name in files:
         if not Path(directory, name).is_file() or Path(directory, name).stat().st_size != sizes[name]:
             raise StorageError(f"{repo}: {name} did not arrive whole.", remedy="Run again.")
     return {"path": directory, "name": repo, "commit": info.sha, "files": sorted(files)}
+
+
+def _start(repo: str, commit: str, name: str, size: int) -> bytes:
+    """The first bytes of a file; no more than those, also from a server that knows no ranges."""
+    request = {"Range": f"bytes=0-{size - 1}", **build_hf_headers()}
+    url = hf_hub_url(repo, name, revision=commit)
+    found = b""
+    with get_session().stream("GET", url, headers=request, follow_redirects=True) as reply:
+        hf_raise_for_status(reply)
+        for part in reply.iter_raw():
+            found += part
+            if len(found) >= size:
+                break
+    return found[:size]
 
 
 def _from_cache(request: Request) -> dict[str, Any]:

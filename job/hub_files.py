@@ -34,6 +34,8 @@ class Request:
     revision: str | None
     split: str | None
     directory: str
+    weights: bool = True
+    """False asks for stand-ins with the headers of the weights (`job.headers`)."""
 
 
 def model_files(repo: str, names: list[str]) -> list[str]:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job import hub
+from job import headers, hub
 from job.config import HUB_NAME, Config
 from job.digests import sha256
 from job.errors import DataError
-from job.storage.fetch import Fetched, fetch, look
+from job.storage.fetch import Fetched, fetch, look, skim
 
 MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
 NAMED_TEMPLATE = ("s3://", "/")
@@ -65,37 +65,40 @@ class Inputs:
         }
 
 
-def pull(config: Config, *, scratch: Path, pinned: dict[str, Any] | None, date: str | None = None) -> Inputs:
+def pull(
+    config: Config, *, scratch: Path, pinned: dict[str, Any] | None, date: str | None = None, weights: bool = True
+) -> Inputs:
     """Bring everything to local disk.
 
     Args:
         scratch: where downloads are kept and found again.
         pinned: `inputs.json` of an earlier attempt: exactly its files are read.
         date: of the run's first attempt (ISO 8601); today where None.
+        weights: False leaves stand-ins in the place of remote weights, with their headers and sizes.
 
     Raises:
         DataError: something is missing.
         DeniedError: credentials or a licence.
         StorageError: unreachable past the patience, or the disk is full.
     """
-    puller = _Puller(
-        directory=scratch / "inputs",
-        patience_seconds=config.storage_patience_minutes * 60,
-        names=None if pinned is None else frozenset(file["name"] for file in pinned["files"]),
-    )
+    puller = Puller.of(config, scratch=scratch, pinned=pinned, weights=weights)
     model, model_files, revision = puller.model(config.model)
-    template = config.chat_template if config.chat_template.startswith(NAMED_TEMPLATE) else None
-    template_files = puller.data([template]) if template else ()
+    text, template_files = puller.template(config.chat_template)
     return Inputs(
         model=model,
         model_files=model_files,
         model_revision=revision,
         dataset=puller.data(config.dataset),
         eval_dataset=puller.data(config.eval_dataset),
-        template_text=_text(template_files[0]) if template_files else None,
+        template_text=text,
         template_files=template_files,
-        date=datetime.date.fromisoformat(date) if date else datetime.datetime.now(datetime.UTC).date(),
+        date=day(date),
     )
+
+
+def day(date: str | None) -> datetime.date:
+    """The date that templates may print: that of the run's first attempt, or today."""
+    return datetime.date.fromisoformat(date) if date else datetime.datetime.now(datetime.UTC).date()
 
 
 def listing(config: Config, *, pinned: dict[str, Any]) -> dict[str, Any]:
@@ -135,19 +138,39 @@ def _is_model_file(key: str) -> bool:
     return key.endswith(MODEL_FILES) and "/" not in key
 
 
+def _is_small_model_file(key: str) -> bool:
+    return _is_model_file(key) and not key.endswith(headers.SUFFIX)
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Puller:
+class Puller:
+    """Brings one kind of input after the other; `pull` brings them all."""
+
     directory: Path
     patience_seconds: float
     names: frozenset[str] | None
     """What an earlier attempt read; None for the first."""
+    weights: bool
+
+    @classmethod
+    def of(cls, config: Config, *, scratch: Path, pinned: dict[str, Any] | None, weights: bool = True) -> Puller:
+        """See `pull`."""
+        return cls(
+            directory=scratch / "inputs",
+            patience_seconds=config.storage_patience_minutes * 60,
+            names=None if pinned is None else frozenset(file["name"] for file in pinned["files"]),
+            weights=weights,
+        )
 
     def model(self, name: str) -> tuple[Path, tuple[File, ...], str | None]:
-        place = self._place(name)
+        """The directory, what was read, and the commit of a model from the hub."""
+        place = self._place(name if self.weights else f"{name} without weights")
         if HUB_NAME.fullmatch(name):
-            found = hub.fetch_model(name, place, patience_seconds=self.patience_seconds)
+            found = hub.fetch_model(name, place, patience_seconds=self.patience_seconds, weights=self.weights)
             return found.path, _hub_files(found), found.commit
-        files = self._fetch(name, place, wanted=_is_model_file)
+        files = self._fetch(name, place, wanted=_is_model_file if self.weights else _is_small_model_file)
+        if not self.weights:
+            files += skim(name, place, patience_seconds=self.patience_seconds)
         if not name.startswith("s3://"):
             place.parent.mkdir(parents=True, exist_ok=True)
             link = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
@@ -156,7 +179,15 @@ class _Puller:
         read = (_file(file, named=False) for file in files)
         return place, tuple(dataclasses.replace(f, etag=_identity(f.name, f.etag, None)) for f in read), None
 
+    def template(self, name: str) -> tuple[str | None, tuple[File, ...]]:
+        """The text of a chat template that is a file, and the file; None for any other."""
+        if not name.startswith(NAMED_TEMPLATE):
+            return None, ()
+        files = self.data([name])
+        return _text(files[0]), files
+
     def data(self, uris: Sequence[str]) -> tuple[File, ...]:
+        """The files of all these places."""
         found: list[File] = []
         for uri in uris:
             if uri.startswith("hf://"):

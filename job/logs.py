@@ -85,6 +85,17 @@ def configure(*, form: str, level: str, secrets: Iterable[str] = ()) -> None:
     _adopt_stdlib([_foreign, *shared], last)
 
 
+def to_stderr() -> int:
+    """Send stdout to stderr from here on, before `configure`: what is logged and printed stands beside a result.
+
+    Returns:
+        a file descriptor of the real stdout.
+    """
+    result = os.dup(1)
+    os.dup2(2, 1)
+    return result
+
+
 def set_level(level: str) -> None:
     """Change the least level of the job's own lines, once the configuration is known."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from job import base_model, checkpoints, env, fingerprint, inputs, logs, metrics, preflight, signals
+from job import base_model, checkpoints, env, fingerprint, inputs, logs, metrics, preflight, reporting, signals
 from job.artifacts import Artifact, publish
 from job.attempts import Attempts
 from job.base_model import BaseModel
@@ -145,6 +145,7 @@ def _live(life: Life) -> None:
 
     restored = restore(life, mark, check=finetuning.check_checkpoint)
     config = with_plan(config, restored)
+    reporting.publish(config, record, base, data, state="in progress")
     finetune = finetuning.Finetune.load(base, config, data, directory=life.work)
     if restored is not None and restored.step > finetune.plan.steps:
         raise ConfigError(
@@ -163,6 +164,8 @@ def _live(life: Life) -> None:
     card = _card(final, data, pulled, base, base_hashes)
     artifacts = export(config, finetune, record, base, card, directory=life.work / "export")
     life.ledger.check()
+    measured = {**final["results"], **finetune.memory_report()}
+    reporting.publish(config, record, base, data, state="complete", measured=measured)
     record.finish({**final, "artifacts": [artifact.as_json() for artifact in artifacts]})
     seconds = round(time.monotonic() - started, 1)
     _quietly(lambda: life.attempts.end("complete", exit_code=0, seconds=seconds))

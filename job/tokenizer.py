@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -151,6 +152,22 @@ class Tokenizer:
 
 def _one_of(tokens: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+
+def spare_torch() -> None:
+    """Import transformers and datasets without torch, which they import where they find it: seconds that tokens do
+    not need. Only for a process that never trains."""
+    # None is how Python notes a module that is not there.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    try:
+        import datasets  # noqa: F401, PLC0415
+        from transformers import AutoTokenizer  # noqa: F401, PLC0415
+        from transformers.utils import is_torch_available  # noqa: PLC0415
+
+        is_torch_available()  # it remembers what it found
+    finally:
+        if sys.modules["torch"] is None:
+            del sys.modules["torch"]  # datasets takes a name that is there for the module
 
 
 def load(

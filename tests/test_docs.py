@@ -20,6 +20,7 @@ NAMES = [path.name for path in DOCUMENTS]
 NEED_NO_ENTRY = {
     "job/__main__.py: \0.": "argparse's own words; the entry for the command line quotes the usage",
     "job/__main__.py: \0: \0": "an unforeseen error's own words; the entry for exit 1 quotes the remedy",
+    "job/check.py: \0: \0": "the same, found by a check",
     "job/storage/client.py: \0.": "boto3's own words; the entry for the profile quotes the remedy",
     "job/storage/upload.py: \0: \0.": "the store's own words; an entry quotes the remedy",
     "job/base_model.py: \0 has \0.": "both things that it can lack are quoted",

@@ -15,7 +15,7 @@ import promql_parser
 import pytest
 import yaml
 
-from job import metrics, variables
+from job import estimate, metrics, shape, variables
 from tests import documents, messages
 from tests.jobs import ROOT
 
@@ -169,23 +169,21 @@ SHAPES = {
     "70B": (8192, 28_672, 80, 1024, 128_256),
 }
 """Llama shapes: hidden size, intermediate size, layers, width of keys and values, vocabulary."""
-NF4 = 0.5 + 1 / 64 + 4 / 64 / 256
 TOKENS = 16_384
 
 
-def sizes(shape: tuple[int, ...]) -> list[str]:
-    """The column of the sizing table, by the rules that the page gives."""
-    hidden, inner, layers, keys, words = shape
-    linear = layers * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner)
-    vocabulary = 2 * words * hidden
-    adapter = layers * 16 * (4 * hidden + 2 * (hidden + keys) + 3 * (hidden + inner))
-    on_card = [linear * width + 2 * vocabulary for width in (NF4, 1, 2)]
-    whole = 2 * (linear + vocabulary)
-    giga = [*on_card, 10 * adapter, whole, TOKENS * hidden * 2 * layers]
-    four, eight, sixteen, trained, files, moved = (f"{size / 1e9:.1f}" for size in giga)
-    parameters = f"{(linear + vocabulary) / 1e9:.2f}"
-    checkpoint = f"{6 * adapter / 1e6:.0f}"
-    return [parameters, f"{adapter / 1e6:.1f}", four, eight, sixteen, trained, checkpoint, files, moved]
+def sizes(dimensions: tuple[int, ...]) -> list[str]:
+    """The column of the sizing table, by the formulas that `python -m job check` estimates with."""
+    hidden, inner, layers, keys, vocabulary = dimensions
+    llama = shape.llama(hidden=hidden, inner=inner, layers=layers, keys=keys, vocabulary=vocabulary)
+    adapter = llama.adapter(16)
+    on_card = [estimate.weight_bytes(llama, precision) for precision in ("4bit", "8bit", "16bit")]
+    trained = estimate.training_bytes(adapter, "adamw_8bit")
+    giga = [*on_card, trained, 2 * llama.parameters, estimate.moved_bytes(llama, TOKENS)]
+    four, eight, sixteen, states, files, moved = (f"{size / 1e9:.1f}" for size in giga)
+    checkpoint = f"{6 * adapter / 1e6:.0f}"  # adapter in 32 bit, and two states of a byte each
+    parameters = f"{llama.parameters / 1e9:.2f}"
+    return [parameters, f"{adapter / 1e6:.1f}", four, eight, sixteen, states, checkpoint, files, moved]
 
 
 def test_sizes_follow_from_the_shapes():
@@ -194,7 +192,7 @@ def test_sizes_follow_from_the_shapes():
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
     assert table[0][1:] == list(SHAPES)
     columns = list(zip(*(row[1:] for row in table[2:]), strict=True))
-    assert [list(column) for column in columns] == [sizes(shape) for shape in SHAPES.values()]
+    assert [list(column) for column in columns] == [sizes(dimensions) for dimensions in SHAPES.values()]
     measured = json.loads((ROOT / "benchmarks/results/gpu-run-2026-11-22-h100.json").read_text())["model_loaded"]
     first = sizes(SHAPES["1.5B"])
     assert first[0] == f"{measured['parameters'] / 1e9:.2f}"

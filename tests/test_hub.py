@@ -222,3 +222,17 @@ def test_model_files() -> None:
     """Weights are taken once: not the copies that some repositories carry in other formats."""
     names = ["consolidated.safetensors", "model-1.safetensors", "model.safetensors.index.json", "onnx/config.json"]
     assert ["model-1.safetensors", "model.safetensors.index.json"] == model_files("org/model", names)
+
+
+def test_a_model_without_its_weights(hub: Hub, tmp_path: Path) -> None:
+    """Asked for without weights, a model comes with stand-ins: the size and the header of each file, and nothing
+    behind it. They have a place of their own, so that no run takes them for weights."""
+    header = b'{"a": {"dtype": "BF16", "shape": [300000], "data_offsets": [0, 600000]}}'
+    weights = len(header).to_bytes(8, "little") + header + b"w" * 600_000
+    hub.repositories["org/model"] = {**MODEL, "model.safetensors": weights}
+    found = fetch_model("org/model", tmp_path / "model", weights=False)
+    stand_in = (found.path / "model.safetensors").read_bytes()
+    assert len(stand_in) == len(weights)
+    assert stand_in.startswith(weights[: 8 + len(header)])
+    assert not stand_in.rstrip(b"\0").endswith(b"w" * 200_000)
+    assert (found.path / "config.json").read_bytes() == b"{}"

@@ -117,6 +117,19 @@ def finished(settings, tmp_path_factory) -> Ended:
     )
 
 
+def test_the_report_of_a_run(finished, place):
+    """A finished run leaves a page with what was learned, its losses, answers from before and after, and no secret."""
+    assert finished.code == 0
+    page = place.get("runs/first/report.html").decode()
+    assert ">complete<" in page
+    assert 'class="t l' in page
+    assert page.count("<polyline") == 2
+    assert "before training" in page
+    assert "after training" in page
+    assert "host memory peak" in page
+    assert SECRET not in page
+
+
 def test_a_run_completes_with_its_events(finished):
     """The documented events come in order, with their documented fields."""
     assert finished.code == 0

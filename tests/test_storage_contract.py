@@ -61,6 +61,14 @@ def test_written_is_read(store: Store) -> None:
         assert (key, len(data)) == (found.key, found.size)
 
 
+def test_the_beginning_is_read(store: Store) -> None:
+    """The first bytes of an object can be read without the rest; of one that is not there, None."""
+    store.write("a", b"0123456789")
+    assert store.read_start("a", 4) == b"0123"
+    assert store.read_start("a", 100) == b"0123456789"
+    assert store.read_start("b", 4) is None
+
+
 def test_absent(store: Store) -> None:
     """What is not there reads as None, lists as nothing, and is deleted without complaint."""
     assert store.read("nothing") is None

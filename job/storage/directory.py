@@ -57,6 +57,16 @@ class DirectoryStore:
             except (*_ABSENT, IsADirectoryError):
                 return None
 
+    def read_start(self, key: str, size: int) -> bytes | None:
+        """See `Store.read_start`."""
+        path = self._path(key)
+        with disk_errors(path):
+            try:
+                with path.open("rb") as file:
+                    return file.read(size)
+            except (*_ABSENT, IsADirectoryError):
+                return None
+
     def write(self, key: str, data: bytes) -> None:
         """See `Store.write`."""
         path = self._path(key)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import structlog
 
+from job import headers
 from job.errors import DataError
 from job.storage.disk import disk_errors, write_atomically
 from job.storage.faults import ChangedError, MissingError
@@ -84,6 +85,27 @@ def look(
     except MissingError:
         return {}
     return {found.name(entry): entry for entry in found.entries}
+
+
+def skim(uri: str, directory: Path, *, patience_seconds: float = 3600.0) -> list[Fetched]:
+    """Like `fetch` for the safetensors files of a model, but of remote ones only the headers are brought, into
+    stand-ins (`job.headers`); empty when there are none."""
+    try:
+        found = _find(uri, patience_seconds, lambda key: key.endswith(headers.SUFFIX) and "/" not in key)
+    except MissingError:
+        return []
+    if isinstance(parse(uri), Path):
+        return [found.fetched(entry, Path(found.store.uri) / entry.key) for entry in found.entries]
+
+    def take(entry: Entry, _: threading.Event) -> None:
+        def read(size: int) -> bytes:
+            return found.store.read_start(entry.key, size) or b""
+
+        with disk_errors(directory):
+            headers.stand_in(directory / entry.key, entry.size, read)
+
+    each(take, found.entries, workers=_WORKERS)
+    return [found.fetched(entry, directory / entry.key) for entry in found.entries]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,10 @@ class Store(Protocol):
         """The content of a small object, or None."""
         ...
 
+    def read_start(self, key: str, size: int) -> bytes | None:
+        """The first `size` bytes of an object that has as many, or None."""
+        ...
+
     def write(self, key: str, data: bytes) -> None:
         """Create or replace a small object, whole or not at all."""
         ...
@@ -112,7 +116,7 @@ def open_store(
     Args:
         uri: `s3://bucket/prefix`, `file:///path` or an absolute path. A missing directory is made by the first write.
         patience_seconds: how long one operation is retried through an outage, counted from its first failure.
-        denied_patience_seconds: how long a refusal is retried.
+        denied_patience_seconds: how long a refusal is retried; never longer than an outage.
         reply_seconds: how long a server may stay silent.
     """
     address = parse(uri)
@@ -122,7 +126,7 @@ def open_store(
         return S3Store(
             address,
             patience_seconds=patience_seconds,
-            denied_patience_seconds=denied_patience_seconds,
+            denied_patience_seconds=min(denied_patience_seconds, patience_seconds),
             reply_seconds=reply_seconds,
         )
     from job.storage.directory import DirectoryStore  # noqa: PLC0415 - for symmetry

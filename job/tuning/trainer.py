@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from job.config import Config
-from job.errors import NO_SPACE, ConfigError, HopelessError
+from job.errors import NO_SPACE, HopelessError
+from job.pace import pace
 from job.tuning import model as adapter
 from job.tuning.batches import IGNORED
 from job.tuning.checkpoint import write_adapter
@@ -59,28 +59,20 @@ def plan(config: Config, device: Device, *, examples: int, learning_rate: float,
     Raises:
         ConfigError: the warm-up is as long as the run.
     """
-    micro = config.rows_in_pass
-    per_epoch = math.ceil(examples / config.batch_size)
-    steps = config.max_steps or max(1, math.ceil(per_epoch * config.epochs))
+    cut = pace(config, examples=examples)
     gpu = device.kind == "cuda"
-    warmup = int(config.warmup) if config.warmup >= 1 else math.ceil(config.warmup * steps)
-    if warmup >= steps > 1:
-        raise ConfigError(
-            f"TUNE_WARMUP={config.warmup:g} is {warmup} steps, and the run has {steps}.",
-            remedy="Lower the warm-up: the learning rate would never reach its value.",
-        )
     return Plan(
         examples=examples,
-        steps=steps,
-        epochs=steps / per_epoch,
+        steps=cut.steps,
+        epochs=cut.epochs,
         batch_size=config.batch_size,
-        micro_batch=micro,
-        accumulation=config.batch_size // micro,
+        micro_batch=cut.micro_batch,
+        accumulation=cut.accumulation,
         padding_free=gpu,
         gradient_checkpointing=checkpointing,
         optimizer=config.optimizer if gpu else CPU_OPTIMIZER,
         learning_rate=learning_rate if config.learning_rate == "auto" else config.learning_rate,
-        warmup_steps=0 if config.schedule == "constant" else min(warmup, steps - 1),
+        warmup_steps=cut.warmup_steps,
         schedule=config.schedule,
         compute_dtype=str(device.dtype).removeprefix("torch."),
         deterministic=config.deterministic,

@@ -1,0 +1,240 @@
+"""`python -m job check`: whether a run would begin, and what it would learn, told in seconds and without a GPU.
+
+It does what a run does up to rendering, without loading weights: it reads none, asks for no GPU, claims no attempt, and
+writes nothing to the output but a probe that it deletes. Whatever is wrong is collected, and the first that a run would
+end with gives the exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from job import base_model, env, errors, fingerprint, inputs, logs, preflight, reporting, termination, tokenizer
+from job.base_model import BaseModel
+from job.check_view import show
+from job.config import Config
+from job.data import Data, Examples, read, render
+from job.errors import ConfigError, DeniedError, InterruptedError, JobError, Stop, StorageError  # noqa: A004
+from job.estimate import Estimate
+from job.inputs import Inputs, Puller
+from job.record import Record
+from job.report import Report
+from job.storage.store import open_store
+
+log = structlog.get_logger()
+PATIENCE_SECONDS = 10.0
+PATIENCE_SPENT_SECONDS = 1.0
+"""Once the output was refused or not reached for all the patience, the inputs will hardly be an exception."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something that a run would end with."""
+
+    check: str
+    """Which check found it."""
+    error: JobError
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        more = {"problems": list(self.error.problems)} if isinstance(self.error, ConfigError) else {}
+        return {"check": self.check, **termination.facts(self.error), **more}
+
+
+@dataclass(kw_only=True)
+class Checked:
+    """What is known so far; what a problem keeps from being known stays None."""
+
+    problems: list[Problem] = field(default_factory=list)
+    config: Config | None = None
+    conditional_writes: bool | None = None
+    base: BaseModel | None = None
+    examples: Examples | None = None
+    data: Data | None = None
+    expected: Estimate | None = None
+
+    @contextlib.contextmanager
+    def collecting(self, check: str) -> Iterator[None]:
+        """Note what goes wrong in one check, and go on with the next."""
+        try:
+            yield
+        except Stop as stop:
+            self.add(check, InterruptedError(f"{stop.signal_name} asked the run to stop.", remedy="Start it again."))
+            raise
+        except Exception as error:
+            ended = errors.known(error)
+            if ended is None:
+                log.exception("check_failed", check=check)
+                ended = JobError(f"{type(error).__name__}: {error}", remedy="The log has the traceback.")
+            self.add(check, ended)
+
+    def add(self, check: str, error: JobError) -> None:
+        """Note a problem."""
+        self.problems.append(Problem(check=check, error=error))
+
+    @property
+    def exit_code(self) -> int:
+        """That of the first problem, as a run would end; 0 without one."""
+        return self.problems[0].error.exit_code if self.problems else 0
+
+    def report(self) -> Report | None:
+        """The page; None without a valid configuration."""
+        if self.config is None:
+            return None
+        found = [problem.error for problem in self.problems]
+        return reporting.report(self.config, state="check", data=self.data, expected=self.expected, problems=found)
+
+
+def command(*, as_json: bool, report: Path | None) -> int:
+    """Check, and say on stdout what was found; logs go to stderr.
+
+    Args:
+        as_json: one JSON object instead of words.
+        report: where to write the page.
+
+    Returns:
+        the exit code, as of a run.
+    """
+    started = time.monotonic()
+    result = logs.to_stderr()
+    logs.configure(form=env.asked_log_format(), level="warning", secrets=env.secrets())
+    checked = Checked()
+    with contextlib.suppress(Stop):
+        check(checked)
+    with checked.collecting("report"):
+        _write(checked, report)
+    facts = {**_facts(checked), "report": str(report) if report else None, "seconds": time.monotonic() - started}
+    said = logs.redact(json.dumps(facts, ensure_ascii=False, default=str)) + "\n"
+    with os.fdopen(result, "w", encoding="utf-8", errors="replace") as stdout:
+        if as_json:
+            stdout.write(said)
+        else:
+            show(json.loads(said), stdout)
+    if checked.problems:
+        termination.tell(checked.problems[0].error)
+    return checked.exit_code
+
+
+def check(checked: Checked) -> None:
+    """All checks, in the order in which a run would meet them; each as far as those before it allow."""
+    with checked.collecting("configuration"):
+        checked.config = env.load()
+    if checked.config is None:
+        return
+    config = dataclasses.replace(checked.config, storage_patience_minutes=PATIENCE_SECONDS / 60)
+    logs.bind(run_id=config.identity())
+    with checked.collecting("scratch"):
+        scratch = env.scratch()
+        env.prepare_libraries(scratch, expect_gpu=False, cpu_only=True, quiet=True)
+        with tempfile.TemporaryDirectory(prefix="check-", dir=scratch) as work:
+            _inside(checked, config, scratch, Path(work))
+
+
+def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None:
+    began = None
+    with checked.collecting("output"):
+        checked.conditional_writes = preflight.probe_output(config.output)
+        began = _begun(config)
+    if any(isinstance(problem.error, DeniedError | StorageError) for problem in checked.problems):
+        config = dataclasses.replace(config, storage_patience_minutes=PATIENCE_SPENT_SECONDS / 60)
+    pulled = _pull(checked, config, scratch, began)
+    with checked.collecting("dataset"):
+        if pulled.dataset:
+            checked.examples = read(config, pulled)
+    if not (checked.base and checked.examples):
+        return
+    with checked.collecting("rendering"):
+        tokenizer.spare_torch()
+        checked.data = render(config, pulled, checked.examples, directory=work)
+        checked.expected = reporting.expect(config, checked.base, checked.data)
+
+
+def _begun(config: Config) -> dict[str, Any] | None:
+    """What an earlier attempt at this run read; None if there was none, or it may be another now.
+
+    Raises:
+        ConfigError: it had other settings.
+    """
+    store = open_store(config.output, patience_seconds=PATIENCE_SECONDS)
+    record = Record(store=store, run_id=config.identity())
+    first = record.first()
+    if config.resume == "fresh" or first is None:
+        return None
+    fingerprint.check(record.run_id, first["fingerprint"], fingerprint.settings(config), allowed=config.allow_change)
+    return record.inputs()
+
+
+def _pull(checked: Checked, config: Config, scratch: Path, began: dict[str, Any] | None) -> Inputs:
+    """Bring the inputs here, each as far as it can be had: what is missing is empty."""
+    pinned = None if fingerprint.contents_may_change(config) else began
+    puller = Puller.of(config, scratch=scratch, pinned=pinned, weights=False)
+    pulled = Inputs(
+        model=scratch,
+        model_files=(),
+        model_revision=None,
+        dataset=(),
+        eval_dataset=(),
+        template_text=None,
+        template_files=(),
+        date=inputs.day(began["date"] if began else None),
+    )
+    with checked.collecting("model"):
+        model, files, revision = puller.model(config.model)
+        pulled = dataclasses.replace(pulled, model=model, model_files=files, model_revision=revision)
+        base = base_model.inspect(model, name=config.model)
+        base_model.check_fits(base, precision=config.precision, max_length=config.max_length, export=config.export)
+        checked.base = base
+    with checked.collecting("chat template"):
+        text, files = puller.template(config.chat_template)
+        pulled = dataclasses.replace(pulled, template_text=text, template_files=files)
+    with checked.collecting("dataset"):
+        pulled = dataclasses.replace(pulled, dataset=puller.data(config.dataset))
+    with checked.collecting("evaluation dataset"):
+        held_out = puller.data(config.eval_dataset)
+        return dataclasses.replace(pulled, eval_dataset=held_out)
+    return pulled
+
+
+def _write(checked: Checked, path: Path | None) -> None:
+    page = checked.report() if path else None
+    if path and page:
+        path.write_bytes(page.encoded())
+
+
+def _facts(checked: Checked) -> dict[str, Any]:
+    """All that was found, as JSON holds it."""
+    config, data, base = checked.config, checked.data, checked.base
+    return {
+        "ok": not checked.problems,
+        "exit_code": checked.exit_code,
+        "run_id": config.identity() if config else None,
+        "problems": [problem.as_json() for problem in checked.problems],
+        "findings": [dataclasses.asdict(finding) for finding in reporting.all_findings(data)] if data else [],
+        "output": {"uri": config.output, "conditional_writes": checked.conditional_writes} if config else None,
+        "model": _model(base) if base else None,
+        "files": [dataclasses.asdict(facts) for facts in checked.examples.files] if checked.examples else [],
+        "skipped_files": list(checked.examples.skipped) if checked.examples else [],
+        "train": dataclasses.asdict(data.train.counts) if data else None,
+        "evaluation": dataclasses.asdict(data.evaluation.counts) if data and data.evaluation else None,
+        "eval_note": checked.examples.split.note if checked.examples else "",
+        "lengths": dataclasses.asdict(reporting.lengths(data, config)) if data and config else None,
+        "chat_template": data.tokenizer.name if data else None,
+        "tokenizer_notes": list(data.tokenizer.notes) if data else [],
+        "estimate": dataclasses.asdict(checked.expected) if checked.expected else None,
+    }
+
+
+def _model(base: BaseModel) -> dict[str, Any]:
+    names = ("name", "architecture", "parameters", "positions", "prequantised")
+    return {name: getattr(base, name) for name in names}

@@ -1,0 +1,91 @@
+"""Training sequences as a reader sees them: token by token, with what is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from job import logs
+from job.data import Data
+from job.rendering import IGNORED
+from job.report import Sample, Token
+from job.tokenizer import Tokenizer
+
+SHOWN_FIRST, SHOWN_LAST = 900, 300
+"""Tokens of a sequence that is too long to be shown whole."""
+LONGEST_CHARACTER = 8
+"""Tokens that one character may take; byte-level tokenizers need up to four."""
+UNFINISHED = "\ufffd"
+
+
+def samples(data: Data) -> tuple[Sample, ...]:
+    """The first sequences, one of the usual length, and the longest."""
+    rows = data.train.dataset
+    lengths = rows.data.column("length").to_numpy()
+    order = np.argsort(lengths, kind="stable")
+    named = {0: "The first sequence", 1: "The second"}
+    named.setdefault(int(order[len(order) // 2]), "One of the usual length")
+    named.setdefault(int(order[-1]), "The longest")
+    return tuple(
+        sample(data.tokenizer, rows[at]["input_ids"], rows[at]["labels"], name=f"{name} (number {at + 1:,})")
+        for at, name in named.items()
+        if at < len(lengths)
+    )
+
+
+def sample(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int], *, name: str) -> Sample:
+    """One sequence. One that holds a secret of this environment is not shown: masked in pieces it could be read."""
+    learned = [label != IGNORED for label in labels]
+    text = _decode(tokenizer.hf, ids)
+    if logs.redact(text) != text:
+        note = "Not shown: it holds a secret of this environment"
+        return Sample(
+            name=name, tokens=(), left_out=0, left_out_after=0, count=len(ids), learned=sum(learned), note=note
+        )
+    left_out = max(len(ids) - SHOWN_FIRST - SHOWN_LAST, 0)
+    last = SHOWN_FIRST + left_out
+    tokens = _tokens(tokenizer.hf, ids, learned, 0, SHOWN_FIRST if left_out else len(ids))
+    if left_out:
+        tokens += _tokens(tokenizer.hf, ids, learned, last, len(ids))
+    return Sample(
+        name=name,
+        tokens=tuple(tokens),
+        left_out=left_out,
+        left_out_after=SHOWN_FIRST,
+        count=len(ids),
+        learned=sum(learned),
+    )
+
+
+def _tokens(hf: Any, ids: Sequence[int], learned: Sequence[bool], start: int, end: int) -> list[Token]:
+    """What each token adds to the text. The first of several that make one character shows it, the others nothing."""
+    special = {number for number, token in hf.added_tokens_decoder.items() if token.special}
+    found: list[Token] = []
+    at = start
+    while at < end:
+        upto = at + 1
+        text = _added(hf, ids, at, upto)
+        while text.endswith(UNFINISHED) and upto < min(end, at + LONGEST_CHARACTER):
+            upto += 1
+            text = _added(hf, ids, at, upto)
+        if text.endswith(UNFINISHED):  # half a character that the text really has
+            upto = at + 1
+            text = _added(hf, ids, at, upto)
+        found += [
+            Token(text=text if number == at else "", learned=learned[number], special=ids[number] in special)
+            for number in range(at, upto)
+        ]
+        at = upto
+    return found
+
+
+def _added(hf: Any, ids: Sequence[int], start: int, end: int) -> str:
+    """The text of tokens behind the one before them: some tokenizers drop the space before a text's first word."""
+    before, both = _decode(hf, ids[max(start - 1, 0) : start]), _decode(hf, ids[max(start - 1, 0) : end])
+    return both.removeprefix(before) if both.startswith(before) else _decode(hf, ids[start:end])
+
+
+def _decode(hf: Any, ids: Sequence[int]) -> str:
+    return str(hf.backend_tokenizer.decode(list(ids), skip_special_tokens=False))
