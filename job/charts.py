@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-BINS = 30
 POINTS = 400
 TICKS = 5
 
@@ -37,17 +36,6 @@ def nice(least: float) -> float:
     """The smallest of 1, 2, 5, 10, 20, ... (and their tenths) that is not below `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= least * (1 - 1e-9))
-
-
-def bins(values: Sequence[int]) -> tuple[Bin, ...]:
-    """A histogram of whole numbers from 0 on, in at most thirty bins of a round width."""
-    if not values:
-        return ()
-    width = max(1, int(nice((max(values) + 1) / BINS)))
-    counts = [0] * (max(values) // width + 1)
-    for value in values:
-        counts[value // width] += 1
-    return tuple(Bin(start=at * width, end=(at + 1) * width, count=count) for at, count in enumerate(counts))
 
 
 def axis(values: Sequence[float], *, from_zero: bool = False) -> Axis:

@@ -24,7 +24,7 @@ from job import base_model, env, errors, fingerprint, inputs, logs, preflight, r
 from job.base_model import BaseModel
 from job.check_view import show
 from job.config import Config
-from job.data import Data, Examples, read, render
+from job.data import Data, Examples, judge, read, render
 from job.errors import ConfigError, DeniedError, InterruptedError, JobError, Stop, StorageError  # noqa: A004
 from job.estimate import Estimate
 from job.inputs import Inputs, Puller
@@ -152,6 +152,9 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
     with checked.collecting("dataset"):
         if pulled.dataset:
             checked.examples = read(config, pulled)
+            surveyed = checked.examples.surveyed
+            with checked.collecting("quality"):
+                judge(config, surveyed.findings, rows=surveyed.rows)
     if not (checked.base and checked.examples):
         return
     with checked.collecting("rendering"):

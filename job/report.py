@@ -74,6 +74,10 @@ class Lengths:
     longest: int
     limit: int
     """TUNE_MAX_LENGTH."""
+    suggested: int
+    """The least length that is too short for at most 1 % of the sequences."""
+    padding_waste: float
+    """Share of padding if passes were padded."""
     bins: tuple[Bin, ...]
     cuts: tuple[Cut, ...]
 

@@ -27,7 +27,6 @@ log = structlog.get_logger()
 NAME = "report.html"
 PATIENCE_SECONDS = 15.0
 """A report is not worth waiting for."""
-ROUND_LENGTHS = tuple(2**power for power in range(6, 18))
 LOSSES = {"training": ("train_progress", "loss"), "held-out rows": ("evaluated", "eval_loss")}
 
 
@@ -48,10 +47,15 @@ def expect(config: Config, base: BaseModel, data: Data) -> Estimate:
 def rendering_findings(counts: Counts, *, of: str = "training") -> tuple[Finding, ...]:
     """What rendering did to the rows that their author may not expect."""
     said = {
-        "truncated": (
-            counts.truncated,
-            f"{counts.truncated.count:,} {of} sequences are longer than TUNE_MAX_LENGTH and are cut there.",
+        "lost_turns": (
+            counts.lost_turns,
+            f"{counts.lost_turns.count:,} {of} sequences are longer than TUNE_MAX_LENGTH and lose their last turns.",
             "Raise TUNE_MAX_LENGTH, or shorten the rows: what is cut off is not learned.",
+        ),
+        "cut_inside": (
+            counts.cut_inside,
+            f"{counts.cut_inside.count:,} {of} sequences are cut inside an answer, whose end is not learned.",
+            "Raise TUNE_MAX_LENGTH, or set TUNE_OVERLONG=drop: a model learns not to end such answers.",
         ),
         "dropped_overlong": (
             counts.dropped_overlong,
@@ -88,33 +92,31 @@ def all_findings(data: Data) -> tuple[Finding, ...]:
 
 
 def lengths(data: Data, config: Config) -> Lengths:
-    """How long the sequences are."""
-    found = np.sort(data.train.dataset.data.column("length").to_numpy())
-    total = int(found.sum())
+    """How long the sequences are before any is cut, and what each limit would cut."""
+    found = data.train.lengths
+    width = found.histogram_width
+    bins = [charts.Bin(start=at * width + 1, end=(at + 1) * width + 1, count=n) for at, n in enumerate(found.histogram)]
     cuts = [
         Cut(
-            max_length=limit,
-            sequences=int((found > limit).sum()),
-            share=float((found > limit).mean()),
-            tokens_lost=float(np.maximum(found - limit, 0).sum() / total),
+            max_length=limit.max_length,
+            sequences=limit.longer,
+            share=limit.longer / found.sequences,
+            tokens_lost=limit.tokens_lost / found.tokens,
         )
-        for limit in ROUND_LENGTHS
-        if len(found) and limit < found[-1]
+        for limit in found.limits
+        if limit.longer
     ]
     return Lengths(
-        p50=_percentile(found, 50),
-        p90=_percentile(found, 90),
-        p99=_percentile(found, 99),
-        longest=_percentile(found, 100),
+        p50=found.p50,
+        p90=found.p90,
+        p99=found.p99,
+        longest=found.max,
         limit=config.max_length,
-        bins=charts.bins(found.tolist()),
+        suggested=found.suggested_max_length,
+        padding_waste=found.padding_waste,
+        bins=tuple(bins),
         cuts=tuple(cuts),
     )
-
-
-def _percentile(ordered: Any, percent: int) -> int:
-    """Nearest rank."""
-    return int(ordered[max(-(-len(ordered) * percent // 100) - 1, 0)]) if len(ordered) else 0
 
 
 def report(
