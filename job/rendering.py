@@ -14,14 +14,16 @@ such as <tool_call>) are encoded as ever.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from job.encoding import Encoding
 from job.examples import Example, RowError, Turn
+from job.refusals import why
 from job.spans import Piece, Span, answers, whole
-from job.template import RefusedError
+from job.template import RefusedError, Template
 from job.tokenizer import STAND_IN, Tokenizer
 
 TrainOn = Literal["responses", "last_response", "all"]
@@ -119,45 +121,58 @@ class Renderer:
         """Apply the template. Raises RowError if it refuses the row."""
         if example.text is not None:
             return Text(example=example, pieces=(self._ready(example.text),), disarmed=False)
-        turns = self._disarmed(example)
+        said = self._disarmed(example)
         template = self.tokenizer.template_for(example.format)
         mode = train_on or self.train_on
         try:
             if mode == "all":
-                pieces = whole(template, turns, example.tools)
+                pieces = whole(template, said.turns, said.tools)
             else:
-                pieces = answers(template, turns, example.tools, only_last=mode == "last_response")
+                pieces = answers(template, said.turns, said.tools, only_last=mode == "last_response")
         except RefusedError as error:
-            raise RowError(
-                source=example.source,
-                line=example.line,
-                reason=f"the template `{template.name}` refuses the conversation: {error}",
-                remedy="Correct these rows, or set TUNE_CHAT_TEMPLATE to a template that allows them.",
-            ) from error
-        return Text(example=example, pieces=pieces, disarmed=turns is not example.turns)
+            raise self._refused(example, template, error) from error
+        return Text(example=example, pieces=pieces, disarmed=said is not example)
+
+    @staticmethod
+    def _refused(example: Example, template: Template, error: RefusedError) -> RowError:
+        found = why(template, example.turns, example.tools)
+        rule = f"; {found.rule}" if found.rule else ""
+        return RowError(
+            source=example.source,
+            line=example.line,
+            reason=f"the template `{template.name}` refuses the conversation: {error}{rule}",
+            remedy=found.remedy,
+        )
 
     @staticmethod
     def _ready(text: str) -> Piece:
         return Piece(text=text, spans=(Span(start=0, end=len(text)),))
 
-    def _disarmed(self, example: Example) -> tuple[Turn, ...]:
-        """The turns with stand-ins for special tokens; the very same object if there is nothing to replace."""
-        changed = tuple(map(self._disarmed_turn, example.turns))
-        if all(new is old for new, old in zip(changed, example.turns, strict=True)):
-            return example.turns
-        if any(STAND_IN.search(turn.text) for turn in example.turns):
+    def _disarmed(self, example: Example) -> Example:
+        """The example with stand-ins for special tokens; the very same object if there is nothing to replace."""
+        turns = tuple(map(self._disarmed_turn, example.turns))
+        tools = tuple(_each_text(tool, self.tokenizer.disarm) for tool in example.tools)
+        if all(new is old for new, old in zip(turns, example.turns, strict=True)) and tools == example.tools:
+            return example
+        content = [[turn.message() for turn in example.turns], example.tools]
+        if STAND_IN.search(json.dumps(content, ensure_ascii=False, default=str)):
             raise RowError(
                 source=example.source,
                 line=example.line,
                 reason="it holds both a special token and a character of plane 16 (private use), which stands for one",
             )
-        return changed
+        return replace(example, turns=turns, tools=tools)
 
     def _disarmed_turn(self, turn: Turn) -> Turn:
-        disarm = self.tokenizer.disarm_answer if turn.role == "assistant" else self.tokenizer.disarm
-        content, more = disarm(turn.content), disarm(turn.input)
-        same = content == turn.content and more == turn.input
-        return turn if same else replace(turn, content=content, input=more)
+        disarm = self.tokenizer.disarm
+        content = self.tokenizer.disarm_answer(turn.content) if turn.role == "assistant" else disarm(turn.content)
+        calls = tuple(_each_text(call, disarm) for call in turn.tool_calls)
+        thought = turn.reasoning_content and disarm(turn.reasoning_content)
+        name = turn.name and disarm(turn.name)
+        new = replace(
+            turn, content=content, input=disarm(turn.input), tool_calls=calls, reasoning_content=thought, name=name
+        )
+        return turn if new == turn else new
 
     def encoded(self, text: Text) -> list[Encoding]:
         """The tokens of each piece."""
@@ -173,7 +188,7 @@ class Renderer:
         piece = text.pieces[part]
         if cuts := [span.start for span in piece.spans if encoding.crosses(span.start)]:
             encoding = self.tokenizer.encode_parts(piece.text, cuts=cuts, disarmed=text.disarmed)
-        ids, labels = encoding.ids, _labels(encoding, piece.spans)
+        ids, labels = encoding.ids, _labels(encoding, piece)
         if text.example.text is not None:
             self._end_text(piece.text, ids, labels)
         outcome = self._outcome(text.example, labels)
@@ -211,12 +226,28 @@ class Renderer:
         return "truncated" if too_long else "kept"
 
 
-def _labels(encoding: Encoding, spans: Sequence[Span]) -> list[int]:
-    """The ids of the tokens that lie wholly inside a span, elsewhere -100."""
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _each_text(item, change) for key, item in value.items()}
+    return [_each_text(item, change) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _labels(encoding: Encoding, piece: Piece) -> list[int]:
+    """The ids of the tokens that lie wholly inside a span, elsewhere -100.
+
+    White space that a token holds behind the end of a span is no reason to leave it out: some end markers take it in
+    (Phi 3's `<|end|>`, an added token with `rstrip`).
+    """
     ids = encoding.ids
     labels = [IGNORED] * len(ids)
-    for span in spans:
+    for span in piece.spans:
         learnt = encoding.inside(span.start, span.end)
+        over = encoding.over(span.end)
+        if over and over[0] == learnt.stop and piece.text[span.end : over[1]].isspace():
+            learnt = slice(learnt.start, learnt.stop + 1)
         labels[learnt] = ids[learnt]
     labels[:1] = [IGNORED] * len(labels[:1])
     return labels

@@ -10,11 +10,12 @@ Knows characters, nothing of tokens.
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from job.examples import JsonObject, Turn
-from job.template import RefusedError, Template
+from job.template import ANSWER, RefusedError, Template
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,13 +38,30 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Answer:
+    text: str
+    """The conversation up to and including the answer."""
     span: Span
-    header_differs: bool
+    header_differs: bool = False
+    rewritten: bool = False
+    """The turns before are rendered otherwise here than where they stand alone."""
 
 
 def whole(template: Template, turns: Sequence[Turn], tools: Sequence[JsonObject]) -> tuple[Piece, ...]:
-    """The conversation as one text, all of it learnt. Raises RefusedError."""
-    text = template.render(turns, add_generation_prompt=False, tools=tools)
+    """The conversation as one text, all of it learnt. Raises RefusedError.
+
+    Where it ends with an answer, the text before that is as at inference: some templates show the system turn or the
+    tools only in a conversation that ends with a question.
+    """
+    text = template.closed(turns, add_generation_prompt=False, tools=tools)
+    if turns[-1].role == "assistant":
+        index = len(turns) - 1
+        conversation = _Conversation(template=template, turns=turns, tools=tools)
+        try:
+            answer = conversation.answer(index)
+        except RefusedError:  # nothing depends here on where the answer starts
+            answer = None
+        if answer and answer.rewritten:
+            text = answer.text
     return (Piece(text=text, spans=(Span(start=0, end=len(text)),)),)
 
 
@@ -59,11 +77,10 @@ def answers(
     learnt = [index for index, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
     learnt = learnt[-1:] if only_last else learnt
     conversation = _Conversation(template=template, turns=turns, tools=tools)
-    upto = [conversation.upto(index) for index in learnt]
-    found = [conversation.answer(index, text) for index, text in zip(learnt, upto, strict=True)]
-    if all(upto[-1].startswith(text) for text in upto[:-1]):
-        return (_piece(upto[-1], found),)
-    return tuple(_piece(text, [answer]) for text, answer in zip(upto, found, strict=True))
+    found = [conversation.answer(index) for index in learnt]
+    if all(found[-1].text.startswith(answer.text) for answer in found[:-1]):
+        return (_piece(found[-1].text, found),)
+    return tuple(_piece(answer.text, [answer]) for answer in found)
 
 
 def _piece(text: str, found: list[_Answer]) -> Piece:
@@ -77,26 +94,36 @@ class _Conversation:
     turns: Sequence[Turn]
     tools: Sequence[JsonObject]
 
-    def upto(self, index: int) -> str:
-        """The turns up to and including `index`."""
-        return self._rendered(index + 1, prompt=False)
-
     def _rendered(self, count: int, *, prompt: bool) -> str:
         return self.template.render(self.turns[:count], add_generation_prompt=prompt, tools=self.tools)
 
-    def answer(self, index: int, text: str) -> _Answer:
-        """Where turn `index` lies in `text`, which ends with it."""
-        end = self._end(text)
+    def answer(self, index: int) -> _Answer:
+        """The conversation up to and including turn `index`, and where that turn lies in it."""
+        found = self._found(index, self._rendered(index + 1, prompt=False))
+        said = found.text[found.span.start : found.span.end]
+        for call in self.turns[index].tool_calls:
+            name = (call.get("function") or call).get("name")
+            if str(name) not in said:
+                raise RefusedError(f"it does not print the tool call `{name}` of turn {index + 1}")
+        return found
+
+    def _found(self, index: int, text: str) -> _Answer:
         try:
             before = self._rendered(index, prompt=True)
         except RefusedError as refusal:
-            return self._by_header(index, text, end, refusal)
+            return self._by_header(index, text, refusal)
         if text.startswith(before):
-            return _Answer(span=Span(start=len(before), end=end), header_differs=False)
+            return self._at(text, len(before))
         try:
-            return self._diverging(index, text, end, before)
+            if text.startswith(self._rendered(index, prompt=False)):
+                start = next(at for at, (one, other) in enumerate(zip(text, before, strict=False)) if one != other)
+                return replace(self._at(text, start), header_differs=True)
+            return self._moved(index, text, before)
         except RefusedError as refusal:
-            return self._by_header(index, text, end, refusal)
+            return self._by_header(index, text, refusal)
+
+    def _at(self, text: str, start: int) -> _Answer:
+        return _Answer(text=text, span=Span(start=start, end=max(start, self._end(text))))
 
     def _end(self, text: str) -> int:
         """Behind the end marker; where a template has none, the white space is what ends the turn."""
@@ -104,22 +131,44 @@ class _Conversation:
         marker = self.template.end_of_turn
         return len(stripped) if marker and stripped.endswith(marker) else len(text)
 
-    def _diverging(self, index: int, text: str, end: int, before: str) -> _Answer:
-        """The turns before are rendered alike, but the answer does not open with the generation prompt."""
-        if not text.startswith(self._rendered(index, prompt=False)):
-            raise RefusedError(f"it renders the turns before turn {index + 1} otherwise once that turn follows")
-        start = next(at for at, (one, other) in enumerate(zip(text, before, strict=False)) if one != other)
-        return _Answer(span=Span(start=start, end=end), header_differs=True)
+    def _moved(self, index: int, text: str, before: str) -> _Answer:
+        """The turns before are rendered otherwise once an answer follows: what is generated goes behind the prompt.
 
-    def _by_header(self, index: int, text: str, end: int, refusal: RefusedError) -> _Answer:
+        Mistral's templates, for one, write the system turn only into a question that ends the conversation. Where the
+        answer starts is seen by rendering a known one in its place.
+        """
+        shown = self._with_known_answer(index)
+        known = shown[: shown.rindex(ANSWER.content)]
+        ends = range(len(known.rstrip()), len(known) + 1)
+        start = max(ends, key=lambda end: len(_common_end(before, known[:end])))
+        if not text.startswith(known[:start]) or not self._repeats_question(index, _common_end(before, known[:start])):
+            raise RefusedError(f"it renders the turns before turn {index + 1} otherwise once that turn follows")
+        return replace(self._at(before + text[start:], len(before)), rewritten=True)
+
+    def _with_known_answer(self, index: int) -> str:
+        shown = self.template.render([*self.turns[:index], ANSWER], add_generation_prompt=False, tools=self.tools)
+        if ANSWER.content not in shown:
+            raise RefusedError(f"it does not print turn {index + 1}")
+        return shown
+
+    def _repeats_question(self, index: int, common: str) -> bool:
+        """Whether the turn before the answer lies wholly in what both renderings end with."""
+        return bool(index) and bool(common.strip()) and self.turns[index - 1].text.strip() in common
+
+    def _by_header(self, index: int, text: str, refusal: RefusedError) -> _Answer:
         """The turns before cannot be rendered alone (none, or only a system turn): the header is known from elsewhere.
 
         Only where the text ends exactly in header, content, end marker; otherwise the refusal stands.
         """
-        turn, template = self.turns[index], self.template
+        turn, template, end = self.turns[index], self.template, self._end(text)
         if template.generation_prompt and not turn.tool_calls:
             for content in (turn.text, turn.text.strip()):
                 tail = f"{content}{template.end_of_turn}"
                 if text[:end].endswith(f"{template.generation_prompt}{tail}"):
-                    return _Answer(span=Span(start=end - len(tail), end=end), header_differs=False)
+                    return self._at(text, end - len(tail))
         raise refusal
+
+
+def _common_end(one: str, other: str) -> str:
+    """The longest text with which both end."""
+    return os.path.commonprefix([one[::-1], other[::-1]])[::-1]

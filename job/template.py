@@ -33,14 +33,32 @@ class Template:
     text: str
     apply: Callable[..., str]
     """Takes `messages`, `tools` and `add_generation_prompt`."""
+    eos: str = ""
+    """The tokenizer's EOS, as the template knows it."""
 
     def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool, tools: Sequence[JsonObject] = ()) -> str:
-        """The conversation as text. Raises RefusedError if the template does."""
+        """The conversation as text, to which turns can be added. Raises RefusedError if the template does."""
+        text = self.closed(turns, add_generation_prompt=add_generation_prompt, tools=tools)
+        return text if add_generation_prompt else text.removesuffix(self.closing)
+
+    def closed(self, turns: Sequence[Turn], *, add_generation_prompt: bool, tools: Sequence[JsonObject] = ()) -> str:
+        """The same with what the template puts behind a whole conversation, see `closing`."""
         messages = [turn.message() for turn in turns]
         try:
             return self.apply(messages=messages, tools=list(tools) or None, add_generation_prompt=add_generation_prompt)
         except Exception as error:
             raise RefusedError(str(error) or type(error).__name__) from error
+
+    @functools.cached_property
+    def closing(self) -> str:
+        """EOS where the template puts it behind every conversation that does not end in a generation prompt (Phi 3).
+
+        It ends no turn: the next one would stand before it. Empty for other templates.
+        """
+        text = self.closed([QUESTION], add_generation_prompt=False)
+        rest = text.removesuffix(self.eos) if self.eos else text
+        prompt = self.closed([QUESTION], add_generation_prompt=True)
+        return self.eos if rest != text and not prompt.startswith(text) and prompt.startswith(rest) else ""
 
     @functools.cached_property
     def generation_prompt(self) -> str:
@@ -54,6 +72,14 @@ class Template:
         """What the template puts behind an answer, without white space around it; may be empty."""
         text = self.render([QUESTION, ANSWER], add_generation_prompt=False)
         return text.rpartition(ANSWER.content)[2].strip()
+
+    @functools.cached_property
+    def around(self) -> str:
+        """A short conversation, in which every marker occurs that opens or ends a turn of the user or the assistant."""
+        try:
+            return self.render([QUESTION, ANSWER, QUESTION], add_generation_prompt=True)
+        except RefusedError:
+            return f"{self.render([QUESTION, ANSWER], add_generation_prompt=False)}{self.generation_prompt}"
 
 
 def names() -> tuple[str, ...]:
