@@ -118,7 +118,8 @@ CHANGES = (
     _Change(
         change=_question_first,
         rule=lambda _: "it wants the user to speak first",
-        remedy="Remove what the assistant says before the first user turn, or put a user turn before it.",
+        remedy="Remove what the assistant says before the first user turn, or put a user turn before it, or set "
+        "TUNE_CHAT_TEMPLATE to a template that allows it, such as `chatml`.",
     ),
     _Change(
         change=_alternating,

@@ -10,7 +10,6 @@ Knows characters, nothing of tokens.
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -53,15 +52,10 @@ def whole(template: Template, turns: Sequence[Turn], tools: Sequence[JsonObject]
     tools only in a conversation that ends with a question.
     """
     text = template.closed(turns, add_generation_prompt=False, tools=tools)
-    if turns[-1].role == "assistant":
-        index = len(turns) - 1
-        conversation = _Conversation(template=template, turns=turns, tools=tools)
-        try:
-            answer = conversation.answer(index)
-        except RefusedError:  # nothing depends here on where the answer starts
-            answer = None
-        if answer and answer.rewritten:
-            text = answer.text
+    conversation = _Conversation(template=template, turns=turns, tools=tools)
+    if turns[-1].role == "assistant" and (moved := conversation.moved(len(turns) - 1)):
+        text = moved.text
+    conversation.check_calls(len(turns))
     return (Piece(text=text, spans=(Span(start=0, end=len(text)),)),)
 
 
@@ -77,6 +71,7 @@ def answers(
     learnt = [index for index, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
     learnt = learnt[-1:] if only_last else learnt
     conversation = _Conversation(template=template, turns=turns, tools=tools)
+    conversation.check_calls(learnt[-1] + 1)
     found = [conversation.answer(index) for index in learnt]
     if all(found[-1].text.startswith(answer.text) for answer in found[:-1]):
         return (_piece(found[-1].text, found),)
@@ -99,25 +94,33 @@ class _Conversation:
 
     def answer(self, index: int) -> _Answer:
         """The conversation up to and including turn `index`, and where that turn lies in it."""
-        found = self._found(index, self._rendered(index + 1, prompt=False))
-        said = found.text[found.span.start : found.span.end]
-        for call in self.turns[index].tool_calls:
-            name = (call.get("function") or call).get("name")
-            if str(name) not in said:
-                raise RefusedError(f"it does not print the tool call `{name}` of turn {index + 1}")
-        return found
+        return self._found(index, self._rendered(index + 1, prompt=False))
+
+    def check_calls(self, count: int) -> None:
+        """Raises RefusedError if one of the first `count` turns calls a tool and the template leaves that out."""
+        for index, turn in enumerate(self.turns[:count]):
+            for call in turn.tool_calls:
+                found, name = self.answer(index), str((call.get("function") or call).get("name"))
+                if name not in found.text[found.span.start : found.span.end]:
+                    raise RefusedError(f"it does not print the tool call `{name}` of turn {index + 1}")
+
+    def moved(self, index: int) -> _Answer | None:
+        """The same if the turns before are rendered otherwise once this one follows, else None."""
+        try:
+            found = self.answer(index)
+        except RefusedError:  # where the answer starts matters to nobody here
+            return None
+        return found if found.rewritten else None
 
     def _found(self, index: int, text: str) -> _Answer:
         try:
             before = self._rendered(index, prompt=True)
-        except RefusedError as refusal:
-            return self._by_header(index, text, refusal)
-        if text.startswith(before):
-            return self._at(text, len(before))
-        try:
+            if text.startswith(before) and (index or not self.template.generation_prompt):
+                return self._at(text, len(before))
+            if not index:
+                raise RefusedError("it renders no prompt without turns")
             if text.startswith(self._rendered(index, prompt=False)):
-                start = next(at for at, (one, other) in enumerate(zip(text, before, strict=False)) if one != other)
-                return replace(self._at(text, start), header_differs=True)
+                return self._otherwise_opened(index, text, before)
             return self._moved(index, text, before)
         except RefusedError as refusal:
             return self._by_header(index, text, refusal)
@@ -130,6 +133,17 @@ class _Conversation:
         stripped = text.rstrip()
         marker = self.template.end_of_turn
         return len(stripped) if marker and stripped.endswith(marker) else len(text)
+
+    def _otherwise_opened(self, index: int, text: str, before: str) -> _Answer:
+        """The turns before are rendered alike, but the answer does not open with the generation prompt.
+
+        Where both part is seen with a known answer: the answer itself may begin like the prompt's end.
+        """
+        shown = self._with_known_answer(index)
+        start = _common_start(shown, before)
+        if not text.startswith(shown[:start]):
+            raise RefusedError(f"it opens turn {index + 1} in a way of its own")
+        return replace(self._at(text, start), header_differs=True)
 
     def _moved(self, index: int, text: str, before: str) -> _Answer:
         """The turns before are rendered otherwise once an answer follows: what is generated goes behind the prompt.
@@ -171,4 +185,10 @@ class _Conversation:
 
 def _common_end(one: str, other: str) -> str:
     """The longest text with which both end."""
-    return os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+    return one[len(one) - _common_start(one[::-1], other[::-1]) :]
+
+
+def _common_start(one: str, other: str) -> int:
+    """How many characters both have in common at their start."""
+    differs = (at for at, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
+    return next(differs, min(len(one), len(other)))

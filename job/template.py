@@ -5,6 +5,7 @@ Knows Jinja text and strings; nothing of tokens. The templates that the job brin
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ TEXT_BLOCKS = ("alpaca", "question_answer", "prompt_completion")
 """Templates for models without a chat template; each is also the name of the format that uses it."""
 
 QUESTION = Turn(role="user", content="What is the Vogon word for tea?")
+SYSTEM = Turn(role="system", content="Speak Vogon.")
 ANSWER = Turn(role="assistant", content="Zqxw.")
 """A conversation that every template must be able to render, with words that no template contains."""
 
@@ -75,11 +77,11 @@ class Template:
 
     @functools.cached_property
     def around(self) -> str:
-        """A short conversation, in which every marker occurs that opens or ends a turn of the user or the assistant."""
-        try:
-            return self.render([QUESTION, ANSWER, QUESTION], add_generation_prompt=True)
-        except RefusedError:
-            return f"{self.render([QUESTION, ANSWER], add_generation_prompt=False)}{self.generation_prompt}"
+        """A short conversation, in which every marker occurs that opens or ends a turn."""
+        for turns in ([SYSTEM, QUESTION, ANSWER, QUESTION], [QUESTION, ANSWER, QUESTION]):
+            with contextlib.suppress(RefusedError):
+                return self.render(turns, add_generation_prompt=True)
+        return f"{self.render([QUESTION, ANSWER], add_generation_prompt=False)}{self.generation_prompt}"
 
 
 def names() -> tuple[str, ...]:
