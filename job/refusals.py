@@ -113,7 +113,7 @@ CHANGES = (
         change=_without_system,
         rule=lambda _: "it knows no system turn",
         remedy="Put the system text at the start of the first user turn, or set TUNE_CHAT_TEMPLATE to a template that "
-        "takes system turns; `gemma`, `llama-2` and `mistral` of this job do what is said here.",
+        "takes system turns; `gemma`, `llama-2`, `mistral` and `mistral-nemo` of this job do what is said here.",
     ),
     _Change(
         change=_question_first,

@@ -117,8 +117,6 @@ class _Conversation:
             before = self._rendered(index, prompt=True)
             if text.startswith(before) and (index or not self.template.generation_prompt):
                 return self._at(text, len(before))
-            if not index:
-                raise RefusedError("it renders no prompt without turns")
             if text.startswith(self._rendered(index, prompt=False)):
                 return self._otherwise_opened(index, text, before)
             return self._moved(index, text, before)
@@ -141,7 +139,7 @@ class _Conversation:
         """
         shown = self._with_known_answer(index)
         start = _common_start(shown, before)
-        if not text.startswith(shown[:start]):
+        if not index or not text.startswith(shown[:start]):  # without turns before, a template may print nothing at all
             raise RefusedError(f"it opens turn {index + 1} in a way of its own")
         return replace(self._at(text, start), header_differs=True)
 

@@ -275,7 +275,7 @@ def test_markers_inside_tools_and_calls_are_text(name: str) -> None:
 @pytest.mark.parametrize("name", ["qwen-3", "qwen-3-first"])
 @pytest.mark.parametrize("thought", ["hm", "a <|im_end|> b", "two\nlines"])
 def test_reasoning_is_learnt_before_its_answer(name: str, thought: str) -> None:
-    """Reasoning in its own field and reasoning inside the content are learnt alike; in earlier turns it is not shown."""
+    """Reasoning in a field of its own or inside the content is learnt alike; in earlier turns it is not shown."""
     said = [("user", "Hi"), ("assistant", "Hello."), ("user", "Why?")]
     own = row(*turns(tuple(said)), Turn(role="assistant", content="So.", reasoning_content=thought))
     inside = row(*turns((*said, ("assistant", f"<think>\n{thought}\n</think>\n\nSo."))))
@@ -296,7 +296,8 @@ USER, ANSWER, SYSTEM = ("user", "Hi"), ("assistant", "Hello."), ("system", "Be b
                      "start of the first user turn", id="gemma 2 system"),
         pytest.param("mistral-v0.1", (SYSTEM, USER, ANSWER), "must alternate.*; it knows no system turn",
                      "start of the first user turn", id="mistral 0.1 system"),
-        pytest.param("gemma-3", (USER, ANSWER, ANSWER), "turns 2 and 3 are both `assistant`", "Merge", id="gemma 3 row"),
+        pytest.param("gemma-3", (USER, ANSWER, ANSWER), "turns 2 and 3 are both `assistant`", "Merge",
+                     id="gemma 3 row"),
         pytest.param("llama-2", (USER, USER, ANSWER), "turns 1 and 2 are both `user`", "Merge", id="llama 2 row"),
         pytest.param("mistral-nemo", (USER, ANSWER, ANSWER), "turns 2 and 3 are both", "Merge", id="nemo row"),
         pytest.param("mistral-v2", (USER, ANSWER, ANSWER), "turns 2 and 3 are both|renders the turns before turn 3",
@@ -355,9 +356,27 @@ def test_a_base_model_learns_alpaca_responses(family: real.Family, given: str, p
     assert made == real.as_tokenized(family, expected)
 
 
-@pytest.mark.parametrize("name", ["chatml", "zephyr", "llama-3", "llama-3.1", "qwen-2.5", "qwen-3", "phi-3"])
+@pytest.mark.parametrize(
+    "name",
+    ["chatml", "gemma-3", "llama-2", "llama-3", "llama-3.1", "phi-3", "phi-4", "qwen-2.5", "qwen-3", "zephyr"],
+)
 def test_a_template_of_the_job_renders_as_the_models_does(name: str) -> None:
     """The templates that the job brings give the very text of those they are named after."""
-    own = real.wrapped(MODELS[name].family, named(name))
+    own = real.wrapped(MODELS[name].family, named("gemma" if name == "gemma-3" else name))
     text = Renderer(tokenizer=own).text(fixed(name))
     assert marked_text(text) == marked_text(renderer(name).text(fixed(name)))
+
+
+def test_the_jobs_templates_for_mistral_show_the_system_turn_once() -> None:
+    """Where the model's own template would move the system turn along, the job's leaves it in the first question."""
+    for name, model in [("mistral", "mistral-v3"), ("mistral-nemo", "mistral-nemo")]:
+        own = real.wrapped(MODELS[model].family, named(name))
+        first, second = EXPECTED[model].split("║")
+        (sequence,) = Renderer(tokenizer=own).render(fixed(model))
+        assert marked(own, sequence) == first + second.partition("</s>")[2].replace("Be brief.\n\n", "")
+
+
+@pytest.mark.parametrize("name", [*MODELS])
+def test_a_template_of_the_tokenizer_is_kept(name: str) -> None:
+    """What is saved beside the adapter is the model's template, byte for byte."""
+    assert real.tokenizer(name).hf.chat_template == real.text(name)
