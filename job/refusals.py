@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from job.examples import JsonObject, Turn
-from job.template import RefusedError, Template
+from job.template import QUESTION, RefusedError, Template, left_out
 
 GENERAL = "Correct these rows, or set TUNE_CHAT_TEMPLATE to a template that allows them."
 
@@ -56,10 +56,16 @@ def _trials(turns: tuple[Turn, ...]) -> Iterator[tuple[_Change, ...]]:
 
 
 def _accepts(template: Template, turns: tuple[Turn, ...], tools: Sequence[JsonObject]) -> bool:
+    """Whether the template renders the turns, and leaves none out in silence."""
+    if not turns:
+        return False
     try:
-        return bool(turns) and bool(template.render(turns, add_generation_prompt=False, tools=tools))
+        text = template.render(turns, add_generation_prompt=turns[-1].role != "assistant", tools=tools)
     except RefusedError:
         return False
+    calls = (str((call.get("function") or call).get("name")) for turn in turns for call in turn.tool_calls)
+    said = (turn for turn in turns if turn.role in {"system", "developer", "user"})
+    return not any(left_out(turn, text) for turn in said) and all(name in text for name in calls)
 
 
 def _without_tools(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -79,10 +85,9 @@ def _without_system(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 
 def _question_first(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    head = tuple(turn for turn in turns[:1] if turn.role == "system")
-    rest = turns[len(head) :]
-    start = next((at for at, turn in enumerate(rest) if turn.role == "user"), 0)
-    return head + rest[start:]
+    head = sum(turn.role == "system" for turn in turns[:1])
+    opens = turns[head : head + 1]
+    return (*turns[:head], QUESTION, *turns[head:]) if opens and opens[0].role == "assistant" else turns
 
 
 def _alternating(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from job.examples import JsonObject, Turn
-from job.template import ANSWER, RefusedError, Template
+from job.template import ANSWER, RefusedError, Template, left_out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +56,7 @@ def whole(template: Template, turns: Sequence[Turn], tools: Sequence[JsonObject]
     if turns[-1].role == "assistant" and (moved := conversation.moved(len(turns) - 1)):
         text = moved.text
     conversation.check_calls(len(turns))
+    conversation.check_printed(len(turns), text)
     return (Piece(text=text, spans=(Span(start=0, end=len(text)),)),)
 
 
@@ -73,6 +74,8 @@ def answers(
     conversation = _Conversation(template=template, turns=turns, tools=tools)
     conversation.check_calls(learnt[-1] + 1)
     found = [conversation.answer(index) for index in learnt]
+    for index, answer in zip(learnt, found, strict=True):
+        conversation.check_printed(index, answer.text)
     if all(found[-1].text.startswith(answer.text) for answer in found[:-1]):
         return (_piece(found[-1].text, found),)
     return tuple(_piece(answer.text, [answer]) for answer in found)
@@ -103,6 +106,17 @@ class _Conversation:
                 found, name = self.answer(index), str((call.get("function") or call).get("name"))
                 if name not in found.text[found.span.start : found.span.end]:
                     raise RefusedError(f"it does not print the tool call `{name}` of turn {index + 1}")
+
+    def check_printed(self, count: int, text: str) -> None:
+        """Raises RefusedError if `text` lacks one of the first `count` turns that are no answers.
+
+        What tools say counts only where an answer follows at once: some templates forget it once the user goes on.
+        """
+        asked = max((at for at, turn in enumerate(self.turns[:count]) if turn.role == "user"), default=-1)
+        for index, turn in enumerate(self.turns[:count]):
+            expected = turn.role != "assistant" and (turn.role != "tool" or index > asked)
+            if expected and left_out(turn, text):
+                raise RefusedError(f"it leaves out turn {index + 1}, of the role `{turn.role}`")
 
     def moved(self, index: int) -> _Answer | None:
         """The same if the turns before are rendered otherwise once this one follows, else None."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -21,6 +23,9 @@ QUESTION = Turn(role="user", content="What is the Vogon word for tea?")
 SYSTEM = Turn(role="system", content="Speak Vogon.")
 ANSWER = Turn(role="assistant", content="Zqxw.")
 """A conversation that every template must be able to render, with words that no template contains."""
+
+SWITCH = re.compile(r"\n|(?:^|(?<=\s))/\w+")
+"""What separates the lines of a turn: also a word like `/no_think`."""
 
 
 class RefusedError(Exception):
@@ -82,6 +87,16 @@ class Template:
             with contextlib.suppress(RefusedError):
                 return self.render(turns, add_generation_prompt=True)
         return f"{self.render([QUESTION, ANSWER], add_generation_prompt=False)}{self.generation_prompt}"
+
+
+def left_out(turn: Turn, text: str) -> bool:
+    """Whether a rendered conversation lacks all that a turn says; some templates drop roles in silence.
+
+    Lines count as said in any order, bare or as JSON writes them. Switches such as `/no_think`, which some templates
+    take out, do not count at all.
+    """
+    lines = [line.strip() for line in SWITCH.split(f"{turn.content}\n{turn.input}") if line.strip()]
+    return bool(lines) and not any(line in text or json.dumps(line, ensure_ascii=False)[1:-1] in text for line in lines)
 
 
 def names() -> tuple[str, ...]:

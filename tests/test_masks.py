@@ -161,7 +161,7 @@ def expected_answers(name: str, said: list[str]) -> list[str]:
 
 def without_space(name: str, text: str) -> str:
     special = "|".join(map(re.escape, MODELS[name].family.special))
-    return re.sub(rf"(^|{special}) ", r"\1", text)
+    return re.sub(rf"(^|{special}) *", r"\1", text)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -306,6 +306,15 @@ USER, ANSWER, SYSTEM = ("user", "Hi"), ("assistant", "Hello."), ("system", "Be b
                      id="gemma 3 answer first"),
         pytest.param("gemma-2", (SYSTEM, USER, ANSWER, ANSWER), "knows no system turn, and turns 3 and 4 are both",
                      "Merge", id="two rules"),
+        pytest.param("mistral-nemo", (SYSTEM, ANSWER), "wants the user to speak first", "put a user turn",
+                     id="no user"),
+        pytest.param("phi-3-first", (SYSTEM, USER, ANSWER), "leaves out turn 1, .*`system`; it knows no system turn",
+                     "start of the first user turn", id="phi 3 system left out"),
+        pytest.param("qwen-2.5", (("developer", "Be brief."), USER, ANSWER),
+                     "leaves out turn 1, of the role `developer`; it knows no developer turn", "Name the role `system`",
+                     id="developer left out"),
+        pytest.param("phi-4", (USER, ("tool", "Rain."), ANSWER),
+                     "leaves out turn 2, of the role `tool`; it does not take", "tools", id="tool left out"),
         pytest.param("mistral-v1", (USER, ANSWER, SYSTEM, USER, ANSWER), "a system turn only as the first one",
                      "Keep one system turn", id="late system"),
     ],
@@ -326,6 +335,16 @@ def test_answers_in_a_row_are_each_learnt(name: str) -> None:
     said = turns((ANSWER, USER, ("assistant", "One."), ("assistant", "Two.")))
     got = learnt(real.tokenizer(name), renderer(name).render(row(*said)))
     assert [text.removeprefix(" ") for text in got] == expected_answers(name, ["Hello.", "One.", "Two."])
+
+
+def test_a_switch_that_a_template_takes_out_is_no_lost_turn() -> None:
+    """Templates of hybrid reasoning models take `/no_think` out of what is said; that is no reason to refuse a row."""
+    text = named("chatml").replace("message['content']", "message['content'] | replace('/no_think', '')")
+    found = real.wrapped(real.QWEN_FAMILY, text)
+    said = turns(
+        (("system", "/no_think"), ("user", "Hi /no_think"), ("user", "Line\n/no_think"), ("assistant", "Yes."))
+    )
+    assert learnt(found, Renderer(tokenizer=found).render(row(*said))) == ["Yes.<|im_end|>"]
 
 
 ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
