@@ -166,13 +166,14 @@ class Renderer:
     def _disarmed_turn(self, turn: Turn) -> Turn:
         disarm = self.tokenizer.disarm
         content = self.tokenizer.disarm_answer(turn.content) if turn.role == "assistant" else disarm(turn.content)
-        calls = tuple(_each_text(call, disarm) for call in turn.tool_calls)
-        thought = turn.reasoning_content and disarm(turn.reasoning_content)
-        name = turn.name and disarm(turn.name)
-        new = replace(
-            turn, content=content, input=disarm(turn.input), tool_calls=calls, reasoning_content=thought, name=name
-        )
-        return turn if new == turn else new
+        changed: dict[str, Any] = {"content": content}
+        for field in ("input", "name", "reasoning_content"):
+            if value := getattr(turn, field):
+                changed[field] = disarm(value)
+        if turn.tool_calls:
+            changed["tool_calls"] = tuple(_each_text(call, disarm) for call in turn.tool_calls)
+        same = all(value == getattr(turn, field) for field, value in changed.items())
+        return turn if same else replace(turn, **changed)
 
     def encoded(self, text: Text) -> list[Encoding]:
         """The tokens of each piece."""

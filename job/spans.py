@@ -74,10 +74,11 @@ def answers(
     conversation = _Conversation(template=template, turns=turns, tools=tools)
     conversation.check_calls(learnt[-1] + 1)
     found = [conversation.answer(index) for index in learnt]
-    for index, answer in zip(learnt, found, strict=True):
-        conversation.check_printed(index, answer.text)
+    conversation.check_printed(learnt[-1], found[-1].text)
     if all(found[-1].text.startswith(answer.text) for answer in found[:-1]):
         return (_piece(found[-1].text, found),)
+    for index, answer in zip(learnt[:-1], found[:-1], strict=True):
+        conversation.check_printed(index, answer.text)
     return tuple(_piece(answer.text, [answer]) for answer in found)
 
 

@@ -95,6 +95,8 @@ def left_out(turn: Turn, text: str) -> bool:
     Lines count as said in any order, bare or as JSON writes them. Switches such as `/no_think`, which some templates
     take out, do not count at all.
     """
+    if turn.content.strip() in text and turn.input.strip() in text:
+        return False
     lines = [line.strip() for line in SWITCH.split(f"{turn.content}\n{turn.input}") if line.strip()]
     return bool(lines) and not any(line in text or json.dumps(line, ensure_ascii=False)[1:-1] in text for line in lines)
 

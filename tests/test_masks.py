@@ -399,3 +399,15 @@ def test_the_jobs_templates_for_mistral_show_the_system_turn_once() -> None:
 def test_a_template_of_the_tokenizer_is_kept(name: str) -> None:
     """What is saved beside the adapter is the model's template, byte for byte."""
     assert real.tokenizer(name).hf.chat_template == real.text(name)
+
+
+@pytest.mark.parametrize("name", ["llama-2", "mistral-v3", "phi-3", "gemma-3", "llama-3", "zephyr"])
+def test_a_marker_inside_a_word_leaves_the_word_whole(name: str) -> None:
+    """A marker that is text puts no space into what is said, also where a tokenizer marks the start of each text."""
+    model, found = MODELS[name], real.tokenizer(name)
+    one, two = model.family.bos, model.family.special[1]
+    said = (("user", f"a{one}b{two}c"), ("assistant", f"d{one}e{two}f"))
+    sequences = renderer(name).render(row(*turns(said)))
+    (got,) = learnt(found, sequences)
+    assert got.removeprefix(" ") == model.answer.format(said[1][1]).removeprefix(" ")
+    assert said[0][1] in decoded(found, sequences[0].input_ids)
