@@ -39,10 +39,16 @@ class Encoding:
 
     def crosses(self, character: int) -> bool:
         """Whether a token holds characters on both sides of the border before `character`."""
+        return self.over(character) is not None
+
+    def over(self, character: int) -> tuple[int, int] | None:
+        """The token that holds characters on both sides of the border before `character`, and the end of its last."""
         if self.raw is not None:
             token = self.raw.char_to_token(character)
-            return token is not None and bool(self.raw.token_to_chars(token)[0] < character)
-        return any(start < character < end for start, end in self.offsets)
+            start, end = self.raw.token_to_chars(token) if token is not None else (character, character)
+            return (token + self.added, end) if start < character < end else None
+        over = ((at, end) for at, (start, end) in enumerate(self.offsets) if start < character < end)
+        return next(over, None)
 
     def _starting_from(self, character: int) -> int:
         """The first token that starts at or behind a character."""

@@ -51,11 +51,30 @@ class Turn:
         if self.input:
             message |= {"instruction": self.content, "input": self.input}
         if self.tool_calls:
-            message["tool_calls"] = list(self.tool_calls)
+            message["tool_calls"] = [_with_arguments(call) for call in self.tool_calls]
         for key in ("tool_call_id", "name", "reasoning_content"):
             if (value := getattr(self, key)) is not None:
                 message[key] = value
         return message
+
+
+def _with_arguments(call: JsonObject) -> JsonObject:
+    """A tool call whose arguments are an object, as templates want them, even where the row has them as JSON text.
+
+    OpenAI's API gives text, and most templates would print it as a JSON string, quoted twice. Servers (vLLM, for one)
+    decode it too before they apply the template.
+    """
+    function = call.get("function")
+    if isinstance(function, dict):
+        return call | {"function": _with_arguments(function)}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        decoded = json.loads(arguments)
+    except ValueError:
+        return call
+    return call | {"arguments": decoded} if isinstance(decoded, dict) else call
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

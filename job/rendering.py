@@ -14,16 +14,18 @@ such as <tool_call>) are encoded as ever.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from job import roles
 from job.encoding import Encoding
 from job.examples import Example, RowError, Turn
 from job.lengths import Cut, Tokens, cut
+from job.refusals import why
 from job.spans import Piece, Span, answers, whole
-from job.template import RefusedError
+from job.template import RefusedError, Template
 from job.tokenizer import STAND_IN, Tokenizer
 from job.weights import add_roles
 
@@ -141,10 +143,10 @@ class Renderer:
         if example.text is not None:
             self._needs_roles(example)
             return Text(example=example, pieces=(self._ready(example.text),), disarmed=False)
-        turns = self._disarmed(example)
+        said = self._disarmed(example)
         template = self.tokenizer.template_for(example.format)
         mode = train_on or self.train_on
-        if mode == "all" and example.format in MARKED and any(not turn.trained for turn in turns):
+        if mode == "all" and example.format in MARKED and any(not turn.trained for turn in said.turns):
             raise RowError(
                 source=example.source,
                 line=example.line,
@@ -153,19 +155,26 @@ class Renderer:
             )
         try:
             if mode == "all":
-                pieces = whole(template, turns, example.tools)
+                pieces = whole(template, said.turns, said.tools)
             else:
-                pieces = answers(template, turns, example.tools, only_last=mode == "last_response")
+                pieces = answers(template, said.turns, said.tools, only_last=mode == "last_response")
             if mode == "responses" and self.weights is not None:
-                pieces = add_roles(pieces, template, turns, example.tools, roles=self.weights.keys() - {"assistant"})
+                others = self.weights.keys() - {"assistant"}
+                pieces = add_roles(pieces, template, said.turns, said.tools, roles=others)
         except RefusedError as error:
-            raise RowError(
-                source=example.source,
-                line=example.line,
-                reason=f"the template `{template.name}` refuses the conversation: {error}",
-                remedy="Correct these rows, or set TUNE_CHAT_TEMPLATE to a template that allows them.",
-            ) from error
-        return Text(example=example, pieces=pieces, disarmed=turns is not example.turns)
+            raise self._refused(example, template, error) from error
+        return Text(example=example, pieces=pieces, disarmed=said is not example)
+
+    @staticmethod
+    def _refused(example: Example, template: Template, error: RefusedError) -> RowError:
+        found = why(template, example.turns, example.tools)
+        rule = f"; {found.rule}" if found.rule else ""
+        return RowError(
+            source=example.source,
+            line=example.line,
+            reason=f"the template `{template.name}` refuses the conversation: {error}{rule}",
+            remedy=found.remedy,
+        )
 
     def _needs_roles(self, example: Example) -> None:
         if self.weights is not None:
@@ -180,24 +189,32 @@ class Renderer:
     def _ready(text: str) -> Piece:
         return Piece(text=text, spans=(Span(start=0, end=len(text)),))
 
-    def _disarmed(self, example: Example) -> tuple[Turn, ...]:
-        """The turns with stand-ins for special tokens; the very same object if there is nothing to replace."""
-        changed = tuple(map(self._disarmed_turn, example.turns))
-        if all(new is old for new, old in zip(changed, example.turns, strict=True)):
-            return example.turns
-        if any(STAND_IN.search(turn.text) for turn in example.turns):
+    def _disarmed(self, example: Example) -> Example:
+        """The example with stand-ins for special tokens; the very same object if there is nothing to replace."""
+        turns = tuple(map(self._disarmed_turn, example.turns))
+        tools = tuple(_each_text(tool, self.tokenizer.disarm) for tool in example.tools)
+        if all(new is old for new, old in zip(turns, example.turns, strict=True)) and tools == example.tools:
+            return example
+        content = [[turn.message() for turn in example.turns], example.tools]
+        if STAND_IN.search(json.dumps(content, ensure_ascii=False, default=str)):
             raise RowError(
                 source=example.source,
                 line=example.line,
                 reason="it holds both a special token and a character of plane 16 (private use), which stands for one",
             )
-        return changed
+        return replace(example, turns=turns, tools=tools)
 
     def _disarmed_turn(self, turn: Turn) -> Turn:
-        disarm = self.tokenizer.disarm_answer if turn.role == "assistant" else self.tokenizer.disarm
-        content, more = disarm(turn.content), disarm(turn.input)
-        same = content == turn.content and more == turn.input
-        return turn if same else replace(turn, content=content, input=more)
+        disarm = self.tokenizer.disarm
+        content = self.tokenizer.disarm_answer(turn.content) if turn.role == "assistant" else disarm(turn.content)
+        changed: dict[str, Any] = {"content": content}
+        for name in ("input", "name", "reasoning_content"):
+            if value := getattr(turn, name):
+                changed[name] = disarm(value)
+        if turn.tool_calls:
+            changed["tool_calls"] = tuple(_each_text(call, disarm) for call in turn.tool_calls)
+        same = all(value == getattr(turn, name) for name, value in changed.items())
+        return turn if same else replace(turn, **changed)
 
     def encoded(self, text: Text) -> list[Encoding]:
         """The tokens of each piece."""
@@ -214,7 +231,7 @@ class Renderer:
         if cuts := [span.start for span in piece.spans if encoding.crosses(span.start)]:
             encoding = self.tokenizer.encode_parts(piece.text, cuts=cuts, disarmed=text.disarmed)
         spans = self._learnt(piece)
-        ids, learnt = encoding.ids, _learnt(encoding, spans)
+        ids, learnt = encoding.ids, _learnt(encoding, piece, spans)
         if text.example.text is not None and self._needs_end(piece.text):
             ids = [*ids, self.tokenizer.eos_token_id]
             learnt = ((1, len(ids)),) if len(ids) > 1 else ()
@@ -230,8 +247,8 @@ class Renderer:
             part=part,
             parts=len(text.pieces),
             header_differs=piece.header_differs,
-            weights=self._weights(encoding, spans, found.keep) if self.weighted else None,
-            weight_by_role=self._weight_by_role(encoding, spans, found.keep),
+            weights=self._weights(encoding, piece, spans, found.keep) if self.weighted else None,
+            weight_by_role=self._weight_by_role(encoding, piece, spans, found.keep),
         )
 
     def _learnt(self, piece: Piece) -> tuple[Span, ...]:
@@ -240,17 +257,17 @@ class Renderer:
         learnt = (span for span in (*piece.spans, *piece.others) if span.role in self.weights)
         return tuple(sorted(learnt, key=lambda span: span.start))
 
-    def _weights(self, encoding: Encoding, spans: Sequence[Span], keep: int) -> list[float]:
+    def _weights(self, encoding: Encoding, piece: Piece, spans: Sequence[Span], keep: int) -> list[float]:
         weights = [0.0] * keep
         for span in spans:
-            tokens = _kept(encoding, span, keep)
+            tokens = _kept(encoding, piece, span, keep)
             weights[tokens.start : tokens.stop] = [(self.weights or {})[span.role]] * len(tokens)
         return weights
 
-    def _weight_by_role(self, encoding: Encoding, spans: Sequence[Span], keep: int) -> dict[str, float]:
+    def _weight_by_role(self, encoding: Encoding, piece: Piece, spans: Sequence[Span], keep: int) -> dict[str, float]:
         found: dict[str, float] = dict.fromkeys(self.weights or (), 0.0)
         for span in spans if self.weights else ():
-            found[span.role] += (self.weights or {})[span.role] * len(_kept(encoding, span, keep))
+            found[span.role] += (self.weights or {})[span.role] * len(_kept(encoding, piece, span, keep))
         return found
 
     def _needs_end(self, text: str) -> bool:
@@ -261,9 +278,11 @@ class Renderer:
         """How much of the sequence stays. Where all is learnt, the ends of the answers are looked up only now."""
         if length > self.max_length and self.train_on == "all" and text.example.text is None:
             spans = self._answers(text, text.pieces[part].text)
-            return cut(learnt, length, self.max_length, [stop for _, stop in _learnt(encoding, spans)])
+            return cut(
+                learnt, length, self.max_length, [stop for _, stop in _learnt(encoding, text.pieces[part], spans)]
+            )
         if self.weights is not None:
-            answers_end = [stop for _, stop in _learnt(encoding, text.pieces[part].spans)]
+            answers_end = [stop for _, stop in _learnt(encoding, text.pieces[part], text.pieces[part].spans)]
             return cut(learnt, length, self.max_length, answers_end)
         return cut(learnt, length, self.max_length)
 
@@ -288,17 +307,39 @@ class Renderer:
         )
 
 
-def _learnt(encoding: Encoding, spans: Sequence[Span]) -> tuple[Tokens, ...]:
-    """The tokens that lie wholly inside a span; never the first of the sequence, which nothing stands before."""
-    found = (encoding.inside(span.start, span.end) for span in spans)
-    tokens = ((max(one.start, 1), one.stop) for one in found)
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _each_text(item, change) for key, item in value.items()}
+    return [_each_text(item, change) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _inside(encoding: Encoding, piece: Piece, span: Span) -> Tokens:
+    """The tokens that lie wholly inside a span; never the first of the sequence, which nothing stands before.
+
+    White space that a token holds behind the end of a span is no reason to leave it out: some end markers take it in
+    (Phi 3's `<|end|>`, an added token with `rstrip`).
+    """
+    found = encoding.inside(span.start, span.end)
+    stop = found.stop
+    over = encoding.over(span.end)
+    if over and over[0] == stop and piece.text[span.end : over[1]].isspace():
+        stop += 1
+    return max(found.start, 1), stop
+
+
+def _learnt(encoding: Encoding, piece: Piece, spans: Sequence[Span]) -> tuple[Tokens, ...]:
+    """Where the learnt tokens lie; none is empty."""
+    tokens = (_inside(encoding, piece, span) for span in spans)
     return tuple((start, stop) for start, stop in tokens if start < stop)
 
 
-def _kept(encoding: Encoding, span: Span, keep: int) -> range:
-    """The tokens of a span that are learnt: not the first of all, and none behind the cut."""
-    tokens = encoding.inside(span.start, span.end)
-    return range(max(tokens.start, 1), max(tokens.start, 1, min(tokens.stop, keep)))
+def _kept(encoding: Encoding, piece: Piece, span: Span, keep: int) -> range:
+    """The tokens of a span that are learnt: those before the cut."""
+    start, stop = _inside(encoding, piece, span)
+    return range(start, max(start, min(stop, keep)))
 
 
 def _labels(ids: list[int], learnt: Sequence[Tokens], keep: int) -> list[int]:

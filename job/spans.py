@@ -11,10 +11,10 @@ Knows characters, nothing of tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from job.examples import JsonObject, Turn
-from job.template import RefusedError, Template
+from job.template import ANSWER, RefusedError, Template, left_out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,13 +41,26 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Answer:
+    text: str
+    """The conversation up to and including the answer."""
     span: Span
-    header_differs: bool
+    header_differs: bool = False
+    rewritten: bool = False
+    """The turns before are rendered otherwise here than where they stand alone."""
 
 
 def whole(template: Template, turns: Sequence[Turn], tools: Sequence[JsonObject]) -> tuple[Piece, ...]:
-    """The conversation as one text, all of it learnt. Raises RefusedError."""
-    text = template.render(turns, add_generation_prompt=False, tools=tools)
+    """The conversation as one text, all of it learnt. Raises RefusedError.
+
+    Where it ends with an answer, the text before that is as at inference: some templates show the system turn or the
+    tools only in a conversation that ends with a question.
+    """
+    text = template.closed(turns, add_generation_prompt=False, tools=tools)
+    conversation = _Conversation(template=template, turns=turns, tools=tools)
+    if turns[-1].role == "assistant" and (moved := conversation.moved(len(turns) - 1)):
+        text = moved.text
+    conversation.check_calls(len(turns))
+    conversation.check_printed(len(turns), text)
     return (Piece(text=text, spans=(Span(start=0, end=len(text)),)),)
 
 
@@ -63,11 +76,14 @@ def answers(
     learnt = [index for index, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
     learnt = learnt[-1:] if only_last else learnt
     conversation = _Conversation(template=template, turns=turns, tools=tools)
-    upto = [conversation.upto(index) for index in learnt]
-    found = [conversation.answer(index, text) for index, text in zip(learnt, upto, strict=True)]
-    if all(upto[-1].startswith(text) for text in upto[:-1]):
-        return (_piece(upto[-1], found),)
-    return tuple(_piece(text, [answer]) for text, answer in zip(upto, found, strict=True))
+    conversation.check_calls(learnt[-1] + 1)
+    found = [conversation.answer(index) for index in learnt]
+    conversation.check_printed(learnt[-1], found[-1].text)
+    if all(found[-1].text.startswith(answer.text) for answer in found[:-1]):
+        return (_piece(found[-1].text, found),)
+    for index, answer in zip(learnt[:-1], found[:-1], strict=True):
+        conversation.check_printed(index, answer.text)
+    return tuple(_piece(answer.text, [answer]) for answer in found)
 
 
 def _piece(text: str, found: list[_Answer]) -> Piece:
@@ -81,26 +97,53 @@ class _Conversation:
     turns: Sequence[Turn]
     tools: Sequence[JsonObject]
 
-    def upto(self, index: int) -> str:
-        """The turns up to and including `index`."""
-        return self._rendered(index + 1, prompt=False)
-
     def _rendered(self, count: int, *, prompt: bool) -> str:
         return self.template.render(self.turns[:count], add_generation_prompt=prompt, tools=self.tools)
 
-    def answer(self, index: int, text: str) -> _Answer:
-        """Where turn `index` lies in `text`, which ends with it."""
-        end = self._end(text)
+    def answer(self, index: int) -> _Answer:
+        """The conversation up to and including turn `index`, and where that turn lies in it."""
+        return self._found(index, self._rendered(index + 1, prompt=False))
+
+    def check_calls(self, count: int) -> None:
+        """Raises RefusedError if one of the first `count` turns calls a tool and the template leaves that out."""
+        for index, turn in enumerate(self.turns[:count]):
+            for call in turn.tool_calls:
+                found, name = self.answer(index), str((call.get("function") or call).get("name"))
+                if name not in found.text[found.span.start : found.span.end]:
+                    raise RefusedError(f"it does not print the tool call `{name}` of turn {index + 1}")
+
+    def check_printed(self, count: int, text: str) -> None:
+        """Raises RefusedError if `text` lacks one of the first `count` turns that are no answers.
+
+        What tools say counts only where an answer follows at once: some templates forget it once the user goes on.
+        """
+        asked = max((at for at, turn in enumerate(self.turns[:count]) if turn.role == "user"), default=-1)
+        for index, turn in enumerate(self.turns[:count]):
+            expected = turn.role != "assistant" and (turn.role != "tool" or index > asked)
+            if expected and left_out(turn, text):
+                raise RefusedError(f"it leaves out turn {index + 1}, of the role `{turn.role}`")
+
+    def moved(self, index: int) -> _Answer | None:
+        """The same if the turns before are rendered otherwise once this one follows, else None."""
+        try:
+            found = self.answer(index)
+        except RefusedError:  # where the answer starts matters to nobody here
+            return None
+        return found if found.rewritten else None
+
+    def _found(self, index: int, text: str) -> _Answer:
         try:
             before = self._rendered(index, prompt=True)
+            if text.startswith(before) and (index or not self.template.generation_prompt):
+                return self._at(text, len(before))
+            if text.startswith(self._rendered(index, prompt=False)):
+                return self._otherwise_opened(index, text, before)
+            return self._moved(index, text, before)
         except RefusedError as refusal:
-            return self._by_header(index, text, end, refusal)
-        if text.startswith(before):
-            return _Answer(span=Span(start=len(before), end=end), header_differs=False)
-        try:
-            return self._diverging(index, text, end, before)
-        except RefusedError as refusal:
-            return self._by_header(index, text, end, refusal)
+            return self._by_header(index, text, refusal)
+
+    def _at(self, text: str, start: int) -> _Answer:
+        return _Answer(text=text, span=Span(start=start, end=max(start, self._end(text))))
 
     def _end(self, text: str) -> int:
         """Behind the end marker; where a template has none, the white space is what ends the turn."""
@@ -108,22 +151,61 @@ class _Conversation:
         marker = self.template.end_of_turn
         return len(stripped) if marker and stripped.endswith(marker) else len(text)
 
-    def _diverging(self, index: int, text: str, end: int, before: str) -> _Answer:
-        """The turns before are rendered alike, but the answer does not open with the generation prompt."""
-        if not text.startswith(self._rendered(index, prompt=False)):
-            raise RefusedError(f"it renders the turns before turn {index + 1} otherwise once that turn follows")
-        start = next(at for at, (one, other) in enumerate(zip(text, before, strict=False)) if one != other)
-        return _Answer(span=Span(start=start, end=end), header_differs=True)
+    def _otherwise_opened(self, index: int, text: str, before: str) -> _Answer:
+        """The turns before are rendered alike, but the answer does not open with the generation prompt.
 
-    def _by_header(self, index: int, text: str, end: int, refusal: RefusedError) -> _Answer:
+        Where both part is seen with a known answer: the answer itself may begin like the prompt's end.
+        """
+        shown = self._with_known_answer(index)
+        start = _common_start(shown, before)
+        if not index or not text.startswith(shown[:start]):  # without turns before, a template may print nothing at all
+            raise RefusedError(f"it opens turn {index + 1} in a way of its own")
+        return replace(self._at(text, start), header_differs=True)
+
+    def _moved(self, index: int, text: str, before: str) -> _Answer:
+        """The turns before are rendered otherwise once an answer follows: what is generated goes behind the prompt.
+
+        Mistral's templates, for one, write the system turn only into a question that ends the conversation. Where the
+        answer starts is seen by rendering a known one in its place.
+        """
+        shown = self._with_known_answer(index)
+        known = shown[: shown.rindex(ANSWER.content)]
+        ends = range(len(known.rstrip()), len(known) + 1)
+        start = max(ends, key=lambda end: len(_common_end(before, known[:end])))
+        if not text.startswith(known[:start]) or not self._repeats_question(index, _common_end(before, known[:start])):
+            raise RefusedError(f"it renders the turns before turn {index + 1} otherwise once that turn follows")
+        return replace(self._at(before + text[start:], len(before)), rewritten=True)
+
+    def _with_known_answer(self, index: int) -> str:
+        shown = self.template.render([*self.turns[:index], ANSWER], add_generation_prompt=False, tools=self.tools)
+        if ANSWER.content not in shown:
+            raise RefusedError(f"it does not print turn {index + 1}")
+        return shown
+
+    def _repeats_question(self, index: int, common: str) -> bool:
+        """Whether the turn before the answer lies wholly in what both renderings end with."""
+        return bool(index) and bool(common.strip()) and self.turns[index - 1].text.strip() in common
+
+    def _by_header(self, index: int, text: str, refusal: RefusedError) -> _Answer:
         """The turns before cannot be rendered alone (none, or only a system turn): the header is known from elsewhere.
 
         Only where the text ends exactly in header, content, end marker; otherwise the refusal stands.
         """
-        turn, template = self.turns[index], self.template
+        turn, template, end = self.turns[index], self.template, self._end(text)
         if template.generation_prompt and not turn.tool_calls:
             for content in (turn.text, turn.text.strip()):
                 tail = f"{content}{template.end_of_turn}"
                 if text[:end].endswith(f"{template.generation_prompt}{tail}"):
-                    return _Answer(span=Span(start=end - len(tail), end=end), header_differs=False)
+                    return self._at(text, end - len(tail))
         raise refusal
+
+
+def _common_end(one: str, other: str) -> str:
+    """The longest text with which both end."""
+    return one[len(one) - _common_start(one[::-1], other[::-1]) :]
+
+
+def _common_start(one: str, other: str) -> int:
+    """How many characters both have in common at their start."""
+    differs = (at for at, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
+    return next(differs, min(len(one), len(other)))

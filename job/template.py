@@ -5,7 +5,10 @@ Knows Jinja text and strings; nothing of tokens. The templates that the job brin
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,8 +20,12 @@ TEXT_BLOCKS = ("alpaca", "question_answer", "prompt_completion")
 """Templates for models without a chat template; each is also the name of the format that uses it."""
 
 QUESTION = Turn(role="user", content="What is the Vogon word for tea?")
+SYSTEM = Turn(role="system", content="Speak Vogon.")
 ANSWER = Turn(role="assistant", content="Zqxw.")
 """A conversation that every template must be able to render, with words that no template contains."""
+
+SWITCH = re.compile(r"\n|(?:^|(?<=\s))/\w+")
+"""What separates the lines of a turn: also a word like `/no_think`."""
 
 
 class RefusedError(Exception):
@@ -33,14 +40,32 @@ class Template:
     text: str
     apply: Callable[..., str]
     """Takes `messages`, `tools` and `add_generation_prompt`."""
+    eos: str = ""
+    """The tokenizer's EOS, as the template knows it."""
 
     def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool, tools: Sequence[JsonObject] = ()) -> str:
-        """The conversation as text. Raises RefusedError if the template does."""
+        """The conversation as text, to which turns can be added. Raises RefusedError if the template does."""
+        text = self.closed(turns, add_generation_prompt=add_generation_prompt, tools=tools)
+        return text if add_generation_prompt else text.removesuffix(self.closing)
+
+    def closed(self, turns: Sequence[Turn], *, add_generation_prompt: bool, tools: Sequence[JsonObject] = ()) -> str:
+        """The same with what the template puts behind a whole conversation, see `closing`."""
         messages = [turn.message() for turn in turns]
         try:
             return self.apply(messages=messages, tools=list(tools) or None, add_generation_prompt=add_generation_prompt)
         except Exception as error:
             raise RefusedError(str(error) or type(error).__name__) from error
+
+    @functools.cached_property
+    def closing(self) -> str:
+        """EOS where the template puts it behind every conversation that does not end in a generation prompt (Phi 3).
+
+        It ends no turn: the next one would stand before it. Empty for other templates.
+        """
+        text = self.closed([QUESTION], add_generation_prompt=False)
+        rest = text.removesuffix(self.eos) if self.eos else text
+        prompt = self.closed([QUESTION], add_generation_prompt=True)
+        return self.eos if rest != text and not prompt.startswith(text) and prompt.startswith(rest) else ""
 
     @functools.cached_property
     def generation_prompt(self) -> str:
@@ -54,6 +79,26 @@ class Template:
         """What the template puts behind an answer, without white space around it; may be empty."""
         text = self.render([QUESTION, ANSWER], add_generation_prompt=False)
         return text.rpartition(ANSWER.content)[2].strip()
+
+    @functools.cached_property
+    def around(self) -> str:
+        """A short conversation, in which every marker occurs that opens or ends a turn."""
+        for turns in ([SYSTEM, QUESTION, ANSWER, QUESTION], [QUESTION, ANSWER, QUESTION]):
+            with contextlib.suppress(RefusedError):
+                return self.render(turns, add_generation_prompt=True)
+        return f"{self.render([QUESTION, ANSWER], add_generation_prompt=False)}{self.generation_prompt}"
+
+
+def left_out(turn: Turn, text: str) -> bool:
+    """Whether a rendered conversation lacks all that a turn says; some templates drop roles in silence.
+
+    Lines count as said in any order, bare or as JSON writes them. Switches such as `/no_think`, which some templates
+    take out, do not count at all.
+    """
+    if turn.content.strip() in text and turn.input.strip() in text:
+        return False
+    lines = [line.strip() for line in SWITCH.split(f"{turn.content}\n{turn.input}") if line.strip()]
+    return bool(lines) and not any(line in text or json.dumps(line, ensure_ascii=False)[1:-1] in text for line in lines)
 
 
 def names() -> tuple[str, ...]:

@@ -98,9 +98,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _turn_markers(self) -> re.Pattern[str]:
-        """BOS, EOS and the special tokens with which the template opens and ends an answer."""
-        around = f"{self.chat.generation_prompt}{self.chat.end_of_turn}" if self.chat else ""
-        around += f"{self.hf.bos_token or ''}{self.hf.eos_token or ''}"
+        """BOS, EOS and the special tokens with which the template opens and ends turns."""
+        around = f"{self.chat.around if self.chat else ''}{self.hf.bos_token or ''}{self.hf.eos_token or ''}"
         return _one_of([token for token in self._special if token in around])
 
     def disarm(self, text: str) -> str:
@@ -136,9 +135,9 @@ class Tokenizer:
                 ids += plain
                 offsets += [(start, end)] * len(plain)
             else:
-                part = self.hf.backend_tokenizer.encode(text[start:end], add_special_tokens=False)
-                ids += part.ids
-                offsets += [(start + first, start + last) for first, last in part.offsets]
+                part_ids, part_offsets = self._part(self.hf.backend_tokenizer, text[start:end], inner=start > 0)
+                ids += part_ids
+                offsets += [(start + first, start + last) for first, last in part_offsets]
         return stitched(ids, offsets, bos_ids=self.bos_ids)
 
     @functools.cached_property
@@ -146,8 +145,28 @@ class Tokenizer:
         """Each special token as the plain text it is, by a copy of the tokenizer that knows none."""
         copy = type(self.hf.backend_tokenizer).from_str(self.hf.backend_tokenizer.to_str())
         copy.encode_special_tokens = True
-        found = copy.encode_batch(list(self._special), add_special_tokens=False)
-        return {token: one.ids for token, one in zip(self._special, found, strict=True)}
+        return {token: self._part(copy, token, inner=True)[0] for token in self._special}
+
+    @functools.cached_property
+    def _anchors(self) -> tuple[str, ...]:
+        """Characters to put before a part, where the tokenizer marks the start of each text as that of a word.
+
+        SentencePiece tokenizers (Llama 2, Mistral, Phi 3) do: `b` alone is `▁b`, but behind `a` it is `b`.
+        """
+        encode = self.hf.backend_tokenizer.encode
+        alone = encode("a", add_special_tokens=False).ids
+        behind = encode("\na", add_special_tokens=False).ids
+        return () if behind[-len(alone) :] == alone else ("\n", "|", "a")
+
+    def _part(self, backend: Any, text: str, *, inner: bool) -> tuple[list[int], list[Offsets]]:
+        """The tokens of a part of a text; those of an inner part are the ones it has behind other text."""
+        for anchor in self._anchors if inner else ():
+            found = backend.encode(f"{anchor}{text}", add_special_tokens=False)
+            first = next((n for n, (start, end) in enumerate(found.offsets) if start >= 1 and end > 1), None)
+            if first is not None and all(end <= 1 for _, end in found.offsets[:first]):
+                return found.ids[first:], [(start - 1, end - 1) for start, end in found.offsets[first:]]
+        found = backend.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
 
 
 def _one_of(tokens: Sequence[str]) -> re.Pattern[str]:
@@ -261,7 +280,7 @@ def _template(hf: Any, name: str, text: str, date: dt.date) -> Template:
         )
         return str(rendered[0])
 
-    return Template(name=name, text=text, apply=apply)
+    return Template(name=name, text=text, apply=apply, eos=hf.eos_token or "")
 
 
 def _correct_eos(hf: Any, own: Template) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from job.template import RefusedError, named, names
 from job.tokenizer import load, wrap
 
 ASKED = (Turn(role="user", content="What is the capital of France?"),)
+STRICT = ("gemma", "llama-2", "mistral", "mistral-nemo")
 ANSWERED = (*ASKED, Turn(role="assistant", content="Paris."))
 
 
@@ -42,7 +43,7 @@ def test_a_template_that_cannot_render_an_answer_is_refused_at_once() -> None:
         wrap(tiny(), template_text="{{ raise_exception('never') }}", date=DATE)
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name not in {"gemma", "llama-2", "mistral"}])
+@pytest.mark.parametrize("name", [name for name in names() if name not in STRICT])
 def test_templates_render_a_system_turn_before_the_conversation(name: str) -> None:
     """A template we bring writes the system text once, before the user's."""
     found = wrap(tiny(bos="<s>"), chat_template=name, date=DATE)
@@ -51,7 +52,7 @@ def test_templates_render_a_system_turn_before_the_conversation(name: str) -> No
     assert text.index("Be brief-ish.") < text.index("capital") < text.index("Paris.")
 
 
-@pytest.mark.parametrize("name", ["gemma", "llama-2", "mistral"])
+@pytest.mark.parametrize("name", STRICT)
 def test_strict_templates_say_which_rule_a_conversation_breaks(name: str) -> None:
     """Two answers in a row are refused in words, and a system turn goes into the first question."""
     found = wrap(tiny(bos="<s>"), chat_template=name, date=DATE)
