@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from job import roles
-from job.kinds import Kind, auto_or, choice, flag, integer, names, number, text
+from job.kinds import auto_or, choice, flag, integer, names, number, text
+from job.setting import PREFIX, Setting, setting
 
-PREFIX = "TUNE_"
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 TARGET = re.compile(r"[A-Za-z_][\w.-]*")
@@ -35,40 +35,6 @@ AUTO_MICRO_BATCH = 8
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One row of the table of variables."""
-
-    name: str
-    kind: Kind
-    default: Any
-    required: bool
-    meaning: str
-    fingerprint: bool
-
-    @property
-    def variable(self) -> str:
-        """The environment variable's name."""
-        return PREFIX + self.name.upper()
-
-    @property
-    def default_text(self) -> str:
-        """The default as a user would write it, or `required` / `none`."""
-        if self.required:
-            return "required"
-        if self.default is None or self.default == ():
-            return "none"
-        if isinstance(self.default, tuple):
-            return ",".join(self.default)
-        return str(self.default).lower() if isinstance(self.default, bool) else f"{self.default}"
-
-
-def _setting(kind: Kind, meaning: str, *, default: Any = dataclasses.MISSING, fingerprint: bool = False) -> Any:
-    return dataclasses.field(
-        default=default, metadata={"kind": kind, "meaning": meaning, "fingerprint": fingerprint}, kw_only=True
-    )
-
-
 _S3 = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
 _MODEL = text(rf"{HUB_NAME.pattern}|{_S3}|/.+", "org/name[@revision], s3://bucket/prefix, or an absolute path")
 _PLACE = text(rf"{_S3}|/.+", "s3://bucket/prefix, or an absolute path")
@@ -84,32 +50,32 @@ _RUN = text(RUN_ID, "letters, digits, '.', '_' and '-', at most 128, starting wi
 class Config:
     """One run's settings, in the order in which the README shows them."""
 
-    model: str = _setting(_MODEL, "base model", fingerprint=True)
-    dataset: tuple[str, ...] = _setting(
+    model: str = setting(_MODEL, "base model", fingerprint=True)
+    dataset: tuple[str, ...] = setting(
         names(_DATA, _DATA.rule), "training data: objects, prefixes, paths or hub names", fingerprint=True
     )
-    output: str = _setting(_PLACE, "a run writes under `<output>/<run id>/`, and `<output>/latest.json`")
-    run_id: str | None = _setting(
+    output: str = setting(_PLACE, "a run writes under `<output>/<run id>/`, and `<output>/latest.json`")
+    run_id: str | None = setting(
         _RUN, "names the run; none = a hash of the variables marked * (they decide the result)", default=None
     )
-    device: Literal["auto", "cuda", "cpu"] = _setting(
+    device: Literal["auto", "cuda", "cpu"] = setting(
         choice("auto", "cuda", "cpu"),
         "`auto` takes a GPU where there is one; `cuda` refuses to train without one",
         default="auto",
     )
-    eval_dataset: tuple[str, ...] = _setting(
+    eval_dataset: tuple[str, ...] = setting(
         names(_DATA, _DATA.rule), "held-out data of its own; otherwise a split is made", default=(), fingerprint=True
     )
-    eval_fraction: float = _setting(
+    eval_fraction: float = setting(
         number(0, 0.5),
         "share of rows held out, chosen by content so that a duplicate never lands on both sides; 0 = none",
         default=0.05,
         fingerprint=True,
     )
-    format: str = _setting(
+    format: str = setting(
         choice("auto", *FORMATS), "format of the rows; `auto` detects it per file", default="auto", fingerprint=True
     )
-    columns: tuple[str, ...] = _setting(
+    columns: tuple[str, ...] = setting(
         names(
             text(
                 rf"(?:{'|'.join(COLUMNS)})=.+", f"our name=your column, where our name is one of {', '.join(COLUMNS)}"
@@ -120,114 +86,114 @@ class Config:
         default=(),
         fingerprint=True,
     )
-    quality: Literal["warn", "fail", "off"] = _setting(
+    quality: Literal["warn", "fail", "off"] = setting(
         choice("warn", "fail", "off"),
         "what to do about duplicates, leaks into the evaluation, secrets, garbage and the like in the rows: `fail` "
         "ends the run if some are grave, `off` does not look for them",
         default="warn",
     )
-    chat_template: str = _setting(
+    chat_template: str = setting(
         _TEMPLATE,
         "`tokenizer` = the model's own; or a name (`chatml`, `llama-3.1`, ...); or a Jinja file's URI",
         default="tokenizer",
         fingerprint=True,
     )
-    train_on: Literal["responses", "last_response", "all"] = _setting(
+    train_on: Literal["responses", "last_response", "all"] = setting(
         choice("responses", "last_response", "all"), "which tokens are learned", default="responses", fingerprint=True
     )
-    role_weights: tuple[str, ...] = _setting(
+    role_weights: tuple[str, ...] = setting(
         names(text(roles.PAIR, "role=weight"), roles.RULE),
         "how much each role's tokens count in the loss; a role that is not named counts 0; none = assistant=1",
         default=(),
         fingerprint=True,
     )
-    max_length: int = _setting(integer(8), "tokens per example", default=2048, fingerprint=True)
-    overlong: Literal["truncate", "drop", "fail"] = _setting(
+    max_length: int = setting(integer(8), "tokens per example", default=2048, fingerprint=True)
+    overlong: Literal["truncate", "drop", "fail"] = setting(
         choice("truncate", "drop", "fail"),
         "what happens to longer examples; always counted and reported",
         default="truncate",
         fingerprint=True,
     )
-    precision: Literal["4bit", "8bit", "16bit"] = _setting(
+    precision: Literal["4bit", "8bit", "16bit"] = setting(
         choice("4bit", "8bit", "16bit"), "base weights: NF4, LLM.int8, or 16 bit", default="4bit", fingerprint=True
     )
-    lora_r: int = _setting(integer(1), "adapter rank", default=16, fingerprint=True)
-    lora_alpha: int = _setting(integer(1), "adapter scale", default=16, fingerprint=True)
-    lora_dropout: float = _setting(number(0, 0.9), "adapter dropout", default=0.0, fingerprint=True)
-    lora_targets: tuple[str, ...] = _setting(
+    lora_r: int = setting(integer(1), "adapter rank", default=16, fingerprint=True)
+    lora_alpha: int = setting(integer(1), "adapter scale", default=16, fingerprint=True)
+    lora_dropout: float = setting(number(0, 0.9), "adapter dropout", default=0.0, fingerprint=True)
+    lora_targets: tuple[str, ...] = setting(
         names(text(TARGET, "module names"), "module names separated by commas"),
         "layers that get an adapter; a name that matches nothing is an error",
         default=("all-linear",),
         fingerprint=True,
     )
-    lora_rslora: bool = _setting(flag(), "rank-stabilised scaling", default=False, fingerprint=True)
-    epochs: float = _setting(number(0, exclusive=True), "passes over the data", default=3.0, fingerprint=True)
-    max_steps: int | None = _setting(
+    lora_rslora: bool = setting(flag(), "rank-stabilised scaling", default=False, fingerprint=True)
+    epochs: float = setting(number(0, exclusive=True), "passes over the data", default=3.0, fingerprint=True)
+    max_steps: int | None = setting(
         integer(1), "optimizer steps; when set, decides alone", default=None, fingerprint=True
     )
-    curriculum: Literal["none", "short_first"] = _setting(
+    curriculum: Literal["none", "short_first"] = setting(
         choice("none", "short_first"),
         "order of the first epoch: `short_first` = by length; later epochs are shuffled in any case",
         default="none",
         fingerprint=True,
     )
-    batch_size: int = _setting(
+    batch_size: int = setting(
         integer(1), "examples per optimizer step over all GPUs; never changed", default=8, fingerprint=True
     )
-    micro_batch: int | Literal["auto"] = _setting(
+    micro_batch: int | Literal["auto"] = setting(
         auto_or(integer(1)), "examples per pass; must divide `TUNE_BATCH_SIZE`; `auto` = at most 8", default="auto"
     )
-    learning_rate: float | Literal["auto"] = _setting(
+    learning_rate: float | Literal["auto"] = setting(
         auto_or(number(0, 1, exclusive=True)),
         "`auto` by model size: up to 7B 2e-4, to 13B 1e-4, above 5e-5",
         default="auto",
         fingerprint=True,
     )
-    warmup: float = _setting(number(0), "below 1 a share of the steps, else steps", default=0.03, fingerprint=True)
-    schedule: str = _setting(
+    warmup: float = setting(number(0), "below 1 a share of the steps, else steps", default=0.03, fingerprint=True)
+    schedule: str = setting(
         choice("linear", "cosine", "constant", "constant_with_warmup"),
         "learning-rate schedule",
         default="linear",
         fingerprint=True,
     )
-    weight_decay: float = _setting(number(0, 1), "AdamW weight decay", default=0.01, fingerprint=True)
-    optimizer: str = _setting(
+    weight_decay: float = setting(number(0, 1), "AdamW weight decay", default=0.01, fingerprint=True)
+    optimizer: str = setting(
         choice("adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "paged_adamw_32bit"),
         "optimizer; on a CPU always fused AdamW (logged in the plan)",
         default="adamw_8bit",
         fingerprint=True,
     )
-    max_grad_norm: float = _setting(number(0), "gradient clipping; 0 = off", default=1.0, fingerprint=True)
-    seed: int = _setting(integer(0), "adapter initialisation, data order, dropout", default=3407, fingerprint=True)
-    gradient_checkpointing: Literal["auto", "unsloth", "on", "off"] = _setting(
+    max_grad_norm: float = setting(number(0), "gradient clipping; 0 = off", default=1.0, fingerprint=True)
+    seed: int = setting(integer(0), "adapter initialisation, data order, dropout", default=3407, fingerprint=True)
+    gradient_checkpointing: Literal["auto", "unsloth", "on", "off"] = setting(
         choice("auto", "unsloth", "on", "off"),
         "recompute activations to save memory; `auto` = `unsloth` on a GPU, `off` on a CPU",
         default="auto",
     )
-    deterministic: bool = _setting(
+    deterministic: bool = setting(
         flag(),
         "only kernels that repeat bit for bit, or an error where there is none; at some cost in speed, and most "
         "settings repeat without it (docs/resume.md)",
         default=False,
     )
-    eval_steps: int | Literal["auto"] = _setting(
+    eval_steps: int | Literal["auto"] = setting(
         auto_or(integer(1)),
         "optimizer steps between evaluations; `auto` = ten over the run, fewer if dear",
         default="auto",
     )
-    samples: int = _setting(integer(0), "held-out prompts answered before and after training", default=4)
-    checkpoint_minutes: float = _setting(number(0, exclusive=True), "longest time between checkpoints", default=10.0)
-    checkpoint_steps: int | None = _setting(
+    samples: int = setting(integer(0), "held-out prompts answered before and after training", default=4)
+    checkpoint_minutes: float = setting(number(0, exclusive=True), "longest time between checkpoints", default=10.0)
+    checkpoint_steps: int | None = setting(
         integer(1), "optimizer steps between checkpoints; whichever comes first", default=None
     )
-    checkpoint_keep: int = _setting(integer(1), "checkpoints whose files are kept", default=2)
-    resume: Literal["auto", "fresh", "require"] = _setting(
+    checkpoint_keep: int = setting(integer(1), "checkpoints whose files are kept", default=2)
+    resume: Literal["auto", "fresh", "require"] = setting(
         choice("auto", "fresh", "require"),
         "`auto` goes on where the run stopped; `require` refuses to begin anew; `fresh` begins anew at every start and "
         "sets aside what is there",
         default="auto",
     )
-    allow_change: tuple[str, ...] = _setting(
+    allow_change: tuple[str, ...] = setting(
         names(
             text(rf"{PREFIX}[A-Z_]+|{'|'.join(CONTENTS)}", "a variable marked *, or " + ", ".join(CONTENTS)),
             "variables marked *, or any of " + ", ".join(CONTENTS) + ", separated by commas",
@@ -235,30 +201,30 @@ class Config:
         "what may differ from the checkpoint on resume; everything else is refused",
         default=(),
     )
-    fencing: Literal["auto", "require"] = _setting(
+    fencing: Literal["auto", "require"] = setting(
         choice("auto", "require"),
         "`require` refuses a store without conditional writes; `auto` warns and reads back",
         default="auto",
     )
-    grace_seconds: float = _setting(
+    grace_seconds: float = setting(
         number(2), "what the platform leaves between its signal and SIGKILL; the run ends within it", default=15.0
     )
-    storage_patience_minutes: float = _setting(
+    storage_patience_minutes: float = setting(
         number(0), "how long an unreachable store is tried before the run ends with code 74", default=60.0
     )
-    export: tuple[str, ...] = _setting(
+    export: tuple[str, ...] = setting(
         names(choice(*EXPORTS), "any of " + ", ".join(EXPORTS) + ", separated by commas"),
         "what to publish; the adapter always is",
         default=("adapter",),
     )
-    log_format: Literal["auto", "json", "text"] = _setting(
+    log_format: Literal["auto", "json", "text"] = setting(
         choice("auto", "json", "text"), "`auto` = text on a terminal, else JSON lines", default="auto"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
         choice("debug", "info", "warning", "error"), "least level that is logged", default="info"
     )
-    log_steps: int = _setting(integer(1), "optimizer steps between `train_progress` events", default=1)
-    metrics_port: int | None = _setting(
+    log_steps: int = setting(integer(1), "optimizer steps between `train_progress` events", default=1)
+    metrics_port: int | None = setting(
         integer(1024, 65535),
         "port where Prometheus finds the run's numbers, at `/metrics`, while the run goes on",
         default=None,

@@ -21,8 +21,9 @@ import psutil
 from environs import EnvValidationError, FileAwareEnv
 from marshmallow import ValidationError
 
-from job.config import PREFIX, SETTINGS, Config, Setting
+from job.config import SETTINGS, Config
 from job.errors import ConfigError
+from job.setting import PREFIX, Setting
 
 FILE_SUFFIX = "_FILE"
 SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "_KEY", "CREDENTIAL", "SIGNATURE")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from job.config import SETTINGS, Setting
+from job.config import SETTINGS
+from job.setting import Setting
 
 MARK = "*"
 

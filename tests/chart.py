@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from job.config import SETTINGS, Config, Setting
+from job.config import SETTINGS, Config
+from job.setting import Setting
 from tests import kustomize, manifests
 
 CHART = manifests.CHART

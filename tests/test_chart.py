@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from job import env
-from job.config import PREFIX, SETTINGS
+from job.config import SETTINGS
+from job.setting import PREFIX
 from tests import chart, manifests
 from tests.manifests import CHART, ROOT, environment, job_spec, only, render, values
 

@@ -9,8 +9,9 @@ import time
 import pytest
 
 from job import env, variables
-from job.config import PREFIX, SETTINGS, Config
+from job.config import SETTINGS, Config
 from job.errors import ConfigError
+from job.setting import PREFIX
 
 REQUIRED = {"TUNE_MODEL": "org/name", "TUNE_DATASET": "s3://bucket/rows.jsonl", "TUNE_OUTPUT": "s3://bucket/runs"}
 
