@@ -43,12 +43,14 @@ import sys, time
 from pathlib import Path
 from job import dataset, tokenizer
 from job.arrow import prepare
+from job.quality import survey
 from job.rendering import Renderer
 import datetime, json, datasets
 from transformers import AutoTokenizer  # imported by both before the clock starts
 rows, model, work = map(Path, sys.argv[1:])
 began = time.perf_counter()
-split = dataset.split(dataset.read([dataset.Source(name=rows.name, path=rows)]), fraction=0.05)
+reading = dataset.read([dataset.Source(name=rows.name, path=rows)])
+split = dataset.split(reading, survey(reading).group_keys(), fraction=0.05)
 read = time.perf_counter()
 renderer = Renderer(tokenizer=tokenizer.load(model, date=datetime.date(2026, 1, 1)))
 made = [prepare(side, renderer=renderer, directory=work, name=name)
