@@ -25,7 +25,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE = "localhost/finetune-job:test"
 DEBIAN_BASE = "localhost/finetune-job-debian:bookworm"
-MIRROR = "http://deb.debian.org/debian"
 CA = Path("/etc/ssl/certs/ca-certificates.crt")
 CA_INSIDE = "/run/ca.pem"  # where the Dockerfile puts the secret ca.pem
 LOCKED_DOWN = (
@@ -86,7 +85,7 @@ def build() -> dict:
 def _debian_base(scratch: Path) -> str:
     if subprocess.run(["podman", "image", "exists", DEBIAN_BASE], check=False).returncode:
         root = scratch / "root"
-        subprocess.run(["debootstrap", "--variant=minbase", "bookworm", str(root), MIRROR], check=True)
+        subprocess.run(["debootstrap", "--variant=minbase", "bookworm", str(root)], check=True)
         with subprocess.Popen(["tar", "-C", str(root), "-c", "."], stdout=subprocess.PIPE) as tar:
             subprocess.run(["podman", "import", "-", DEBIAN_BASE], stdin=tar.stdout, check=True)
     return DEBIAN_BASE
