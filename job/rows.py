@@ -147,8 +147,8 @@ def _begins_with(stream: io.BufferedReader, mark: bytes) -> bool:
 
 def _parsed(number: int, line: bytes) -> Row:
     whole = line.endswith(b"\n")
-    try:  # files that were joined have byte-order marks in the middle, too
-        return Row(line=number, value=jsontext.loads(line.removeprefix(BOM).decode("utf-8")))
+    try:  # files that were joined have byte-order marks in the middle, too; a line end would count as column 1
+        return Row(line=number, value=jsontext.loads(line.removeprefix(BOM).decode("utf-8").rstrip("\r\n")))
     except UnicodeDecodeError as error:
         return Row(line=number, problem=f"not UTF-8 at byte {error.start + 1}", remedy=UTF_8)
     except json.JSONDecodeError as error:
