@@ -20,13 +20,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from job import roles
+from job.encoder import STAND_IN
 from job.encoding import Encoding
 from job.examples import Example, RowError, Turn
 from job.lengths import Cut, Tokens, cut
 from job.refusals import why
 from job.spans import Piece, Span, answers, whole
 from job.template import RefusedError, Template
-from job.tokenizer import STAND_IN, Tokenizer
+from job.tokenizer import Tokenizer
 from job.weights import add_roles
 
 TrainOn = Literal["responses", "last_response", "all"]
