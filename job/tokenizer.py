@@ -7,10 +7,11 @@ and generation stops wherever the model's own files say that it does. What encod
 from __future__ import annotations
 
 import datetime as dt
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ class Tokenizer(Encoder):
     end_of_turn_ids: tuple[int, ...]
     """The tokens that end an assistant turn; empty without a template or where it ends turns with nothing."""
     eos_token_id: int
+    other_stop_ids: tuple[int, ...] = ()
+    """Where else the model's `generation_config.json` ends generation, e.g. behind a tool call (Llama 3.1, gpt-oss)."""
     notes: tuple[str, ...]
     """What the user should know, e.g. that the tokenizer's EOS was wrong."""
 
@@ -44,8 +47,9 @@ class Tokenizer(Encoder):
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens at which generation stops: EOS, and the end of a turn where it is one token."""
-        return tuple(dict.fromkeys((self.eos_token_id, *self.end_of_turn_ids[:1][: len(self.end_of_turn_ids) == 1])))
+        """Tokens at which generation stops: EOS, the end of a turn where it is one token, and the model's others."""
+        end = self.end_of_turn_ids if len(self.end_of_turn_ids) == 1 else ()
+        return tuple(dict.fromkeys((self.eos_token_id, *end, *self.other_stop_ids)))
 
     def template_for(self, format: str) -> Template:  # noqa: A002 - the domain's word
         """The chat template, or without one the text block of a format. Raises DataError if that has none."""
@@ -84,8 +88,8 @@ def load(
 ) -> Tokenizer:
     """Load from local files only; `template_text` (a Jinja file's content) wins over `chat_template`.
 
-    `date` is what templates may print. Raises DataError if there is no fast tokenizer or it needs code of its own,
-    ConfigError for an unknown template name.
+    `date` is what templates may print. Raises DataError if there is no fast tokenizer, it needs code of its own, or
+    `generation_config.json` is damaged; ConfigError for an unknown template name.
     """
     from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import, and only after job.tuning in a run
 
@@ -97,7 +101,24 @@ def load(
             remedy="The model needs a tokenizer.json that works without code of its own; save one with "
             "AutoTokenizer.save_pretrained where its code is trusted.",
         ) from error
-    return wrap(hf, chat_template=chat_template, template_text=template_text, date=date)
+    found = wrap(hf, chat_template=chat_template, template_text=template_text, date=date)
+    return replace(found, other_stop_ids=_other_stop_ids(found, directory / "generation_config.json"))
+
+
+def _other_stop_ids(found: Tokenizer, file: Path) -> tuple[int, ...]:
+    """`eos_token_id` of a generation configuration, one number or several, without tokens that open answers."""
+    if not file.exists():
+        return ()
+    try:
+        given = json.loads(file.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise DataError(
+            f"generation_config.json in {file.parent.name} is no JSON object: {error}.",
+            remedy="Correct the file, or leave it out.",
+        ) from None
+    opening = set(found.encode(found.chat.generation_prompt).ids) if found.chat else set()
+    listed = given if isinstance(given, list) else [given]
+    return tuple(number for number in listed if type(number) is int and number not in {*opening, found.eos_token_id})
 
 
 def wrap(hf: Any, *, chat_template: str = "tokenizer", template_text: str | None = None, date: dt.date) -> Tokenizer:
