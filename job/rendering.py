@@ -25,7 +25,7 @@ from job.encoding import Encoding
 from job.examples import Example, RowError, Turn
 from job.lengths import Cut, Tokens, cut
 from job.refusals import why
-from job.spans import Piece, Span, answers, whole
+from job.spans import Piece, Span, Unshown, answers, whole
 from job.template import RefusedError, Template
 from job.tokenizer import Tokenizer
 from job.weights import add_roles
@@ -61,6 +61,8 @@ class Rendered:
     parts: int
     """Into how many sequences the row was split: 1 unless the template rewrites earlier turns."""
     header_differs: bool
+    """See `job.spans.Piece`."""
+    unshown: tuple[Unshown, ...] = ()
     """See `job.spans.Piece`."""
     weights: list[float] | None = None
     """What each label counts, where that is not all the same; 0 where nothing is learnt."""
@@ -248,6 +250,7 @@ class Renderer:
             part=part,
             parts=len(text.pieces),
             header_differs=piece.header_differs,
+            unshown=piece.unshown,
             weights=self._weights(encoding, piece, spans, found.keep) if self.weighted else None,
             weight_by_role=self._weight_by_role(encoding, piece, spans, found.keep),
         )
