@@ -80,7 +80,7 @@ def rendering_findings(counts: Counts, *, of: str = "training") -> tuple[Finding
         "tools_not_rendered": (
             counts.tools_not_rendered,
             f"{counts.tools_not_rendered.count:,} {of} rows have tools that the chat template does not print.",
-            "Set TUNE_CHAT_TEMPLATE to a template for tools, such as `qwen-2.5`, or remove them: no model sees them.",
+            "The model does not see them: set TUNE_CHAT_TEMPLATE to a template for tools, such as `qwen-2.5`.",
         ),
         "reasoning_not_rendered": (
             counts.reasoning_not_rendered,
