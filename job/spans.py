@@ -202,16 +202,22 @@ class _Conversation:
     def _moved(self, index: int, text: str, before: str) -> _Answer:
         """The turns before are rendered otherwise once an answer follows: what is generated goes behind the prompt.
 
-        Mistral's templates, for one, write the system turn only into a question that ends the conversation. Where the
-        answer starts is seen by rendering a known one in its place.
+        Mistral's templates, for one, write the system turn only into a question that ends the conversation; gpt-oss'
+        drops the thoughts before a call once an answer follows. Where the answer starts is seen by rendering a known
+        one in its place: at its content, or at what the template puts between header and content (a channel, say).
         """
         shown = self._with_known_answer(index)
         known = shown[: shown.rindex(ANSWER.content)]
-        ends = range(len(known.rstrip()), len(known) + 1)
+        ends = [*range(len(known.rstrip()), len(known) + 1), *self._behind_header(known)]
         start = max(ends, key=lambda end: len(_common_end(before, known[:end])))
         if not text.startswith(known[:start]) or not self._repeats_question(index, _common_end(before, known[:start])):
             raise RefusedError(f"it renders the turns before turn {index + 1} otherwise once that turn follows")
         return replace(self._at(before + text[start:], len(before)), rewritten=True)
+
+    def _behind_header(self, known: str) -> tuple[int, ...]:
+        """Where in a text that ends before an answer's content the last generation prompt ends, if it holds one."""
+        prompt = self.template.generation_prompt
+        return (known.rindex(prompt) + len(prompt),) if prompt and prompt in known else ()
 
     def _with_known_answer(self, index: int) -> str:
         shown = self.template.render([*self.turns[:index], ANSWER], add_generation_prompt=False, tools=self.tools)
