@@ -19,7 +19,7 @@ from job.places import Places
 from job.record import Record
 from job.rendering import IGNORED, Renderer
 from job.report import Answer, Curve, Report
-from job.reporting import lengths, publish, report
+from job.reporting import all_findings, lengths, publish, report
 from job.samples import sample, samples
 from job.storage.store import open_store
 from job.template import named
@@ -192,6 +192,19 @@ def test_what_each_token_counts(tmp_path):
     plain = report(settings(), state="check", data=rendered(tmp_path / "b", rows)).html()
     assert "By TUNE_ROLE_WEIGHTS" not in plain
     assert "title=" not in plain.partition("What is learned")[2].partition("</section>")[0]
+
+
+def test_tools_and_reasoning_that_no_model_sees_are_found(tmp_path):
+    """Rows whose tools or reasoning the template leaves out are counted, with their places, and stand on the page."""
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    thinking = [said[0], said[1] | {"reasoning_content": "hm"}]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    rows = [{"messages": said, "tools": [tool]}, {"messages": said}, {"messages": thinking}]
+    read = [example(row, format="messages", source="a.jsonl", line=line) for line, row in enumerate(rows, 1)]
+    data = rendered(tmp_path, read)
+    found = {finding.code: (finding.count, finding.first) for finding in all_findings(data)}
+    assert found == {"tools_not_rendered": (1, ("a.jsonl:1",)), "reasoning_not_rendered": (1, ("a.jsonl:3",))}
+    assert "1 training rows have tools that" in Page(report(settings(), state="check", data=data).html()).text
 
 
 def test_places():

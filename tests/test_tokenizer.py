@@ -180,7 +180,7 @@ def test_a_damaged_generation_config_is_refused_at_once(tmp_path: Path) -> None:
     """What would end the export of merged weights ends the run before it trains."""
     tiny(template=named("chatml")).save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text("[]")
-    with pytest.raises(DataError, match="generation_config.json"):
+    with pytest.raises(DataError, match=r"generation_config\.json"):
         load(tmp_path, date=DATE)
 
 
