@@ -61,9 +61,8 @@ class Rendered:
     parts: int
     """Into how many sequences the row was split: 1 unless the template rewrites earlier turns."""
     header_differs: bool
-    """See `job.spans.Piece`."""
     unshown: tuple[Unshown, ...] = ()
-    """See `job.spans.Piece`."""
+    """Both: see `job.spans.Piece`."""
     weights: list[float] | None = None
     """What each label counts, where that is not all the same; 0 where nothing is learnt."""
     weight_by_role: Mapping[str, float] = field(default_factory=dict)
@@ -145,7 +144,8 @@ class Renderer:
         """Apply the template. Raises RowError if it refuses the row."""
         if example.text is not None:
             self._needs_roles(example)
-            return Text(example=example, pieces=(self._ready(example.text),), disarmed=False)
+            piece = Piece(text=example.text, spans=(Span(start=0, end=len(example.text)),))
+            return Text(example=example, pieces=(piece,), disarmed=False)
         said = self._disarmed(example)
         template = self.tokenizer.template_for(example.format)
         mode = train_on or self.train_on
@@ -187,10 +187,6 @@ class Renderer:
                 reason="ready text has no roles for TUNE_ROLE_WEIGHTS",
                 remedy="Set no TUNE_ROLE_WEIGHTS, or give conversations.",
             )
-
-    @staticmethod
-    def _ready(text: str) -> Piece:
-        return Piece(text=text, spans=(Span(start=0, end=len(text)),))
 
     def _disarmed(self, example: Example) -> Example:
         """The example with stand-ins for special tokens; the very same object if there is nothing to replace."""

@@ -337,8 +337,9 @@ def test_calls_that_are_printed_in_part_are_refused() -> None:
     """gpt-oss's template prints the first call of an answer alone: to learn that would be to forget the others."""
     calls = tuple({"type": "function", "function": CALL | {"arguments": {"city": city}}} for city in ("Oslo", "Rome"))
     said = (Turn(role="user", content="Weather?"), Turn(role="assistant", content="", tool_calls=calls))
-    with pytest.raises(RowError, match="it prints only some of the 2 tool calls of turn 2"):
+    with pytest.raises(RowError, match="only some of the 2 tool calls of turn 2; it takes one tool call") as caught:
         renderer("gpt-oss").render(row(*said, tools=(TOOL,)))
+    assert caught.value.remedy.startswith("Give each call a turn of its own")
     (answer,) = learnt(real.tokenizer("qwen-2.5"), renderer("qwen-2.5").render(row(*said, tools=(TOOL,))))
     assert "Oslo" in answer
     assert "Rome" in answer
