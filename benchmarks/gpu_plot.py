@@ -6,6 +6,7 @@ A chart needs nothing but itself and follows the reader's light or dark setting.
 from __future__ import annotations
 
 import html
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -103,6 +104,9 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def show(result: Mapping[str, Any]) -> None:
     """The same for a terminal."""
+    if importlib.util.find_spec("rich") is None:
+        print(markdown(result))
+        return
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 

@@ -64,7 +64,9 @@ def main() -> None:
             trainer = build(asked, model, tokenizer, micro)
             steps, counting = watch(trainer)
             trainer.train()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
             print(f"micro-batch {micro}: {str(error).splitlines()[0]}")
             break
         survived.append(micro)
