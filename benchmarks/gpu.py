@@ -49,7 +49,7 @@ from benchmarks import gpu_numbers as numbers  # noqa: E402
 from benchmarks import gpu_plot  # noqa: E402
 from benchmarks.gpu_numbers import BATCH, SIZES, WARM_UP  # noqa: E402
 from benchmarks.gpu_process import HERE, Sides  # noqa: E402
-from benchmarks.machine import card, describe  # noqa: E402
+from benchmarks.machine import card, describe, utilisation  # noqa: E402
 
 SIDES = ("job", "tutorial", "collator-free", "plain")
 """In the order in which they run: what matters most comes first, should time run out."""
@@ -61,7 +61,9 @@ PACKAGES = (
 LARGE_BATCH, LARGE_SKIP = 32, 3
 TIGHT_GIB, TIGHT_STEPS = 16, 3
 PROFILED = 2
-SAMPLE_MS = 200
+PADDING_FREE = {"tutorial": False, "plain": False}
+"""What else a side does would make it another side."""
+SAMPLE_SECONDS = 0.2
 
 
 def main() -> int:
@@ -296,6 +298,9 @@ class Bench:
         tokens = [sum(step) for step in sequences]
         if not ended.was_fed(tokens):
             self.sides.failures.append(f"{name} was not fed the rows in the order of the others")
+        settings = ended.settings()
+        if self.asked.device == "cuda" and settings.get("padding_free") is not PADDING_FREE.get(side, True):
+            self.sides.failures.append(f"{name}: padding_free is {settings.get('padding_free')}")
         speed = numbers.steady(ends, tokens, skip=skip, count=count)
         first_step = ended.first_step_seconds()
         print(f"{name}: {speed.tokens_per_second:,.0f} tokens/s, first step after {first_step:.0f} s", flush=True)
@@ -312,7 +317,7 @@ class Bench:
             "step_seconds": [round(after - before, 4) for before, after in itertools.pairwise(ends)],
             "step_tokens": tokens,
             "kernels": self.kernels(name, sequences, speed),
-            "settings": ended.settings(),
+            "settings": settings,
             **self.versions(),
         }
 
@@ -354,29 +359,23 @@ class Bench:
 
     @contextlib.contextmanager
     def sampling(self):  # noqa: ANN201 - a context
-        """nvidia-smi's utilisation five times a second: the share of its last sampling period (a sixth of a second to
-        one second) in which at least one kernel ran, however small."""
-        command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", str(SAMPLE_MS)]
-        if self.asked.device == "cpu" or shutil.which(command[0]) is None:
-            self.result["gpu_busy_source"] = None
-            yield
-            return
-        self.result["gpu_busy_source"] = f"nvidia-smi utilization.gpu every {SAMPLE_MS} ms"
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        """Reads the card's utilisation five times a second while the body runs."""
+        read = utilisation() if self.asked.device == "cuda" else None
+        self.result["gpu_busy_source"] = "NVML utilization.gpu" if read else None
+        over = threading.Event()
 
-        def read() -> None:
-            for line in process.stdout or ():
-                with contextlib.suppress(ValueError):
-                    self.samples.append((time.time(), float(line) / 100))
+        def keep_reading() -> None:
+            while read and not over.wait(SAMPLE_SECONDS):
+                with contextlib.suppress(OSError):
+                    self.samples.append((time.time(), read()))
 
-        reader = threading.Thread(target=read, daemon=True)
+        reader = threading.Thread(target=keep_reading, daemon=True)
         reader.start()
         try:
             yield
         finally:
-            process.terminate()
-            process.wait()
-            reader.join(5)
+            over.set()
+            reader.join()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ COLUMNS = ("", "tokens/s", "job is faster by", "GPU busy", "MFU", "peak GiB", "f
 WIDE, LEFT, RIGHT, ABOVE, BELOW = 720, 210, 90, 30, 28
 BAR, GAP = 22, 10
 CURVES_HIGH, CURVES_LEFT = 260, 56
+LETTER = 6.5
+"""About the width of one in a legend."""
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #24292f; } .soft { fill: #57606a; font-size: 12px; }
 .grid { stroke: #d0d7de; } .job { --c: #0969da; } .tutorial { --c: #bc4c00; } .collator-free { --c: #8250df; }
@@ -181,15 +183,16 @@ def curves(result: Mapping[str, Any]) -> str:
     for tick in x_axis.ticks:
         x, _ = place(tick, y_axis.low)
         parts.append(f'<text class="soft" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{tick:g}</text>')
-    for number, (side, losses) in enumerate(sides.items()):
+    x = 8.0
+    for side, losses in sides.items():
         points = thinned([(step, loss) for step, loss in enumerate(losses, 1)])
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
-        x = CURVES_LEFT + number * 165
+        path = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
         parts += [
             f'<polyline class="{side}" points="{path}"/>',
-            f'<rect class="{side}" x="{x}" y="6" width="12" height="12" rx="2"/>',
-            f'<text class="soft" x="{x + 16}" y="16">{html.escape(NAMES[side])}</text>',
+            f'<rect class="{side}" x="{x:.0f}" y="6" width="12" height="12" rx="2"/>',
+            f'<text class="soft" x="{x + 16:.0f}" y="16">{html.escape(NAMES[side])}</text>',
         ]
+        x += 30 + LETTER * len(NAMES[side])
     return svg(parts, CURVES_HIGH, f"Loss by optimizer step, {result['size'].upper()}")
 
 

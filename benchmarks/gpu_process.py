@@ -196,7 +196,8 @@ class Sides:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("TUNE_")}
         caches = self.caches(side)
         caches.mkdir(parents=True, exist_ok=True)
-        kept |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "PYTHONUNBUFFERED": "1"}
+        kept |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_AUTO_INSTALL": "0"}
+        kept["PYTHONUNBUFFERED"] = "1"
         if self.asked.device == "cpu":
             kept |= {"UNSLOTH_FORCE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "GOMP_SPINCOUNT": "10000"}
         if side == "job":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+NVML = ("libnvidia-ml.so.1", "/usr/local/nvidia/lib64/libnvidia-ml.so.1", "/usr/local/nvidia/lib/libnvidia-ml.so.1")
 
 
 def describe(packages: Sequence[str]) -> dict[str, Any]:
@@ -35,6 +38,30 @@ def cpu() -> str:
     """The processor's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def utilisation() -> Callable[[], float] | None:
+    """What reads the share of its last sampling period (a sixth of a second to one second) in which the first graphics
+    card ran at least one kernel, however small: NVML's `utilization.gpu`. None where there is no NVML."""
+    for name in NVML:
+        try:
+            library = ctypes.CDLL(name)
+            break
+        except OSError:
+            continue
+    else:
+        return None
+    handle, rates = ctypes.c_void_p(), (ctypes.c_uint * 2)()  # of the card's kernels, of its memory
+    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle)):
+        return None
+
+    def read() -> float:
+        """Raises OSError."""
+        if code := library.nvmlDeviceGetUtilizationRates(handle, ctypes.byref(rates)):
+            raise OSError(f"NVML says {code}")
+        return rates[0] / 100
+
+    return read
 
 
 def card() -> str:

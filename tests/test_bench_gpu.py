@@ -3,7 +3,9 @@
 Numbers are worked out by hand. `python benchmarks/gpu.py run <directory> --size tiny --device cpu` tries the rest.
 """
 
+import datetime
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 
 from benchmarks import gpu, gpu_plot
 from benchmarks import gpu_numbers as numbers
+from benchmarks.gpu_process import Ended
 from benchmarks.machine import card, describe
 from tests.jobs import ROOT
 from tests.tiny import tokenizer
@@ -205,8 +208,21 @@ def test_kernels_that_overlap_are_counted_once():
     assert _module(OUTSIDE / "sitecustomize.py").covered([(0, 3), (2, 5), (3, 4), (7, 8)]) == 6
 
 
-def test_a_process_is_limited_from_outside(tmp_path):
-    """The fraction waits for the card's first use, what is told of memory is less, and trainers get a callback more."""
+TRAINERS = """
+class TrainerCallback: ...
+class CallbackHandler:
+    def __init__(self, callbacks, model):
+        self.callbacks = list(callbacks)
+    def add_callback(self, callback):
+        self.callbacks.append(callback)
+"""
+
+
+def test_a_process_is_changed_from_outside(tmp_path):
+    """The fraction waits for the card's first use, what is told of memory is less, and trainers get a callback more.
+
+    A card and transformers' trainer, which takes ten seconds to import, are stood in for.
+    """
     code = """
 import torch
 from transformers.trainer_callback import CallbackHandler
@@ -214,13 +230,55 @@ queued = [call.__name__ for call, _ in torch.cuda._queued_calls]
 torch.cuda.memory_reserved = lambda device=None: 3 << 30
 torch.cuda.cudart = lambda: type("Runtime", (), {"cudaMemGetInfo": lambda self, device: (70 << 30, 80 << 30)})()
 torch.cuda.current_device = lambda: 0
-added = CallbackHandler([], None, None, None, None).callbacks
+added = CallbackHandler([], None).callbacks
 print(queued.count("set_fraction"), torch.cuda.mem_get_info(0), [type(one).__name__ for one in added])
 """
-    environment = {**os.environ, "PYTHONPATH": str(OUTSIDE), "BENCH_GPU_LIMIT_GIB": "16"}
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers/__init__.py").touch()
+    (tmp_path / "transformers/trainer_callback.py").write_text(TRAINERS)
+    environment = {**os.environ, "PYTHONPATH": f"{OUTSIDE}{os.pathsep}{tmp_path}", "BENCH_GPU_LIMIT_GIB": "16"}
     environment["BENCH_GPU_PROFILE"] = f"{tmp_path / 'kernels'}:26:27"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"1 ({13 << 30}, {16 << 30}) ['Kernels']"
+
+
+def test_what_a_process_left_is_read(tmp_path):
+    """The job's log and a script's side.json tell the same: ends of steps, losses, tokens, the settings said last."""
+    stamps = ["2026-11-22T10:00:10.500000Z", "2026-11-22T10:00:12.000000Z"]
+    lines = [
+        {"event": "model_loaded", "plan": {"micro_batch": 8, "accumulation": 1}},
+        {
+            "event": "train_progress",
+            "timestamp": stamps[0],
+            "loss": 4.0,
+            "step_seconds": 2.0,
+            "tokens_per_second": 50.0,
+        },
+        {"event": "memory_short", "micro_batch": 4},
+        {
+            "event": "train_progress",
+            "timestamp": stamps[1],
+            "loss": 3.0,
+            "step_seconds": 1.0,
+            "tokens_per_second": 80.0,
+        },
+    ]
+    log = tmp_path / "log"
+    log.write_text("not JSON\n" + "".join(json.dumps({"gpu_memory_peak_bytes": 7, **line}) + "\n" for line in lines))
+    began = datetime.datetime(2026, 11, 22, 10, tzinfo=datetime.UTC).timestamp()
+    job = Ended(code=0, began=began, seconds=20.0, log=log)
+    said = {"step_ends": [began + 10.5, began + 12], "losses": [4.0, 3.0], "memory_peak_bytes": 7}
+    said |= {"pass_tokens": [60, 40, 70, 65], "accumulation": 2, "micro_batch": 4}
+    script = Ended(code=0, began=began, seconds=20.0, log=log, said=said)
+    for ended in (job, script):
+        assert ended.first_step_seconds() == 10.5
+        assert [end - began for end in ended.step_ends()] == [10.5, 12]
+        assert (ended.losses(), ended.memory_peak()) == ([4.0, 3.0], 7)
+        assert ended.settings()["micro_batch"] == 4
+    assert script.was_fed([100, 135])
+    assert not script.was_fed([135, 100])
+    assert job.was_fed([100, 135, 60])  # 80 tokens/s over 3 s are 240: those of two steps, and a few fetched ahead
+    assert not job.was_fed([100, 150, 60])
 
 
 def test_parts_and_sides_are_chosen_by_name():
