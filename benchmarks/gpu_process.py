@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -203,8 +204,7 @@ class Sides:
         if side == "job":
             scratch = caches
             if self.job_cache() == "TUNE_CACHE":
-                scratch = self.scratch / f"tmp-{len(list(self.scratch.iterdir()))}"
-                scratch.mkdir()
+                scratch = Path(tempfile.mkdtemp(dir=self.scratch))
             return kept | {"TMPDIR": str(scratch)}
         return kept | {
             "HF_HOME": str(caches / "huggingface"),
