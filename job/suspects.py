@@ -82,7 +82,7 @@ _MOJIBAKE = (
 )
 MOJIBAKE = re.compile("|".join(_MOJIBAKE))
 MOJIBAKE_STARTS = ("Ã", "Â", "â€", "ðŸ", "ï»", "ï¿")
-TYPED = bytes(byte for byte in range(256) if not CONTROL.match(chr(byte)) or byte >= 0x80)
+TYPED = bytes(byte for byte in range(256) if chr(byte) > "\x7f" or not CONTROL.match(chr(byte)))
 """Bytes of UTF-8 that are no control character, or not alone."""
 
 
