@@ -2,9 +2,9 @@
 
 TRL's way is what its SFTTrainer does first: `apply_chat_template(tokenize=True)` for each row through `datasets.map`
 with two processes, which gives token ids and no labels. Its further passes over the data (labels, truncation, rows
-left without labels) are left out, and so is the import of TRL. Ours is what a run does: read and check every row,
-split, render with labels, count, write. Both read the same file of generated conversations, each in a process of its
-own, and take turns, so that whatever else the machine does hits them alike.
+left without labels) are left out, and so is the import of TRL. Ours is what a run does: read and check every row, look
+for duplicates and secrets, split, render with labels, count, write. Both read the same file of generated conversations,
+each in a process of its own, and take turns, so that whatever else the machine does hits them alike.
 
     python benchmarks/data.py [--rows 100000] [--repeats 3] [--model .demo/model]
 """

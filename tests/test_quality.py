@@ -384,7 +384,7 @@ def test_the_users_own_evaluation_is_compared(tmp_path: Path) -> None:
 
 
 def test_a_run_on_bad_data_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    """With TUNE_QUALITY=fail the run ends with 65 before anything heavy is loaded, and its log holds no secret."""
+    """With TUNE_QUALITY=fail the run ends with 65 before the weights are loaded, and its log holds no secret."""
     secret = SECRETS["github"]
     path = write(tmp_path / "a.jsonl", [*normal(), talk("How?", f"With {secret} of course")])
     ended = run(tmp_path, model=tiny_model, dataset=path, output=tmp_path / "out", quality="fail", max_length=256)
