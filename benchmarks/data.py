@@ -2,9 +2,9 @@
 
 TRL's way is what its SFTTrainer does first: `apply_chat_template(tokenize=True)` for each row through `datasets.map`
 with two processes, which gives token ids and no labels. Its further passes over the data (labels, truncation, rows
-left without labels) are left out, and so is the import of TRL. Ours is what a run does: read and check every row,
-split, render with labels, count, write. Both read the same file of generated conversations, each in a process of its
-own, and take turns, so that whatever else the machine does hits them alike.
+left without labels) are left out, and so is the import of TRL. Ours is what a run does: read and check every row, look
+for duplicates and secrets, split, render with labels, count, write. Both read the same file of generated conversations,
+each in a process of its own, and take turns, so that whatever else the machine does hits them alike.
 
     python benchmarks/data.py [--rows 100000] [--repeats 3] [--model .demo/model]
 """
@@ -39,25 +39,27 @@ SIDES = ("ours", "trl")
 LIMIT_MIB = 2048
 SAMPLE_SECONDS = 0.05
 OURS = """
-import sys, time
+import datetime, json, logging, sys, time
 from pathlib import Path
-from job import dataset, tokenizer
-from job.arrow import prepare
-from job.quality import survey
-from job.rendering import Renderer
-import datetime, json, datasets
+import structlog
+from job import data
+from job.config import Config
+from job.inputs import File, Inputs
 from transformers import AutoTokenizer  # imported by both before the clock starts
+import datasets
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
 rows, model, work = map(Path, sys.argv[1:])
+config = Config(model=str(model), dataset=(str(rows),), output=str(work), samples=0)
+file = File(name=rows.name, path=rows, size=rows.stat().st_size, etag=None, version=None, named=True)
+pulled = Inputs(model=model, model_files=(), model_revision=None, dataset=(file,), eval_dataset=(), template_text=None,
+                template_files=(), date=datetime.date(2026, 1, 1))
 began = time.perf_counter()
-reading = dataset.read([dataset.Source(name=rows.name, path=rows)])
-split = dataset.split(reading, survey(reading).group_keys(), fraction=0.05)
+data.glance(config, pulled)
 read = time.perf_counter()
-renderer = Renderer(tokenizer=tokenizer.load(model, date=datetime.date(2026, 1, 1)))
-made = [prepare(side, renderer=renderer, directory=work, name=name)
-        for name, side in (("train", split.train), ("evaluation", split.evaluation))]
+made = data.prepare(config, pulled, directory=work)
+sets = [made.train.counts, *([made.evaluation.counts] if made.evaluation else [])]
 print(json.dumps({"read": read - began, "seconds": time.perf_counter() - began,
-                  "sequences": sum(one.counts.sequences for one in made),
-                  "tokens": sum(one.counts.tokens for one in made)}))
+                  "sequences": sum(one.sequences for one in sets), "tokens": sum(one.tokens for one in sets)}))
 """
 TRL = """
 import sys, time, json

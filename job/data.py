@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import structlog
 
-from job import columns, dataset, inputs, roles
+from job import columns, dataset, roles
 from job import tokenizer as tokenizers
-from job.arrow import Prepared, prepare
+from job.arrow import Part, Prepared, parts
 from job.config import Config
+from job.draft import Draft
 from job.errors import DataError
 from job.examples import Example, RowError
 from job.findings import Finding
 from job.inputs import Inputs
-from job.quality import Level, Surveyed, survey
+from job.quality import Level, Survey, Surveyed
 from job.rendering import Prompt, Renderer
 from job.tokenizer import Tokenizer
 from job.verdicts import is_grave
@@ -48,31 +50,83 @@ class Data:
     prompts: tuple[Prompt, ...]
 
 
-def read(config: Config, pulled: Inputs) -> Examples:
-    """Files to examples, surveyed and split into training and evaluation.
+def glance(config: Config, pulled: Inputs) -> None:
+    """Read a little, before anything that takes long is begun: most mistakes are in the first rows already.
 
-    The files are gone through here once, and again for each side when it is rendered.
+    Raises what reading raises, with all invalid rows of a file in number.
     """
-    named = columns.parsed(config.columns)
-    reading = dataset.read(_sources(pulled.dataset), format=config.format, columns=named)
-    if not pulled.eval_dataset:
-        surveyed = survey(reading, level=_level(config, splits=config.eval_fraction > 0))
-        split = dataset.split(reading, surveyed.group_keys(), fraction=config.eval_fraction)
-        if split.note:
-            log.warning("evaluation_off", reason=split.note)
-        return Examples(split=split, files=reading.facts, skipped=reading.skipped, surveyed=surveyed)
-    held_out = dataset.read(_sources(pulled.eval_dataset), format=config.format, columns=named)
-    surveyed = survey(reading, held_out, level=_level(config, splits=False))
-    split = dataset.given(reading, held_out, rows=surveyed.rows, held_out=surveyed.held_out)
-    files, skipped = (*reading.facts, *held_out.facts), (*reading.skipped, *held_out.skipped)
-    return Examples(split=split, files=files, skipped=skipped, surveyed=surveyed)
+    files = _Files.of(config, pulled)
+    complete = files.train.glance()
+    if files.held_out and (complete or not config.columns):  # a column may be further on
+        files.held_out.glance()
 
 
-def _level(config: Config, *, splits: bool) -> Level:
+def read(config: Config, pulled: Inputs) -> Examples:
+    """Go through the files once: examples, surveyed and split into training and evaluation. Needs no tokenizer."""
+    files = _Files.of(config, pulled)
+    survey = Survey(level=_level(config, pulled))
+    for example in files.train:
+        survey.add(example)
+    for example in files.held_out or ():
+        survey.add(example, held_out=True)
+    return _examples(config, files, survey.result())
+
+
+def render(config: Config, pulled: Inputs, examples: Examples, *, directory: Path) -> Data:
+    """What was read to token ids and labels on disk; logs `dataset_ready`."""
+    return _rendered(config, pulled, _Files.of(config, pulled), lambda: examples, directory=directory)
+
+
+def prepare(config: Config, pulled: Inputs, *, directory: Path) -> Data:
+    """Both at once, going through the files only once; in between, what was found is judged (see `judge`)."""
+    files = _Files.of(config, pulled)
+    survey = Survey(level=_level(config, pulled))
+
+    def examples() -> Examples:
+        found = _examples(config, files, survey.result())
+        judge(config, found.surveyed.findings, rows=found.surveyed.rows)
+        return found
+
+    return _rendered(config, pulled, files, examples, directory=directory, survey=survey)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Files:
+    train: dataset.Reading
+    held_out: dataset.Reading | None
+    """Of the user's own evaluation files."""
+
+    @classmethod
+    def of(cls, config: Config, pulled: Inputs) -> _Files:
+        named = columns.parsed(config.columns)
+        train, held_out = (
+            dataset.read(
+                [dataset.Source(name=file.name, path=file.path, named=file.named) for file in files],
+                format=config.format,
+                columns=named,
+            )
+            for files in (pulled.dataset, pulled.eval_dataset)
+        )
+        return cls(train=train, held_out=held_out if pulled.eval_dataset else None)
+
+
+def _level(config: Config, pulled: Inputs) -> Level:
     """What `off` may leave out: never what decides who is on which side."""
     if config.quality != "off":
         return "all"
-    return "alike" if splits else "exact"
+    return "alike" if config.eval_fraction > 0 and not pulled.eval_dataset else "exact"
+
+
+def _examples(config: Config, files: _Files, surveyed: Surveyed) -> Examples:
+    if files.held_out:
+        split = dataset.given(rows=surveyed.rows, held_out=surveyed.held_out)
+        found, skipped = (*files.train.facts, *files.held_out.facts), (*files.train.skipped, *files.held_out.skipped)
+    else:
+        split = dataset.split(surveyed.group_keys(), fraction=config.eval_fraction)
+        found, skipped = files.train.facts, files.train.skipped
+    if split.note:
+        log.warning("evaluation_off", reason=split.note)
+    return Examples(split=split, files=found, skipped=skipped, surveyed=surveyed)
 
 
 def judge(config: Config, findings: Sequence[Finding], *, rows: int) -> None:
@@ -98,36 +152,48 @@ def _refused(findings: Sequence[Finding], grave: Sequence[Finding]) -> DataError
     )
 
 
-def render(config: Config, pulled: Inputs, examples: Examples, *, directory: Path) -> Data:
-    """Examples to token ids and labels on disk; logs `dataset_ready`."""
-    split = examples.split
+def _rendered(
+    config: Config,
+    pulled: Inputs,
+    files: _Files,
+    examples: Callable[[], Examples],
+    *,
+    directory: Path,
+    survey: Survey | None = None,
+) -> Data:
+    """Args: examples: what was read, asked for when all was; survey: sees all rows, if it has not seen them before."""
     tokenizer = tokenizers.load(
         pulled.model, chat_template=config.chat_template, template_text=pulled.template_text, date=pulled.date
     )
     for note in tokenizer.notes:
         log.warning("tokenizer_note", note=note)
-    renderer = Renderer(
-        tokenizer=tokenizer, train_on=config.train_on, max_length=config.max_length, overlong=config.overlong
-    )
-    held_out_renderer = renderer
-    if weights := roles.learnt(config.role_weights):
-        held_out_renderer = replace(renderer, weights=roles.held_out(weights))
-        renderer = replace(renderer, weights=weights)
-    train = prepare(split.train, renderer=renderer, directory=directory, name="train", micro_batch=config.rows_in_pass)
-    held_out = prepare(
-        split.evaluation, renderer=held_out_renderer, directory=directory, name="evaluation", may_be_empty=True
-    )
+    renderer, held_out_renderer = _renderers(config, tokenizer)
+    with Draft(directory) as draft:
+        if files.held_out:
+            draft.add(_passing(files.train, survey), renderer)
+            draft.add(_passing(files.held_out, survey, held_out=True), held_out_renderer)
+        else:
+            draft.add(_passing(files.train, survey), renderer, held_out_renderer)
+        draft.check()
+        found = examples()
+        split = found.split
+        wanted = (
+            Part(name="train", rows=split.train, renderer=renderer),
+            Part(name="evaluation", rows=split.held_out, renderer=held_out_renderer, may_be_empty=True),
+        )
+        train, held_out = parts(draft, wanted, directory=directory, micro_batch=config.rows_in_pass)
+    surveyed = found.surveyed
     log.info(
         "dataset_ready",
         **asdict(train.counts),
         lengths=asdict(train.lengths),
         evaluation=asdict(held_out.counts),
-        files=[asdict(facts) for facts in examples.files],
-        skipped_files=list(examples.skipped),
-        duplicates=examples.surveyed.duplicates,
-        findings={finding.code: finding.count for finding in examples.surveyed.findings},
+        files=[asdict(facts) for facts in found.files],
+        skipped_files=list(found.skipped),
+        duplicates=surveyed.duplicates,
+        findings={finding.code: finding.count for finding in surveyed.findings},
         eval_rows=held_out.counts.rows,
-        eval_rows_shared=examples.surveyed.shared,
+        eval_rows_shared=surveyed.shared,
         eval_note=split.note,
         chat_template=tokenizer.name,
     )
@@ -135,10 +201,38 @@ def render(config: Config, pulled: Inputs, examples: Examples, *, directory: Pat
         tokenizer=tokenizer,
         train=train,
         evaluation=held_out if held_out.counts.sequences else None,
-        files=examples.files,
-        findings=examples.surveyed.findings,
-        prompts=_prompts(config, renderer, split.evaluation or split.train),
+        files=found.files,
+        findings=surveyed.findings,
+        prompts=_prompts(config, renderer, _shown(files, split)),
     )
+
+
+def _renderers(config: Config, tokenizer: Tokenizer) -> tuple[Renderer, Renderer]:
+    """For training and for evaluation."""
+    renderer = Renderer(
+        tokenizer=tokenizer, train_on=config.train_on, max_length=config.max_length, overlong=config.overlong
+    )
+    weights = roles.learnt(config.role_weights)
+    if not weights:
+        return renderer, renderer
+    return replace(renderer, weights=weights), replace(renderer, weights=roles.held_out(weights))
+
+
+def _passing(reading: dataset.Reading, survey: Survey | None, *, held_out: bool = False) -> Iterator[Example]:
+    """The rows, once the survey has seen them; after an invalid one they are only read, for the error at the end."""
+    for example in reading:
+        if reading.invalid:
+            continue
+        if survey:
+            survey.add(example, held_out=held_out)
+        yield example
+
+
+def _shown(files: _Files, split: dataset.Split) -> Iterable[Example]:
+    """Rows for prompts: those held out, if there are any."""
+    if files.held_out:
+        return files.held_out
+    return compress(files.train, split.held_out) if any(split.held_out) else files.train
 
 
 def _prompts(config: Config, renderer: Renderer, examples: Iterable[Example]) -> tuple[Prompt, ...]:
@@ -152,7 +246,3 @@ def _prompts(config: Config, renderer: Renderer, examples: Iterable[Example]) ->
             if len(prompt.input_ids) < config.max_length:
                 found.append(prompt)
     return tuple(found)
-
-
-def _sources(files: Sequence[inputs.File]) -> list[dataset.Source]:
-    return [dataset.Source(name=file.name, path=file.path, named=file.named) for file in files]

@@ -2,15 +2,16 @@
 
 Knows which files count, which format each has, which rows are invalid, and which side of the split a row is on.
 Nothing of file types (rows), columns (formats), tokens or storage. Files are read anew each time that examples are
-gone through, so that memory never holds more than one.
+gone through, and memory never holds more than one example.
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, compress
+from itertools import chain
 from pathlib import Path
 
 import xxhash
@@ -26,6 +27,8 @@ LOOK_AHEAD = 100
 """Rows whose columns decide a file's format."""
 UNREADABLE = 1000
 """Rows without one object among them after which a file is given up."""
+GLANCED, GLANCE_SECONDS = 5000, 1.0
+"""Valid rows, and time, after which a glance at the data ends."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +86,22 @@ class Reading:
                 if self._sources
                 else f"Give files that end in {', '.join(TYPES)}, also with {' or '.join(CODECS)}.",
             )
+
+    @property
+    def invalid(self) -> bool:
+        """Whether a row was invalid so far, so that the end will be an error."""
+        return bool(self._invalid.total)
+
+    def glance(self) -> bool:
+        """Read only the first few thousand rows, or for a second; all of them once one is invalid.
+
+        Raises what iterating raises. Returns whether the end was reached.
+        """
+        end = time.monotonic() + GLANCE_SECONDS
+        for number, _ in enumerate(self, 1):
+            if not self.invalid and (number >= GLANCED or time.monotonic() > end):
+                return False
+        return True
 
     def _file(self, source: Source, known: FileFacts | None) -> Iterator[Example]:
         if not file_type(source.name).type:
@@ -170,46 +189,33 @@ def _facts(source: Source, found: str, count: int, empty: int) -> FileFacts:
     return FileFacts(name=source.name, format=found, rows=count, bytes=size, sha256=digest, empty_answers=empty)
 
 
-class Side:
-    """Some of the examples, in their order, each time that it is iterated."""
-
-    def __init__(self, examples: Iterable[Example], chosen: bytes) -> None:
-        """Args: chosen: one byte for each of the examples, 1 for those that are on this side."""
-        self._examples = examples
-        self._chosen = chosen
-        self._count = chosen.count(1)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Example]:
-        if self._count:
-            yield from compress(self._examples, self._chosen)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Training and evaluation side."""
+    """Which rows are on the evaluation side."""
 
-    train: Side
-    evaluation: Side
+    held_out: bytes
+    """One byte for each row in order, 1 for those on the evaluation side; an evaluation file's rows come last."""
     note: str
     """Why there is no evaluation side although one was asked for; else empty."""
 
+    @property
+    def train(self) -> bytes:
+        """One byte for each row, 1 for those on the training side."""
+        return self.held_out.translate(bytes.maketrans(b"\0\1", b"\1\0"))
 
-def split(examples: Iterable[Example], keys: Iterable[str], *, fraction: float) -> Split:
+
+def split(keys: Iterable[str], *, fraction: float) -> Split:
     """Put a row on the evaluation side if and only if its key's hash, as a number in [0, 1), is below `fraction`.
 
-    `keys` has one for each example; where it is the smallest content key of the rows that are nearly the same, those
-    are all on one side, and a row stays where it is when others, unlike it, are added. If one side came out empty, all
-    rows are trained on and the note says so. `examples` is gone through once for each side that is iterated.
+    `keys` has one for each row; where it is the smallest content key of the rows that are nearly the same, those are
+    all on one side, and a row stays where it is when others, unlike it, are added. If one side came out empty, all rows
+    are trained on and the note says so.
     """
     held_out = bytes(is_evaluation(key, fraction) for key in keys)
     if fraction > 0 and len(set(held_out)) < 2:  # noqa: PLR2004 - the sides
         note = f"{fraction:.3g} of {len(held_out):,} rows leaves one side empty"
-        return Split(train=_whole(examples, len(held_out)), evaluation=_none(), note=note)
-    train = held_out.translate(bytes.maketrans(b"\0\1", b"\1\0"))
-    return Split(train=Side(examples, train), evaluation=Side(examples, held_out), note="")
+        return Split(held_out=bytes(len(held_out)), note=note)
+    return Split(held_out=held_out, note="")
 
 
 def is_evaluation(key: str, fraction: float) -> bool:
@@ -217,14 +223,6 @@ def is_evaluation(key: str, fraction: float) -> bool:
     return bool(xxhash.xxh3_64_intdigest(key.encode()) < fraction * 2**64)
 
 
-def given(train: Iterable[Example], evaluation: Iterable[Example], *, rows: int, held_out: int) -> Split:
+def given(*, rows: int, held_out: int) -> Split:
     """The split that the user made with files of their own, of so many rows each; no row is moved."""
-    return Split(train=_whole(train, rows), evaluation=_whole(evaluation, held_out), note="")
-
-
-def _whole(examples: Iterable[Example], count: int) -> Side:
-    return Side(examples, bytes([1]) * count)
-
-
-def _none() -> Side:
-    return Side((), b"")
+    return Split(held_out=bytes(rows) + bytes([1]) * held_out, note="")

@@ -95,14 +95,16 @@ class Example:
     """Tool schemas that the conversation may call, for templates that print them."""
 
 
+_canonical = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str).encode
+
+
 def content_key(example: Example) -> str:
     """A hash of what the example says, not of where it stands: 32 hexadecimal digits (XXH3, 128 bits).
 
     Two rows with the same turns, text and tools have the same key, whatever file, line or format they came from.
     """
     content = [[turn.message() for turn in example.turns], example.text, list(example.tools)]
-    canonical = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
-    return str(xxhash.xxh3_128_hexdigest(canonical.encode("utf-8", "surrogatepass")))
+    return str(xxhash.xxh3_128_hexdigest(_canonical(content).encode("utf-8", "surrogatepass")))
 
 
 class RowError(DataError):

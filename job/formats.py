@@ -52,10 +52,14 @@ def example(fields: Any, *, format: str, source: str, line: int) -> Example:  # 
         raise InvalidError(f"no {quoted(missing)} (columns: {there})", remedy=ONE_FORMAT)
     if format == "text":
         return Example(source=source, line=line, format=format, text=text(fields, "text", empty=False))
-    _refuse_what_would_be_lost(fields, format)
-    said = _with_system(fields, known.turns(fields))
+    tools: tuple[JsonObject, ...] = ()
+    if len(fields) == len(known.needs):  # no other columns to look at
+        said = known.turns(fields)
+    else:
+        _refuse_what_would_be_lost(fields, format)
+        said, tools = _with_system(fields, known.turns(fields)), _tools(fields)
     _refuse_nothing_to_learn(said)
-    return Example(source=source, line=line, format=format, turns=said, tools=_tools(fields))
+    return Example(source=source, line=line, format=format, turns=said, tools=tools)
 
 
 def detect(name: str, columns: set[str], *, named: Collection[str] = ()) -> str:

@@ -35,6 +35,8 @@ Signature = NDArray[np.uint16]
 
 # Scripts without spaces between words: each character is one.
 SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+NEVER_SPACELESS = bytes(byte for byte in range(256) if byte not in b"\xe0\xe1\xe3\xe4\xe5\xe6\xe7\xe8\xe9\xef")
+"""Bytes of UTF-8 with which none of these characters begins."""
 IN_WORD = np.array([chr(byte).isalnum() if byte < 128 else True for byte in range(256)])  # noqa: PLR2004 - ASCII
 BASE = 0x9E3779B97F4A7C15
 """Odd, so that it has an inverse modulo 2**64."""
@@ -64,7 +66,9 @@ def _asks() -> NDArray[np.int64]:
 
 def spaced(text: str) -> str:
     """The text with a space behind each character of a script that has none between its words."""
-    return text if text.isascii() else SPACELESS.sub(r"\g<0> ", text)
+    if text.isascii() or not text.encode("utf-8", "replace").translate(None, NEVER_SPACELESS):
+        return text
+    return SPACELESS.sub(r"\g<0> ", text)
 
 
 class Signatures:
@@ -116,7 +120,8 @@ class Signatures:
         sums = np.cumsum(data * self._powers[: len(data)], dtype=np.uint64)
         before = np.where(starts > 0, sums[starts - 1], np.uint64(0))
         hashes = (sums[stops - 1] - before) * self._inverse[starts]
-        return _mixed(hashes), np.searchsorted(ends, starts, side="right")
+        words = np.diff(np.searchsorted(starts, ends), prepend=0)
+        return _mixed(hashes), np.repeat(np.arange(len(ends)), words)
 
     def _filled(self, smallest: NDArray[np.uint32], long_enough: NDArray[np.bool_]) -> Signature:
         """Empty slots take over the number of another: the first in their own order that has one."""

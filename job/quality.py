@@ -68,20 +68,21 @@ def survey(examples: Iterable[Example], held_out: Iterable[Example] = (), *, lev
 
     `alike` looks for no more than the groups that a split needs, `exact` only for rows that are the same.
     """
-    rows = _Rows(level=level)
+    rows = Survey(level=level)
     for example in examples:
         rows.add(example)
-    trained = len(rows.lines)
     for example in held_out:
-        rows.add(example)
-    return _surveyed(rows, trained)
+        rows.add(example, held_out=True)
+    return rows.result()
 
 
 @dataclass(kw_only=True)
-class _Rows:
-    """What is kept of each row."""
+class Survey:
+    """What is kept of each row, while rows pass by."""
 
     level: Level
+    held_out: int = 0
+    """Rows of an evaluation file."""
     names: dict[str, int] = field(default_factory=dict)
     sources: array[int] = field(default_factory=lambda: array("I"))
     lines: array[int] = field(default_factory=lambda: array("q"))
@@ -96,7 +97,9 @@ class _Rows:
     garbage: dict[str, int] = field(default_factory=dict)
     """Rows by kind."""
 
-    def add(self, example: Example) -> None:
+    def add(self, example: Example, *, held_out: bool = False) -> None:
+        """One more row; those of an evaluation file (`held_out`) come last."""
+        self.held_out += held_out
         self.sources.append(self.names.setdefault(example.source, len(self.names)))
         self.lines.append(example.line)
         self.keys += bytes.fromhex(content_key(example))
@@ -106,6 +109,10 @@ class _Rows:
         self.signatures.add(_compared(example, said))
         if self.level == "all":
             self._look(example, said)
+
+    def result(self) -> Surveyed:
+        """What was found in all rows."""
+        return _surveyed(self, len(self.lines) - self.held_out)
 
     def _look(self, example: Example, said: list[str]) -> None:
         trained = [at for at, turn in enumerate(example.turns) if turn.role == "assistant" and turn.trained]
@@ -181,7 +188,7 @@ class _Alike:
     """For each row its group's smallest key."""
 
 
-def _alike(rows: _Rows) -> _Alike:
+def _alike(rows: Survey) -> _Alike:
     keys = np.frombuffer(bytes(rows.keys), dtype=">u8").astype(np.uint64).reshape(-1, 2)
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     new = np.ones(len(keys), dtype=bool)
@@ -199,7 +206,7 @@ def _alike(rows: _Rows) -> _Alike:
     )
 
 
-def _surveyed(rows: _Rows, trained: int) -> Surveyed:
+def _surveyed(rows: Survey, trained: int) -> Surveyed:
     alike = _alike(rows)
     repeated = _later(alike.content[:trained])
     near = ~repeated & _later(alike.group[:trained])
@@ -228,7 +235,7 @@ def _later(numbers: Numbers) -> Flags:
     return flags
 
 
-def _of_answers(rows: _Rows, trained: int) -> Iterator[Finding]:
+def _of_answers(rows: Survey, trained: int) -> Iterator[Finding]:
     flags, words = np.array(rows.flags), np.array(rows.words)
     yield from _found(rows, "empty_answers", flags & EMPTY > 0)
     yield from _found(rows, "answers_repeat_prompts", flags & REPEATS > 0)
@@ -238,7 +245,7 @@ def _of_answers(rows: _Rows, trained: int) -> Iterator[Finding]:
         yield from _found(rows, "one_word_answers", one_word, usual=f"{usual:.0f}")
 
 
-def _conflicting(rows: _Rows, trained: int) -> Flags:
+def _conflicting(rows: Survey, trained: int) -> Flags:
     """Training rows whose prompt has another answer elsewhere."""
     prompts, answers = np.array(rows.prompts)[:trained], np.array(rows.answers)[:trained]
     pairs = np.unique(np.stack([prompts, answers]), axis=1)
@@ -246,7 +253,7 @@ def _conflicting(rows: _Rows, trained: int) -> Flags:
     return np.isin(prompts, asked[(ways > 1) & (asked > 0)])
 
 
-def _of_texts(rows: _Rows) -> Iterator[Finding]:
+def _of_texts(rows: Survey) -> Iterator[Finding]:
     flags = np.array(rows.flags)
     kinds = ", ".join(f"{kind}: {count:,}" for kind, count in sorted(rows.garbage.items()))
     yield from _found(rows, "garbage", flags & GARBAGE > 0, kinds=kinds)
@@ -254,7 +261,7 @@ def _of_texts(rows: _Rows) -> Iterator[Finding]:
     yield from _found(rows, "email_addresses", flags & EMAIL > 0)
 
 
-def _found(rows: _Rows, code: str, where: Flags, *, total: int = 0, **words: str) -> Iterator[Finding]:
+def _found(rows: Survey, code: str, where: Flags, *, total: int = 0, **words: str) -> Iterator[Finding]:
     """The finding, if it is in any row; `where` may end before the rows do, `total` is what the count is a part of."""
     count, total = int(where.sum()), total or len(where)
     if count:

@@ -1,6 +1,6 @@
 """Example + tokenizer -> token ids and labels: exactly the answers are learnt, as the template renders them.
 
-The text is tokenised once, whole; a token is learnt if it lies wholly inside a span that is learnt (see `job.spans`).
+The text is tokenised once, whole; a token is learnt if it lies wholly inside a span that is learnt (`job.labels`).
 Where a token would lie across an answer's start (a prompt that ends in a space and an answer that goes on with a word,
 say), the text is tokenised in parts that meet there: generation too starts from the tokens of the prompt alone. A token
 across an answer's end is not learnt, since it holds characters of the next turn; end markers that are tokens of their
@@ -16,62 +16,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from job import roles
+from job import labels, roles
 from job.encoder import STAND_IN
 from job.encoding import Encoding
 from job.examples import Example, RowError, Turn
-from job.lengths import Cut, Tokens, cut
+from job.labels import Learnt, Outcome, Rendered
+from job.lengths import Cut, cut
 from job.refusals import why
-from job.spans import Piece, Span, Unshown, answers, whole
+from job.spans import Piece, Span, answers, whole
 from job.template import RefusedError, Template
 from job.tokenizer import Tokenizer
 from job.weights import add_roles
 
 TrainOn = Literal["responses", "last_response", "all"]
 Overlong = Literal["truncate", "drop", "fail"]
-Outcome = Literal["kept", "shortened", "cut", "overlong", "masked"]
-
 MARKED = ("messages", "sharegpt")
 """Formats whose untrained turns were marked so one by one; those of a conversational `prompt` are by its column."""
-IGNORED = -100
-"""The label that the loss skips (torch's cross_entropy, ignore_index)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rendered:
-    """One training sequence."""
-
-    input_ids: list[int]
-    labels: list[int]
-    """As long as input_ids; -100 where nothing is learnt."""
-    source: str
-    line: int
-    outcome: Outcome
-    """`kept`, `shortened` (whole turns are lost) and `cut` (it ends inside an answer, or inside ready text) are trained
-    on; `overlong` was dropped for its length, `masked` has no label left."""
-    length: int
-    """Tokens before truncation."""
-    learnt: tuple[Tokens, ...]
-    """Where the labelled tokens were, before truncation."""
-    part: int
-    """Which of the row's sequences, from 0."""
-    parts: int
-    """Into how many sequences the row was split: 1 unless the template rewrites earlier turns."""
-    header_differs: bool
-    unshown: tuple[Unshown, ...] = ()
-    """Both: see `job.spans.Piece`."""
-    weights: list[float] | None = None
-    """What each label counts, where that is not all the same; 0 where nothing is learnt."""
-    weight_by_role: Mapping[str, float] = field(default_factory=dict)
-    """Sums of the weights, where roles were given some."""
-
-    @property
-    def trained(self) -> bool:
-        """Whether the sequence is trained on."""
-        return self.outcome in {"kept", "shortened", "cut"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,62 +192,44 @@ class Renderer:
         piece = text.pieces[part]
         if cuts := [span.start for span in piece.spans if encoding.crosses(span.start)]:
             encoding = self.tokenizer.encode_parts(piece.text, cuts=cuts, disarmed=text.disarmed)
-        spans = self._learnt(piece)
-        ids, learnt = encoding.ids, _learnt(encoding, piece, spans)
+        ids, learnt = encoding.ids, labels.learnt(encoding, piece, self.weights)
         if text.example.text is not None and self._needs_end(piece.text):
             ids = [*ids, self.tokenizer.eos_token_id]
-            learnt = ((1, len(ids)),) if len(ids) > 1 else ()
+            learnt = (
+                Learnt(tokens=((1, len(ids)),), roles=("assistant",)) if len(ids) > 1 else Learnt(tokens=(), roles=())
+            )
         found = self._cut(text, part, encoding, learnt, len(ids))
         return Rendered(
-            input_ids=ids[: found.keep],
-            labels=_labels(ids, learnt, found.keep),
+            input_ids=ids[: found.keep] if found.keep < len(ids) else ids,
             source=text.example.source,
             line=text.example.line,
             outcome=self._outcome(text.example, found, len(ids)),
             length=len(ids),
-            learnt=learnt,
+            keep=found.keep,
+            learnt=learnt.tokens,
+            roles=learnt.roles,
             part=part,
             parts=len(text.pieces),
             header_differs=piece.header_differs,
             unshown=piece.unshown,
-            weights=self._weights(encoding, piece, spans, found.keep) if self.weighted else None,
-            weight_by_role=self._weight_by_role(encoding, piece, spans, found.keep),
+            shares=self.weights if self.weighted else None,
         )
-
-    def _learnt(self, piece: Piece) -> tuple[Span, ...]:
-        if self.weights is None:
-            return piece.spans
-        learnt = (span for span in (*piece.spans, *piece.others) if span.role in self.weights)
-        return tuple(sorted(learnt, key=lambda span: span.start))
-
-    def _weights(self, encoding: Encoding, piece: Piece, spans: Sequence[Span], keep: int) -> list[float]:
-        weights = [0.0] * keep
-        for span in spans:
-            tokens = _kept(encoding, piece, span, keep)
-            weights[tokens.start : tokens.stop] = [(self.weights or {})[span.role]] * len(tokens)
-        return weights
-
-    def _weight_by_role(self, encoding: Encoding, piece: Piece, spans: Sequence[Span], keep: int) -> dict[str, float]:
-        found: dict[str, float] = dict.fromkeys(self.weights or (), 0.0)
-        for span in spans if self.weights else ():
-            found[span.role] += (self.weights or {})[span.role] * len(_kept(encoding, piece, span, keep))
-        return found
 
     def _needs_end(self, text: str) -> bool:
         """Whether ready text does not end with EOS."""
         return not text.rstrip().endswith(self.tokenizer.hf.eos_token)
 
-    def _cut(self, text: Text, part: int, encoding: Encoding, learnt: Sequence[Tokens], length: int) -> Cut:
-        """How much of the sequence stays. Where all is learnt, the ends of the answers are looked up only now."""
-        if length > self.max_length and self.train_on == "all" and text.example.text is None:
-            spans = self._answers(text, text.pieces[part].text)
-            return cut(
-                learnt, length, self.max_length, [stop for _, stop in _learnt(encoding, text.pieces[part], spans)]
-            )
-        if self.weights is not None:
-            answers_end = [stop for _, stop in _learnt(encoding, text.pieces[part], text.pieces[part].spans)]
-            return cut(learnt, length, self.max_length, answers_end)
-        return cut(learnt, length, self.max_length)
+    def _cut(self, text: Text, part: int, encoding: Encoding, learnt: Learnt, length: int) -> Cut:
+        """How much of the sequence stays; only one that is too long asks where its answers end."""
+        if length <= self.max_length:
+            return cut(learnt.tokens, length, self.max_length)
+        piece, ends = text.pieces[part], None
+        if self.train_on == "all" and text.example.text is None:
+            answers_only = replace(piece, spans=self._answers(text, piece.text))
+            ends = [stop for _, stop in labels.learnt(encoding, answers_only, None).tokens]
+        elif self.weights is not None:
+            ends = [stop for _, stop in labels.learnt(encoding, piece, None).tokens]
+        return cut(learnt.tokens, length, self.max_length, ends)
 
     def _answers(self, text: Text, whole_text: str) -> tuple[Span, ...]:
         """The answers of a conversation that is learnt whole; none where the template does not show them."""
@@ -314,37 +259,3 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {change(key): _each_text(item, change) for key, item in value.items()}
     return [_each_text(item, change) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _inside(encoding: Encoding, piece: Piece, span: Span) -> Tokens:
-    """The tokens that lie wholly inside a span; never the first of the sequence, which nothing stands before.
-
-    White space that a token holds behind the end of a span is no reason to leave it out: some end markers take it in
-    (Phi 3's `<|end|>`, an added token with `rstrip`).
-    """
-    found = encoding.inside(span.start, span.end)
-    stop = found.stop
-    over = encoding.over(span.end)
-    if over and over[0] == stop and piece.text[span.end : over[1]].isspace():
-        stop += 1
-    return max(found.start, 1), stop
-
-
-def _learnt(encoding: Encoding, piece: Piece, spans: Sequence[Span]) -> tuple[Tokens, ...]:
-    """Where the learnt tokens lie; none is empty."""
-    tokens = (_inside(encoding, piece, span) for span in spans)
-    return tuple((start, stop) for start, stop in tokens if start < stop)
-
-
-def _kept(encoding: Encoding, piece: Piece, span: Span, keep: int) -> range:
-    """The tokens of a span that are learnt: those before the cut."""
-    start, stop = _inside(encoding, piece, span)
-    return range(start, max(start, min(stop, keep)))
-
-
-def _labels(ids: list[int], learnt: Sequence[Tokens], keep: int) -> list[int]:
-    """The ids of the learnt tokens, elsewhere -100."""
-    labels = [IGNORED] * keep
-    for start, stop in learnt:
-        labels[start : min(stop, keep)] = ids[start : min(stop, keep)]
-    return labels

@@ -10,9 +10,9 @@ import numpy as np
 import structlog
 
 from job import charts, shape
-from job.arrow import Counts, Noted
 from job.base_model import BaseModel
 from job.config import Config
+from job.counts import Counts, Noted
 from job.data import Data
 from job.errors import ConfigError, JobError
 from job.estimate import Estimate, estimate

@@ -18,7 +18,7 @@ from job.base_model import BaseModel
 from job.card import Card
 from job.checkpoints import Restored
 from job.config import Config
-from job.data import Data, judge, read, render
+from job.data import Data, glance, prepare
 from job.errors import ConfigError, FencedError, JobError, Stop, known
 from job.inputs import Inputs
 from job.ledger import Ledger
@@ -133,11 +133,9 @@ def _live(life: Life) -> None:
     log.info("run_started", uri=record.uri, config=config.as_variables(), versions=versions())
 
     pulled, base = gather(life)
-    examples = read(config, pulled)
-    judge(config, examples.surveyed.findings, rows=examples.surveyed.rows)
+    glance(config, pulled)
     finetuning = _import_tuning(life)
-    data = render(config, pulled, examples, directory=life.work / "data")
-    del examples  # from here on they are on disk
+    data = prepare(config, pulled, directory=life.work / "data")
     base_hashes = fingerprint.weights(base)
     mark = fingerprint.fingerprint(
         config, base, base_hashes, template=data.tokenizer.template or "", training_data=data.train.digest

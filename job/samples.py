@@ -9,7 +9,7 @@ import numpy as np
 
 from job import logs
 from job.data import Data
-from job.rendering import IGNORED
+from job.labels import IGNORED
 from job.report import Sample, Token
 from job.tokenizer import Tokenizer
 

@@ -142,6 +142,8 @@ def _key(message: JsonObject, one: str, other: str, where: str) -> str:
 
 def _turn(message: JsonObject, where: str, *, role: str, key: str) -> tuple[Turn, bool]:
     """The turn, and whether it is only calls."""
+    if role != CALL and len(message) == 2 and key in message:  # noqa: PLR2004 - who and what
+        return Turn(role=role, content=_content(message, key, where)), False
     if role == CALL:
         turn = Turn(role="assistant", content="", tool_calls=_calls(_called(message, key, where), f"{where}`{key}`"))
     else:

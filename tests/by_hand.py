@@ -15,7 +15,7 @@ from pathlib import Path
 from job import base_model, env, inputs
 from job.config import Config
 from job.data import read, render
-from job.rendering import IGNORED
+from job.labels import IGNORED
 
 RATE = 1e-9  # the step must not change what the next cut starts from
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import given as forall
 from hypothesis import strategies as st
 
 from job import jsonarray, rows
-from job.dataset import Source, Split, given, is_evaluation, read, split
+from job.dataset import Source, given, is_evaluation, read, split
 from job.errors import DataError
 from job.examples import Example, Turn, content_key
 
@@ -402,8 +403,13 @@ def test_a_reading_can_be_read_again(tmp_path: Path) -> None:
     assert reading.facts == facts
 
 
-def parted(examples: list[Example], fraction: float) -> Split:
-    return split(examples, [content_key(one) for one in examples], fraction=fraction)
+Sides = tuple[list[Example], list[Example], str]
+
+
+def parted(examples: list[Example], fraction: float) -> Sides:
+    """The rows of both sides, and the note."""
+    found = split([content_key(one) for one in examples], fraction=fraction)
+    return list(compress(examples, found.train)), list(compress(examples, found.held_out)), found.note
 
 
 @forall(contents=st.lists(st.text(max_size=3), min_size=2, max_size=60), extra=st.lists(st.text(max_size=3)))
@@ -411,36 +417,35 @@ def test_the_split_is_stable_and_never_shares_a_duplicate(contents: list[str], e
     """A row's side depends on its key alone: duplicates stay together, and added rows move none."""
     found = parted([example(content) for content in contents], fraction=0.3)
     more = parted([example(content) for content in contents + extra], fraction=0.3)
-    train, evaluation = ({row.text for row in side} for side in (found.train, found.evaluation))
+    train, evaluation = ({row.text for row in side} for side in found[:2])
     assert not train & evaluation
-    assert len(found.train) + len(found.evaluation) == len(contents)
-    if found.evaluation:
-        assert evaluation <= {row.text for row in more.evaluation}
-        assert train <= {row.text for row in more.train}
+    assert len(found[0]) + len(found[1]) == len(contents)
+    if found[1]:
+        assert train <= {row.text for row in more[0]}
+        assert evaluation <= {row.text for row in more[1]}
 
 
 def test_the_split_takes_about_the_fraction_and_keeps_the_order() -> None:
     """The hash spreads rows evenly, and both sides keep the order of the files."""
-    found = parted([example(str(n), line=n) for n in range(4000)], fraction=0.05)
-    assert 150 <= len(found.evaluation) <= 250
-    assert len(list(found.evaluation)) == len(found.evaluation)
-    assert [row.line for row in found.train] == sorted(row.line for row in found.train)
-    assert all(is_evaluation(content_key(row), 0.05) for row in found.evaluation)
+    train, evaluation, _ = parted([example(str(n), line=n) for n in range(4000)], fraction=0.05)
+    assert 150 <= len(evaluation) <= 250
+    assert [row.line for row in train] == sorted(row.line for row in train)
+    assert all(is_evaluation(content_key(row), 0.05) for row in evaluation)
 
 
 def test_too_few_rows_for_an_evaluation_are_all_trained_on() -> None:
     """An empty side is never made; the note says why there is no evaluation."""
-    found = parted([example("a"), example("a")], fraction=0.000001)
-    assert (len(found.train), len(list(found.train)), list(found.evaluation)) == (2, 2, [])
-    assert "leaves one side empty" in found.note
-    assert parted([example("a")], fraction=1.0).train
-    assert parted([example("a")], fraction=0).note == ""
+    train, evaluation, note = parted([example("a"), example("a")], fraction=0.000001)
+    assert (len(train), evaluation) == (2, [])
+    assert "leaves one side empty" in note
+    assert parted([example("a")], fraction=1.0)[0]
+    assert parted([example("a")], fraction=0)[2] == ""
 
 
 def test_files_of_the_users_own_are_the_split() -> None:
     """No row is moved from one of the user's files to the other."""
-    found = given([example("a"), example("b")], [example("b")], rows=2, held_out=1)
-    assert ([one.text for one in found.train], [one.text for one in found.evaluation]) == (["a", "b"], ["b"])
+    found = given(rows=2, held_out=1)
+    assert (found.train, found.held_out) == (b"\1\1\0", b"\0\0\1")
 
 
 def test_the_content_key_sees_content_only() -> None:

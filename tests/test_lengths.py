@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from test_rendering import TALK, conversation, learnt, ready, tokenizer, whole
 
 from job.arrow import prepare
+from job.labels import IGNORED
 from job.lengths import Gathering, Lengths, cut
-from job.rendering import IGNORED, Renderer
+from job.rendering import Renderer
 
 LONG = (*TALK, ("user", "And 3?"), ("assistant", "It is three, " * 9))
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from model_templates import EXPECTED, MODELS, decoded
 
 from job.examples import Example, RowError, Turn
-from job.rendering import IGNORED, Rendered, Renderer, Text
+from job.labels import IGNORED, Rendered
+from job.rendering import Renderer, Text
 from job.template import named
 from job.tokenizer import Tokenizer
 

@@ -5,6 +5,7 @@ import json
 import random
 import tracemalloc
 from collections.abc import Iterable, Iterator
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,8 @@ def test_a_text_that_all_rows_share_is_no_duplicate() -> None:
     shared = sentence(5, 300)
     rows = [talk(f"{shared} {sentence(n, 6)}", f"It is number {n} of all.", line=n) for n in range(200)]
     assert found(rows).keys() == {"shared_text"}
-    split = dataset.split(rows, survey(rows).group_keys(), fraction=0.2)
-    assert 20 < len(split.evaluation) < 60
+    split = dataset.split(survey(rows).group_keys(), fraction=0.2)
+    assert 20 < sum(split.held_out) < 60
 
 
 def family(seed: int, size: int) -> list[Example]:
@@ -220,12 +221,12 @@ def family(seed: int, size: int) -> list[Example]:
 def sides(rows: list[Example], level: Level = "all") -> dict[str, bool]:
     """For each content whether it is held out; a content on both sides is an error."""
     keys = list(survey(rows, level=level).group_keys())
-    split = dataset.split(rows, keys, fraction=0.3)
+    split = dataset.split(keys, fraction=0.3)
     if split.note:
         return {content_key(row): dataset.is_evaluation(key, 0.3) for row, key in zip(rows, keys, strict=True)}
-    train, held_out = ({content_key(row) for row in side} for side in (split.train, split.evaluation))
+    train, held_out = ({content_key(row) for row in compress(rows, side)} for side in (split.train, split.held_out))
     assert not train & held_out
-    assert len(split.train) + len(split.evaluation) == len(rows)
+    assert sum(split.train) + sum(split.held_out) == len(rows)
     return {**dict.fromkeys(train, False), **dict.fromkeys(held_out, True)}
 
 
@@ -368,7 +369,7 @@ def test_too_few_rows_for_an_evaluation_are_a_warning(tmp_path: Path) -> None:
     with capture_logs() as logs:
         examples = data.read(config(eval_fraction=0.0001), pulled(path))
     assert [(line["event"], line["log_level"]) for line in logs] == [("evaluation_off", "warning")]
-    assert (len(examples.split.train), len(examples.split.evaluation)) == (3, 0)
+    assert examples.split.train == bytes([1]) * 3
 
 
 def test_the_users_own_evaluation_is_compared(tmp_path: Path) -> None:
@@ -378,12 +379,12 @@ def test_the_users_own_evaluation_is_compared(tmp_path: Path) -> None:
     assert [(one.code, one.first) for one in examples.surveyed.findings] == [
         ("eval_leakage", ("b.jsonl:1", "b.jsonl:2"))
     ]
-    assert (len(list(examples.split.train)), len(list(examples.split.evaluation))) == (9, 2)
+    assert (sum(examples.split.train), sum(examples.split.held_out)) == (9, 2)
     assert data.read(config(quality="off"), pulled(train, held_out)).surveyed.shared == 2
 
 
 def test_a_run_on_bad_data_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    """With TUNE_QUALITY=fail the run ends with 65 before anything heavy is loaded, and its log holds no secret."""
+    """With TUNE_QUALITY=fail the run ends with 65 before the weights are loaded, and its log holds no secret."""
     secret = SECRETS["github"]
     path = write(tmp_path / "a.jsonl", [*normal(), talk("How?", f"With {secret} of course")])
     ended = run(tmp_path, model=tiny_model, dataset=path, output=tmp_path / "out", quality="fail", max_length=256)

@@ -14,7 +14,8 @@ from tiny_tokenizer import DATE, MARKERS, real_smollm2, tiny
 from job.arrow import prepare
 from job.errors import DataError
 from job.examples import Example, RowError, Turn
-from job.rendering import IGNORED, Rendered, Renderer
+from job.labels import IGNORED, Rendered
+from job.rendering import Renderer
 from job.template import named
 from job.tokenizer import Tokenizer, wrap
 

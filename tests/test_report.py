@@ -14,10 +14,11 @@ from job.data import Data
 from job.estimate import estimate
 from job.findings import Finding
 from job.formats import example
+from job.labels import IGNORED
 from job.pace import pace
 from job.places import Places
 from job.record import Record
-from job.rendering import IGNORED, Renderer
+from job.rendering import Renderer
 from job.report import Answer, Curve, Report
 from job.reporting import all_findings, lengths, publish, report
 from job.samples import sample, samples

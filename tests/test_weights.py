@@ -20,7 +20,8 @@ from job.arrow import prepare
 from job.config import SETTINGS, Config
 from job.errors import DataError
 from job.examples import Example, RowError, Turn
-from job.rendering import IGNORED, Rendered, Renderer
+from job.labels import IGNORED, Rendered
+from job.rendering import Renderer
 from job.tokenizer import Tokenizer, wrap
 from tests.jobs import ROOT
 

@@ -17,7 +17,7 @@ from tests.servers import serve_proxy
 SLACK_SECONDS = 1.0  # for a machine that is busy with other tests
 PHASES = {
     "download": "job.inputs:pull",
-    "tokenising": "job.data:prepare",
+    "tokenising": "job.run:prepare",
     "restoring": "job.checkpoints:restore",
     "model load": "job.tuning.model:load",
     "evaluation": "job.tuning.finetune:evaluate",
