@@ -9,9 +9,11 @@ import contextlib
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 LIBRARY = "libnvidia-ml.so.1"
+SHOWN = Path("/proc/driver/nvidia")
 LONGEST = 96  # characters of a name: NVML_DEVICE_NAME_V2_BUFFER_SIZE in nvml.h
 
 
@@ -26,14 +28,18 @@ class Cards:
 
 
 def cards() -> Cards:
-    """What is there; nothing without a driver."""
-    with contextlib.suppress(OSError, _NvmlError), _nvml() as nvml:
+    """What is there; nothing without a driver. Without the library (a container that was given `compute` only) it is
+    what the driver itself shows, which has no capabilities."""
+    with contextlib.suppress(OSError, AttributeError), _nvml() as nvml:
         return Cards(driver=_driver(nvml), kinds=tuple(sorted({_kind(nvml, at) for at in range(_count(nvml))})))
-    return Cards(driver="", kinds=())
+    models = {line for path in SHOWN.glob("gpus/*/information") for line in _lines(path) if line.startswith("Model:")}
+    return Cards(driver=next(iter(_lines(SHOWN / "version")), ""), kinds=tuple(sorted(models)))
 
 
-class _NvmlError(Exception):
-    pass
+def _lines(path: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        return path.read_text().splitlines()
+    return []
 
 
 @contextlib.contextmanager
@@ -48,7 +54,7 @@ def _nvml() -> Iterator[ctypes.CDLL]:
 
 def _ask(function: Any, *arguments: Any) -> None:
     if (failed := function(*arguments)) != 0:
-        raise _NvmlError(failed)
+        raise OSError(f"NVML says {failed}")
 
 
 def _driver(nvml: ctypes.CDLL) -> str:

@@ -184,6 +184,7 @@ def _live(life: Life) -> None:
         uri=record.uri,
         steps=finetune.plan.steps,
         seconds=seconds,
+        seconds_to_first_step=life.attempts.facts.get("seconds_to_first_step"),
         timeline_seconds=life.timeline.seconds(),
         **measured,
     )

@@ -171,8 +171,7 @@ def _hooks(life: Life, finetune: Any, data: Data, uploader: Uploader, mark: dict
         seconds = round(env.seconds_since_start(), 3)
         if "resumed_step" in life.attempts.facts:
             log.info("resumed", seconds_to_first_step=seconds, **life.attempts.facts)
-        else:
-            log.info("training_began", seconds_to_first_step=seconds)
+        life.attempts.facts["seconds_to_first_step"] = seconds
 
     steps = finetune.plan.steps
     rows = data.evaluation.counts.sequences if data.evaluation else 0
