@@ -287,7 +287,8 @@ def child_environment(**overrides: str | None) -> dict[str, str]:
 
     An override of None removes the name.
     """
-    changed: dict[str, str | None] = {**os.environ, **_given, **overrides}
+    # One by one: another thread may be taking names away, as libraries do when they are imported.
+    changed: dict[str, str | None] = {name: os.environ.get(name) for name in list(os.environ)} | _given | overrides
     return {name: value for name, value in changed.items() if value is not None}
 
 

@@ -80,26 +80,6 @@ class Inputs:
         }
 
 
-def pull(
-    config: Config, *, scratch: Path, pinned: dict[str, Any] | None, date: str | None = None, weights: bool = True
-) -> Inputs:
-    """Bring everything to local disk.
-
-    Args:
-        scratch: where downloads are kept and found again.
-        pinned: `inputs.json` of an earlier attempt: exactly its files are read.
-        date: of the run's first attempt (ISO 8601); today where None.
-        weights: False leaves stand-ins in the place of remote weights, with their headers and sizes.
-
-    Raises:
-        DataError: something is missing.
-        DeniedError: credentials or a licence.
-        StorageError: unreachable past the patience, or the disk is full.
-    """
-    puller = Puller.of(config, scratch=scratch, pinned=pinned, weights=weights)
-    return puller.rest(config, puller.model(config.model), date=date)
-
-
 def day(date: str | None) -> datetime.date:
     """The date that templates may print: that of the run's first attempt, or today."""
     return datetime.date.fromisoformat(date) if date else datetime.datetime.now(datetime.UTC).date()
@@ -148,17 +128,23 @@ def _is_small_model_file(key: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Puller:
-    """Brings one kind of input after the other; `pull` brings them all."""
+    """Brings one kind of input after the other to this disk.
+
+    Each method may raise DataError (something is missing), DeniedError (credentials or a licence) and StorageError
+    (unreachable past the patience, or the disk is full).
+    """
 
     directory: Path
     patience_seconds: float
     names: frozenset[str] | None
     """What an earlier attempt read; None for the first."""
     weights: bool
+    """False leaves stand-ins in the place of remote weights, with their headers and sizes."""
 
     @classmethod
     def of(cls, config: Config, *, scratch: Path, pinned: dict[str, Any] | None, weights: bool = True) -> Puller:
-        """See `pull`."""
+        """Args: scratch: where downloads are kept and found again. pinned: `inputs.json` of an earlier attempt, exactly
+        whose files are read."""
         return cls(
             directory=scratch / "inputs",
             patience_seconds=config.storage_patience_minutes * 60,
@@ -167,7 +153,11 @@ class Puller:
         )
 
     def rest(self, config: Config, model: ModelFiles, *, date: str | None) -> Inputs:
-        """The data and the template, to go with a model; see `pull`."""
+        """The data and the template, to go with a model.
+
+        Args:
+            date: of the run's first attempt (ISO 8601); today where None.
+        """
         text, template_files = self.template(config.chat_template)
         return Inputs(
             model=model.path,
