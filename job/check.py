@@ -207,9 +207,8 @@ def _pull(checked: Checked, config: Config, scratch: Path, began: dict[str, Any]
         date=inputs.day(began["date"] if began else None),
     )
     with checked.collecting("model"):
-        model, files, revision = puller.model(config.model)
-        pulled = dataclasses.replace(pulled, model=model, model_files=files, model_revision=revision)
-        base = base_model.inspect(model, name=config.model)
+        pulled = pulled.with_model(puller.model(config.model))
+        base = base_model.inspect(pulled.model, name=config.model)
         base_model.check_fits(base, precision=config.precision, max_length=config.max_length, export=config.export)
         checked.base = base
         shape.check_targets_of(base, config.lora_targets)

@@ -217,6 +217,12 @@ class Config:
         "what to publish; the adapter always is",
         default=("adapter",),
     )
+    cache: str | None = setting(
+        _PLACE,
+        "where compile caches are kept between runs; who may write there can run code in the job: protect it as the "
+        "image",
+        default=None,
+    )
     log_format: Literal["auto", "json", "text"] = setting(
         choice("auto", "json", "text"), "`auto` = text on a terminal, else JSON lines", default="auto"
     )

@@ -32,6 +32,13 @@ SHORTEST_SECRET = 6
 NEAR = 0.75
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+COMPILED = {
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "UNSLOTH_COMPILE_LOCATION": "unsloth",
+}
+"""Where what is compiled goes, and what each place is called below the directory for all of it."""
+_compiled: dict[str, str] = {}  # the same, as the libraries were told
 _given: dict[str, str | None] = {}  # what the user had set for the names in OFFLINE, before this process went offline
 
 
@@ -200,24 +207,36 @@ def gpu_present() -> bool:
 
 
 def prepare_libraries(
-    scratch: Path, *, expect_gpu: bool, cpu_only: bool = False, deterministic: bool = False, quiet: bool = False
+    scratch: Path,
+    *,
+    compiled: Path | None = None,
+    expect_gpu: bool,
+    cpu_only: bool = False,
+    deterministic: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Set what the training libraries read at import. Must run before any of them is imported.
 
     The process that trains is offline from its first import: hub downloads run in a child process (`job.hub`).
     Caches go under the scratch directory unless the user placed them elsewhere.
+
+    Args:
+        compiled: where what is compiled must go, wherever the user placed it; None leaves it with the other caches.
     """
     caches = {
         "HF_HOME": scratch / "huggingface",
-        "TRITON_CACHE_DIR": scratch / "triton",
-        "TORCHINDUCTOR_CACHE_DIR": scratch / "inductor",
-        "UNSLOTH_COMPILE_LOCATION": scratch / "unsloth",
+        **{name: (compiled or scratch) / leaf for name, leaf in COMPILED.items()},
         "XDG_CACHE_HOME": scratch / "cache",
         "MPLCONFIGDIR": scratch / "matplotlib",
     }
     for name, path in caches.items():
+        if compiled is not None and name in COMPILED:
+            os.environ[name] = str(path)
         os.environ.setdefault(name, str(path))
         path.mkdir(parents=True, exist_ok=True)
+    _compiled.update({name: os.environ[name] for name in COMPILED})
+    # Unsloth's own bundle of the same, under the home directory: one place is enough, and it is written at exit only.
+    os.environ.setdefault("UNSLOTH_MEGA_CACHE", "0")
     if not os.access(os.path.expanduser("~"), os.W_OK):  # noqa: PTH111 - Path.home() raises for a uid without a passwd entry
         os.environ["HOME"] = str(scratch)
     _given.update({name: os.environ.get(name) for name in OFFLINE})
@@ -247,6 +266,13 @@ def prepare_libraries(
         os.environ.update(CUDA_VISIBLE_DEVICES="", UNSLOTH_FORCE_CPU="1")
 
 
+def keep_compiled() -> None:
+    """Say again where what is compiled goes. To be called once the libraries are imported: on a GPU Unsloth takes
+    Inductor's place away at its import (`patch_torch_compile`), which would then be one beside the scratch directory.
+    """
+    os.environ.update(_compiled)
+
+
 def _cpu_quota(path: Path) -> int | None:
     """Whole CPUs that the container may use, which no library asks for (cgroup v2: `<quota> <period>` or `max ...`)."""
     try:
@@ -261,7 +287,8 @@ def child_environment(**overrides: str | None) -> dict[str, str]:
 
     An override of None removes the name.
     """
-    changed: dict[str, str | None] = {**os.environ, **_given, **overrides}
+    # One by one: another thread may be taking names away, as libraries do when they are imported.
+    changed: dict[str, str | None] = {name: os.environ.get(name) for name in list(os.environ)} | _given | overrides
     return {name: value for name, value in changed.items() if value is not None}
 
 

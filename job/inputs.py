@@ -41,6 +41,17 @@ class File:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """The base model, as it was pulled."""
+
+    path: Path
+    """A directory with a neutral name."""
+    files: tuple[File, ...]
+    revision: str | None
+    """The commit of a model from the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
     """All that a run reads."""
 
@@ -55,6 +66,10 @@ class Inputs:
     date: datetime.date
     """The date that templates may print: the day of the run's first attempt."""
 
+    def with_model(self, model: ModelFiles) -> Inputs:
+        """The same data with this model."""
+        return dataclasses.replace(self, model=model.path, model_files=model.files, model_revision=model.revision)
+
     def as_json(self) -> dict[str, Any]:
         """The body of `inputs.json`."""
         files = (*self.model_files, *self.dataset, *self.eval_dataset, *self.template_files)
@@ -63,37 +78,6 @@ class Inputs:
             "model_revision": self.model_revision,
             "files": [file.as_json() for file in files],
         }
-
-
-def pull(
-    config: Config, *, scratch: Path, pinned: dict[str, Any] | None, date: str | None = None, weights: bool = True
-) -> Inputs:
-    """Bring everything to local disk.
-
-    Args:
-        scratch: where downloads are kept and found again.
-        pinned: `inputs.json` of an earlier attempt: exactly its files are read.
-        date: of the run's first attempt (ISO 8601); today where None.
-        weights: False leaves stand-ins in the place of remote weights, with their headers and sizes.
-
-    Raises:
-        DataError: something is missing.
-        DeniedError: credentials or a licence.
-        StorageError: unreachable past the patience, or the disk is full.
-    """
-    puller = Puller.of(config, scratch=scratch, pinned=pinned, weights=weights)
-    model, model_files, revision = puller.model(config.model)
-    text, template_files = puller.template(config.chat_template)
-    return Inputs(
-        model=model,
-        model_files=model_files,
-        model_revision=revision,
-        dataset=puller.data(config.dataset),
-        eval_dataset=puller.data(config.eval_dataset),
-        template_text=text,
-        template_files=template_files,
-        date=day(date),
-    )
 
 
 def day(date: str | None) -> datetime.date:
@@ -144,17 +128,23 @@ def _is_small_model_file(key: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Puller:
-    """Brings one kind of input after the other; `pull` brings them all."""
+    """Brings one kind of input after the other to this disk.
+
+    Each method may raise DataError (something is missing), DeniedError (credentials or a licence) and StorageError
+    (unreachable past the patience, or the disk is full).
+    """
 
     directory: Path
     patience_seconds: float
     names: frozenset[str] | None
     """What an earlier attempt read; None for the first."""
     weights: bool
+    """False leaves stand-ins in the place of remote weights, with their headers and sizes."""
 
     @classmethod
     def of(cls, config: Config, *, scratch: Path, pinned: dict[str, Any] | None, weights: bool = True) -> Puller:
-        """See `pull`."""
+        """Args: scratch: where downloads are kept and found again. pinned: `inputs.json` of an earlier attempt, exactly
+        whose files are read."""
         return cls(
             directory=scratch / "inputs",
             patience_seconds=config.storage_patience_minutes * 60,
@@ -162,12 +152,30 @@ class Puller:
             weights=weights,
         )
 
-    def model(self, name: str) -> tuple[Path, tuple[File, ...], str | None]:
-        """The directory, what was read, and the commit of a model from the hub."""
+    def rest(self, config: Config, model: ModelFiles, *, date: str | None) -> Inputs:
+        """The data and the template, to go with a model.
+
+        Args:
+            date: of the run's first attempt (ISO 8601); today where None.
+        """
+        text, template_files = self.template(config.chat_template)
+        return Inputs(
+            model=model.path,
+            model_files=model.files,
+            model_revision=model.revision,
+            dataset=self.data(config.dataset),
+            eval_dataset=self.data(config.eval_dataset),
+            template_text=text,
+            template_files=template_files,
+            date=day(date),
+        )
+
+    def model(self, name: str) -> ModelFiles:
+        """The base model."""
         place = self._place(name if self.weights else f"{name} without weights")
         if HUB_NAME.fullmatch(name):
             found = hub.fetch_model(name, place, patience_seconds=self.patience_seconds, weights=self.weights)
-            return found.path, _hub_files(found), found.commit
+            return ModelFiles(path=found.path, files=_hub_files(found), revision=found.commit)
         files = self._fetch(name, place, wanted=_is_model_file if self.weights else _is_small_model_file)
         if not self.weights:
             files += skim(name, place, patience_seconds=self.patience_seconds)
@@ -177,7 +185,8 @@ class Puller:
             link.symlink_to(name)
             link.replace(place)  # at once: another run may be reading through it
         read = (_file(file, named=False) for file in files)
-        return place, tuple(dataclasses.replace(f, etag=_identity(f.name, f.etag, None)) for f in read), None
+        identified = tuple(dataclasses.replace(f, etag=_identity(f.name, f.etag, None)) for f in read)
+        return ModelFiles(path=place, files=identified, revision=None)
 
     def template(self, name: str) -> tuple[str | None, tuple[File, ...]]:
         """The text of a chat template that is a file, and the file; None for any other."""

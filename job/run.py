@@ -11,19 +11,22 @@ from typing import Any
 
 import structlog
 
-from job import base_model, checkpoints, env, fingerprint, inputs, logs, metrics, preflight, reporting, shape, signals
+from job import checkpoints, env, fingerprint, inputs, logs, metrics, preflight, reporting, signals
 from job.artifacts import Artifact, publish
 from job.attempts import Attempts
 from job.base_model import BaseModel
 from job.card import Card
 from job.checkpoints import Restored
+from job.compile_cache import CompileCache
 from job.config import Config
 from job.data import Data, glance, prepare
 from job.errors import ConfigError, FencedError, JobError, Stop, known
+from job.gathering import arrived, gather
 from job.inputs import Inputs
 from job.ledger import Ledger
 from job.record import Record, versions
 from job.storage.store import Store, open_store
+from job.timeline import Timeline
 from job.training import Life, look, say_differences, train, with_plan
 from job.workspace import workspace
 
@@ -69,6 +72,8 @@ def run(config: Config) -> None:
                 expect_gpu=expect_gpu,
                 scratch=scratch,
                 work=work,
+                timeline=Timeline(),
+                cache=CompileCache(config, scratch=scratch, work=work, saves=process.rank == 0),
             )
             _live(life)
 
@@ -129,14 +134,15 @@ def _recorded(attempts: Attempts, record: Record) -> Iterator[None]:
 
 def _live(life: Life) -> None:
     started = time.monotonic()
-    config, record = life.config, life.record
+    config, record, spans = life.config, life.record, life.timeline.span
     log.info("run_started", uri=record.uri, config=config.as_variables(), versions=versions())
 
-    pulled, base = gather(life)
+    pulled, coming = gather(life)
     glance(config, pulled)
     finetuning = _import_tuning(life)
-    data = prepare(config, pulled, directory=life.work / "data")
-    base_hashes = fingerprint.weights(base)
+    pulled, base, base_hashes = arrived(life, pulled, coming)
+    with spans("tokenise"):
+        data = prepare(config, pulled, directory=life.work / "data")
     mark = fingerprint.fingerprint(
         config, base, base_hashes, template=data.tokenizer.template or "", training_data=data.train.digest
     )
@@ -144,7 +150,9 @@ def _live(life: Life) -> None:
     restored = restore(life, mark, check=finetuning.check_checkpoint)
     config = with_plan(config, restored)
     reporting.publish(config, record, base, data, state="in progress")
-    finetune = finetuning.Finetune.load(base, config, data, directory=life.work)
+    life.cache.wait()
+    with spans("load"):
+        finetune = finetuning.Finetune.load(base, config, data, directory=life.work)
     if restored is not None and restored.step > finetune.plan.steps:
         raise ConfigError(
             f"The checkpoint has {restored.step} steps, and the settings ask for {finetune.plan.steps}.",
@@ -154,62 +162,49 @@ def _live(life: Life) -> None:
         pinned = record.pin(config, inputs=pulled.as_json(), fingerprint=mark)
         if not pinned and not fingerprint.contents_may_change(config):
             record.check_inputs(record.inputs() or {}, pulled.as_json())
-        look(finetune, data, record, phase="before", step=0)
+        look(life, finetune, data, phase="before", step=0)
     else:
         say_differences(finetune, restored)
     final = train(life, finetune, data, mark, restored)
 
     card = _card(final, data, pulled, base, base_hashes)
-    artifacts = export(config, finetune, record, base, card, directory=life.work / "export")
+    artifacts = export(life, finetune, base, card, directory=life.work / "export")
     life.ledger.check()
     measured = {**final["results"], **finetune.memory_report()}
-    reporting.publish(config, record, base, data, state="complete", measured=measured)
+    parts = {f"{part}_seconds": seconds for part, seconds in life.timeline.seconds().items()}
+    reporting.publish(config, record, base, data, state="complete", measured={**measured, **parts})
     record.finish({**final, "artifacts": [artifact.as_json() for artifact in artifacts]})
     seconds = round(time.monotonic() - started, 1)
     _quietly(lambda: life.attempts.end("complete", exit_code=0, seconds=seconds))
+    life.cache.finish()
     log.info(
         "run_complete",
         uri=record.uri,
         steps=finetune.plan.steps,
         seconds=seconds,
-        **final["results"],
-        **finetune.memory_report(),
+        seconds_to_first_step=life.attempts.facts.get("seconds_to_first_step"),
+        timeline_seconds=life.timeline.seconds(),
+        **measured,
     )
-
-
-def gather(life: Life) -> tuple[Inputs, BaseModel]:
-    """Bring the inputs here, the same as the run's first attempt read, and refuse what cannot be trained."""
-    config, record = life.config, life.record
-    first = record.first()
-    if first is not None:
-        fingerprint.check(
-            record.run_id, first["fingerprint"], fingerprint.settings(config), allowed=config.allow_change
-        )
-    began = record.inputs()
-    pinned = None if fingerprint.contents_may_change(config) else began
-    pulled = inputs.pull(config, scratch=life.scratch, pinned=pinned, date=began["date"] if began else None)
-    if pinned is not None:
-        record.check_inputs(pinned, pulled.as_json())
-    base = base_model.inspect(pulled.model, name=config.model)
-    base_model.check_fits(base, precision=config.precision, max_length=config.max_length, export=config.export)
-    shape.check_targets_of(base, config.lora_targets)
-    return pulled, base
 
 
 def _import_tuning(life: Life) -> Any:
     """The training stack: seconds of imports, only after all cheap checks."""
     env.prepare_libraries(
         life.scratch,
+        compiled=life.cache.directory,
         expect_gpu=life.expect_gpu,
         cpu_only=life.config.device == "cpu",
         deterministic=life.config.deterministic,
     )
     try:
-        from job.tuning import finetune  # noqa: PLC0415
+        with life.timeline.span("import"):
+            from job.tuning import finetune  # noqa: PLC0415
     except NotImplementedError as error:  # how Unsloth says that it must not fall back to the CPU
         raise preflight.no_gpu(
             life.config.device, f"the training library finds none that it can use: {error}"
         ) from error
+    env.keep_compiled()
     return finetune
 
 
@@ -234,19 +229,22 @@ def restore(life: Life, mark: dict[str, Any], *, check: Callable[[Path, int], No
     return restored
 
 
-def export(
-    config: Config, finetune: Any, record: Record, base: BaseModel, card: Card, *, directory: Path
-) -> list[Artifact]:
+def export(life: Life, finetune: Any, base: BaseModel, card: Card, *, directory: Path) -> list[Artifact]:
     """Publish the adapter, and only then, with the adapter safe, whatever else was asked for."""
+    record, spans = life.record, life.timeline.span
     record.sweep()
     adapter = directory / "adapter"
-    finetune.save_adapter(adapter, base=base)
-    (adapter / "README.md").write_text(card.text())
-    published = publish(record.store, run_id=record.run_id, name="adapter", directory=adapter)
-    if "merged_16bit" in config.export:
+    with spans("export"):
+        finetune.save_adapter(adapter, base=base)
+        (adapter / "README.md").write_text(card.text())
+    with spans("upload"):
+        published = publish(record.store, run_id=record.run_id, name="adapter", directory=adapter)
+    if "merged_16bit" in life.config.export:
         merged = directory / "merged_16bit"
-        finetune.merge(adapter, merged, base=base)
-        published += publish(record.store, run_id=record.run_id, name="merged_16bit", directory=merged)
+        with spans("export"):
+            finetune.merge(adapter, merged, base=base)
+        with spans("upload"):
+            published += publish(record.store, run_id=record.run_id, name="merged_16bit", directory=merged)
     return published
 
 

@@ -14,12 +14,14 @@ import structlog
 from job import checkpoints, env, signals
 from job.attempts import Attempts
 from job.checkpoints import Restored
+from job.compile_cache import CompileCache
 from job.config import Config
 from job.data import Data
 from job.errors import JobError, Stop
 from job.ledger import Ledger
 from job.record import Record, versions
 from job.suspects import masked
+from job.timeline import Timeline, compile_seconds
 from job.uploader import Saved, Setup, Uploader
 
 log = structlog.get_logger()
@@ -41,6 +43,8 @@ class Life:
     expect_gpu: bool
     scratch: Path
     work: Path
+    timeline: Timeline
+    cache: CompileCache
 
 
 def with_plan(config: Config, restored: Restored | None) -> Config:
@@ -72,16 +76,19 @@ def train(life: Life, finetune: Any, data: Data, mark: dict[str, Any], restored:
     Returns:
         the facts that everything published depends on: those of the ledger's final record.
     """
-    ledger, record = life.ledger, life.record
+    ledger, record, spans = life.ledger, life.record, life.timeline.span
     earlier = _published_before(ledger, mark, restored, finetune.plan.steps)
     uploader = Uploader(_setup(life, restored))
     try:
-        finetune.train(
-            _hooks(life, finetune, data, uploader, mark),
-            resume_from=(restored.directory, restored.step) if restored else None,
-            changed=bool(life.config.allow_change),
-        )
-        uploader.drain()
+        with spans("train"):
+            finetune.train(
+                _hooks(life, finetune, data, uploader, mark),
+                resume_from=(restored.directory, restored.step) if restored else None,
+                changed=bool(life.config.allow_change),
+            )
+        life.cache.save_now()
+        with spans("upload"):
+            uploader.drain()
     except Stop:
         signals.hear()
         committed = _hand_over(uploader)
@@ -89,7 +96,8 @@ def train(life: Life, finetune: Any, data: Data, mark: dict[str, Any], restored:
         raise
     finally:
         uploader.close()
-    after = look(finetune, data, record, phase="after", step=finetune.plan.steps)
+    life.timeline.add("compile", compile_seconds(_own_steps(record)))
+    after = look(life, finetune, data, phase="after", step=finetune.plan.steps)
     ledger.last = uploader.last
     if earlier is not None:
         ledger.append("final", **earlier)
@@ -105,6 +113,12 @@ def train(life: Life, finetune: Any, data: Data, mark: dict[str, Any], restored:
     }
     ledger.append("final", **facts)
     return facts
+
+
+def _own_steps(record: Record) -> list[float]:
+    """Seconds of each step of this attempt."""
+    newest_first = [entry["step_seconds"] for entry in record.noted("train_progress", attempt=record.attempt)]
+    return newest_first[::-1]
 
 
 def _published_before(
@@ -144,23 +158,27 @@ def _hooks(life: Life, finetune: Any, data: Data, uploader: Uploader, mark: dict
         staging.mkdir(exist_ok=True)
         staged = directory.rename(staging / f"{directory.name}-{time.monotonic_ns()}")
         facts = {"fingerprint": mark, "versions": versions(), **finetune.circumstances()}
-        uploader.submit(Saved(step=step, directory=staged, stall_seconds=stalled(), facts=facts))
+        saved = Saved(step=step, directory=staged, stall_seconds=stalled(), facts=facts)
+        life.timeline.add("checkpoint_stall", saved.stall_seconds)
+        uploader.submit(saved)
 
     def worth_saving(stall_seconds: float) -> bool:
         expected = SAVE_SAFETY * (stall_seconds + (uploader.upload_seconds or 0.0))
         return expected < signals.seconds_left()
 
     def first_step() -> None:
+        life.cache.save_soon()
+        seconds = round(env.seconds_since_start(), 3)
         if "resumed_step" in life.attempts.facts:
-            seconds = round(env.seconds_since_start(), 3)
             log.info("resumed", seconds_to_first_step=seconds, **life.attempts.facts)
+        life.attempts.facts["seconds_to_first_step"] = seconds
 
     steps = finetune.plan.steps
     rows = data.evaluation.counts.sequences if data.evaluation else 0
     return finetune.hooks(
         note=record.note,
         first_step=first_step,
-        evaluate=lambda step: look_at_loss(finetune, data, record, step=step),
+        evaluate=lambda step: look_at_loss(life, finetune, data, step=step),
         evaluated=lambda step: any(True for _ in record.noted("evaluated", step=step)),
         evaluate_every=_evaluation_steps(config, steps, rows),
         save=save,
@@ -179,10 +197,13 @@ def _hand_over(uploader: Uploader) -> bool:
         return False
 
 
-def look(finetune: Any, data: Data, record: Record, *, phase: str, step: int) -> float | None:
+def look(life: Life, finetune: Any, data: Data, *, phase: str, step: int) -> float | None:
     """Evaluate and answer the sample prompts; both go to the log and the record."""
-    loss = look_at_loss(finetune, data, record, step=step)
-    for index, (prompt, answer) in enumerate(zip(data.prompts, finetune.answer(data.prompts), strict=True)):
+    record = life.record
+    loss = look_at_loss(life, finetune, data, step=step)
+    with life.timeline.span("evaluate"):
+        answers = finetune.answer(data.prompts)
+    for index, (prompt, answer) in enumerate(zip(data.prompts, answers, strict=True)):
         shown = {"prompt": masked(prompt.text), "reference": masked(prompt.reference), "answer": masked(answer)}
         entry = {"phase": phase, "index": index, **shown}
         record.note({"event": "sample", **entry})
@@ -190,12 +211,13 @@ def look(finetune: Any, data: Data, record: Record, *, phase: str, step: int) ->
     return loss
 
 
-def look_at_loss(finetune: Any, data: Data, record: Record, *, step: int) -> float | None:
+def look_at_loss(life: Life, finetune: Any, data: Data, *, step: int) -> float | None:
     """The loss on the held-out rows, if there are any; logs `evaluated`."""
     if data.evaluation is None:
         return None
-    started = time.monotonic()
-    found = finetune.evaluate(data.evaluation.dataset)
+    record, started = life.record, time.monotonic()
+    with life.timeline.span("evaluate"):
+        found = finetune.evaluate(data.evaluation.dataset)
     entry = {"step": step, "eval_loss": found.loss, "eval_perplexity": found.perplexity, "eval_tokens": found.tokens}
     record.note({"event": "evaluated", **entry})
     log.info("evaluated", **entry, eval_seconds=round(time.monotonic() - started, 3))

@@ -16,7 +16,8 @@ from tests.servers import serve_proxy
 
 SLACK_SECONDS = 1.0  # for a machine that is busy with other tests
 PHASES = {
-    "download": "job.inputs:pull",
+    "download": "job.inputs:Puller.rest",
+    "waiting for the weights": "job.run:arrived",
     "tokenising": "job.run:prepare",
     "restoring": "job.checkpoints:restore",
     "model load": "job.tuning.model:load",
