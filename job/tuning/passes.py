@@ -1,0 +1,79 @@
+"""An optimizer step's batch -> the passes in which its gradients are added up.
+
+The trainer always takes the whole batch at once, and this cuts it: into as few passes as memory allows. Every pass is
+divided by the labelled tokens of the whole batch, so that the sum over the passes is the same gradient however it is
+cut, up to rounding. That also makes a pass repeatable: where memory runs out, the step begins again, cut smaller, and
+nothing is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from job.tuning.batches import IGNORED
+
+LENGTHS = "packed_seq_lengths"
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """What one pass may hold."""
+
+    rows: int
+    """Sequences."""
+    tokens: int | None = None
+    """Of padding-free passes: where it is set, it counts instead of `rows`."""
+
+    def groups(self, lengths: Sequence[int]) -> Iterator[slice]:
+        """Sequences of these lengths in passes, in their order. One that is longer than a pass may be stands alone."""
+        start, held = 0, 0
+        for at, length in enumerate(lengths):
+            full = at - start >= self.rows if self.tokens is None else held + length > self.tokens
+            if full and at > start:
+                yield slice(start, at)
+                start, held = at, 0
+            held += length
+        if start < len(lengths):
+            yield slice(start, len(lengths))
+
+
+def cut(batch: Batch, limit: Limit) -> Iterator[dict[str, torch.Tensor]]:
+    """The passes of a collated batch.
+
+    Args:
+        batch: padding-free, with `packed_seq_lengths` (sequences,) and all else (1, tokens); or padded, with all of it
+            (rows, longest) and `attention_mask` among it.
+    """
+    return _flat(batch, limit) if LENGTHS in batch else _padded(batch, limit)
+
+
+def _flat(batch: Batch, limit: Limit) -> Iterator[dict[str, torch.Tensor]]:
+    lengths = batch[LENGTHS].tolist()
+    start = 0
+    for group in limit.groups(lengths):
+        stop = start + sum(lengths[group])
+        yield {name: values[group] if name == LENGTHS else values[:, start:stop] for name, values in batch.items()}
+        start = stop
+
+
+def _padded(batch: Batch, limit: Limit) -> Iterator[dict[str, torch.Tensor]]:
+    """The longest rows first, so that rows of like length are padded together."""
+    lengths = batch["attention_mask"].sum(dim=1)
+    order = torch.argsort(lengths, descending=True, stable=True)
+    for chosen in torch.split(order, limit.rows):
+        longest = int(lengths[chosen[0]])
+        yield {name: values[chosen, :longest] for name, values in batch.items()}
+
+
+def padded_tokens(lengths: Sequence[int], rows: int) -> int:
+    """Tokens, padding among them, of the largest pass of so many of these."""
+    return rows * max(lengths, default=0)
+
+
+def learnt(batch: Batch) -> int:
+    """Labels that the loss counts."""
+    return int((batch["labels"] != IGNORED).sum())
