@@ -9,7 +9,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-h
 STAMP := $(VENV)/installed-$(shell sha256sum requirements-dev.lock | cut -c1-16)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults soak image-test lint format lock readme chart-schema chart-test bench-data bench-storage bench-resume-control bench-gpu bench-gpu-resume clean $(VENV)
+.PHONY: help demo test faults soak image-test lint format lock readme chart-schema chart-test bench-data bench-storage bench-resume-control bench-gpu bench-gpu-run bench-gpu-resume clean $(VENV)
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$][^:]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -67,8 +67,13 @@ bench-storage: $(STAMP)  ## object transfers beside aws s3 cp and s5cmd
 bench-gpu-resume: $(STAMP)  ## kill and resume a 1B model on this machine's GPU
 	$(BIN)/python benchmarks/gpu_resume.py benchmarks/results
 
-bench-gpu: $(STAMP)  ## a 1B model through the job on this machine's GPU
+bench-gpu-run: $(STAMP)  ## a 1B model through the job on this machine's GPU
 	$(BIN)/python benchmarks/gpu_run.py benchmarks/results
+
+SIZE ?= 1b
+PARTS ?= speed
+bench-gpu: $(STAMP)  ## the job beside Unsloth's tutorial and plain TRL on this GPU; SIZE=8b, PARTS=speed,adapter,batch32,tight
+	$(BIN)/python benchmarks/gpu.py run benchmarks/results --size $(SIZE) --parts $(PARTS)
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) .demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -16,6 +16,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.machine import card  # noqa: E402 - found through the line above
+
 LLAMA_1B = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -92,15 +96,6 @@ def measure(asked: argparse.Namespace, scratch: Path) -> int:
     (asked.output / "gpu_run.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary, indent=1))
     return compared.returncode
-
-
-def card() -> str:
-    """Name, driver and memory of the card, or that there is none."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        return subprocess.check_output(query, text=True).strip()
-    except OSError:
-        return "none"
 
 
 if __name__ == "__main__":

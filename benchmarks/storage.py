@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -34,7 +32,8 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.servers import ACCESS_KEY, SECRET_KEY, serve_rclone  # noqa: E402 - found through the line above
+from benchmarks.machine import describe  # noqa: E402 - found through the line above
+from tests.servers import ACCESS_KEY, SECRET_KEY, serve_rclone  # noqa: E402
 
 BIN = Path(sys.executable).parent
 MIB = 1 << 20
@@ -202,23 +201,12 @@ def record(measured: list[Measured], size_gib: float) -> Path:
     body = {
         "size_gib": size_gib,
         "server": "rclone serve s3 --etag-hash=",
-        "cpu": cpu(),
-        "cpu_count": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "load_average_at_end": os.getloadavg(),
+        **describe(packages),
         "medians": medians(measured),
         "measurements": [asdict(one) for one in measured],
     }
     path.write_text(json.dumps(body, indent=2) + "\n")
     return path
-
-
-def cpu() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

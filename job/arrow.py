@@ -25,6 +25,7 @@ from job.encoding import Encoding
 from job.errors import DataError
 from job.examples import SHOWN, Example, InvalidRows, RowError
 from job.lengths import Gathering, Lengths, percentile
+from job.places import Places
 from job.rendering import Rendered, Renderer, Text
 
 CHUNK = 256
@@ -65,6 +66,10 @@ class Counts:
     """Rows that became one sequence per assistant turn, because the template rewrites earlier turns."""
     header_differs: Noted
     """Rows whose answers the template opens otherwise than its generation prompt."""
+    tools_not_rendered: Noted
+    """Rows with tools that the template does not print."""
+    reasoning_not_rendered: Noted
+    """Rows with reasoning that the template does not print where it would be learnt."""
     truncated: Noted
     """Sequences, not rows, as in the next ones: a split row may lose some. Each is one of the next two."""
     lost_turns: Noted
@@ -85,6 +90,8 @@ class Prepared:
     differently weights (list of float32)."""
     counts: Counts
     lengths: Lengths
+    places: Places
+    """The row of each sequence."""
     digest: str
     """SHA-256 of all token ids, labels, lengths and weights in order: what is learned, and in which order."""
 
@@ -125,7 +132,13 @@ def prepare(
     if not (counts.sequences or may_be_empty):
         raise _nothing_left(counts, renderer)
     lengths = tally.gathered.lengths(micro_batch=micro_batch)
-    return Prepared(dataset=Dataset.from_file(str(path)), counts=counts, lengths=lengths, digest=digest.hexdigest())
+    return Prepared(
+        dataset=Dataset.from_file(str(path)),
+        counts=counts,
+        lengths=lengths,
+        places=tally.places,
+        digest=digest.hexdigest(),
+    )
 
 
 @contextlib.contextmanager
@@ -245,8 +258,11 @@ class _Tally:
     invalid: InvalidRows = field(default_factory=InvalidRows)
     gathered: Gathering = field(default_factory=Gathering)
     weights: Counter[str] = field(default_factory=Counter)
+    places: Places = field(default_factory=Places)
     split: _Places = field(default_factory=_Places)
     header_differs: _Places = field(default_factory=_Places)
+    tools: _Places = field(default_factory=_Places)
+    reasoning: _Places = field(default_factory=_Places)
     truncated: _Places = field(default_factory=_Places)
     shortened: _Places = field(default_factory=_Places)
     cut: _Places = field(default_factory=_Places)
@@ -260,6 +276,7 @@ class _Tally:
         if sequence.outcome != "kept":
             getattr(self, sequence.outcome).add(sequence)
         if sequence.trained:
+            self.places.add(sequence.source, sequence.line)
             self.weights.update(sequence.weight_by_role)
             if sequence.outcome != "kept":
                 self.truncated.add(sequence)
@@ -272,6 +289,8 @@ class _Tally:
             self.split.add(sequence)
         if sequence.header_differs:
             self.header_differs.add(sequence)
+        for name in sequence.unshown:
+            getattr(self, name).add(sequence)
 
     def counts(self) -> Counts:
         ordered = sorted(self.gathered.trained)
@@ -286,6 +305,8 @@ class _Tally:
             length_max=percentile(ordered, 100),
             split=self.split.noted(),
             header_differs=self.header_differs.noted(),
+            tools_not_rendered=self.tools.noted(),
+            reasoning_not_rendered=self.reasoning.noted(),
             truncated=self.truncated.noted(),
             lost_turns=self.shortened.noted(),
             cut_inside=self.cut.noted(),

@@ -20,7 +20,7 @@ from typing import Any
 
 import structlog
 
-from job import base_model, env, errors, fingerprint, inputs, logs, preflight, reporting, termination, tokenizer
+from job import base_model, env, errors, fingerprint, inputs, logs, preflight, reporting, shape, termination, tokenizer
 from job.base_model import BaseModel
 from job.check_view import show
 from job.config import Config
@@ -155,12 +155,26 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
             surveyed = checked.examples.surveyed
             with checked.collecting("quality"):
                 judge(config, surveyed.findings, rows=surveyed.rows)
+    if pulled.eval_dataset and not checked.examples:
+        _read_evaluation(checked, config, pulled)
     if not (checked.base and checked.examples):
         return
     with checked.collecting("rendering"):
         tokenizer.spare_torch()
         checked.data = render(config, pulled, checked.examples, directory=work)
         checked.expected = reporting.expect(config, checked.base, checked.data)
+
+
+def _read_evaluation(checked: Checked, config: Config, pulled: Inputs) -> None:
+    """The evaluation files alone, so that what is wrong with the training files hides nothing of them."""
+    told = {problem.error.message for problem in checked.problems}
+    alone = dataclasses.replace(pulled, dataset=pulled.eval_dataset, eval_dataset=())
+    with checked.collecting("evaluation dataset"):
+        try:
+            read(dataclasses.replace(config, eval_fraction=0.0), alone)
+        except JobError as error:
+            if error.message not in told:  # where only these files are wrong, they were the reason already
+                raise
 
 
 def _begun(config: Config) -> dict[str, Any] | None:
@@ -198,6 +212,7 @@ def _pull(checked: Checked, config: Config, scratch: Path, began: dict[str, Any]
         base = base_model.inspect(model, name=config.model)
         base_model.check_fits(base, precision=config.precision, max_length=config.max_length, export=config.export)
         checked.base = base
+        shape.check_targets_of(base, config.lora_targets)
     with checked.collecting("chat template"):
         text, files = puller.template(config.chat_template)
         pulled = dataclasses.replace(pulled, template_text=text, template_files=files)

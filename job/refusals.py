@@ -72,6 +72,10 @@ def _without_tools(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     return tuple(turn for turn in turns if turn.role != "tool" and not turn.tool_calls)
 
 
+def _one_call(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    return tuple(replace(turn, tool_calls=turn.tool_calls[:1]) for turn in turns)
+
+
 def _developer_as_system(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     return tuple(replace(turn, role="system") if turn.role == "developer" else turn for turn in turns)
 
@@ -104,6 +108,12 @@ def _in_a_row(turns: Sequence[Turn]) -> str:
 
 
 CHANGES = (
+    _Change(
+        change=_one_call,
+        rule=lambda _: "it takes one tool call in a turn",
+        remedy="Give each call a turn of its own, with its result behind it, or set TUNE_CHAT_TEMPLATE to a template "
+        "that takes several, such as `qwen-2.5`.",
+    ),
     _Change(
         change=_system_first_only,
         rule=lambda _: "it knows a system turn only as the first one",

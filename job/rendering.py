@@ -20,13 +20,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from job import roles
+from job.encoder import STAND_IN
 from job.encoding import Encoding
 from job.examples import Example, RowError, Turn
 from job.lengths import Cut, Tokens, cut
 from job.refusals import why
-from job.spans import Piece, Span, answers, whole
+from job.spans import Piece, Span, Unshown, answers, whole
 from job.template import RefusedError, Template
-from job.tokenizer import STAND_IN, Tokenizer
+from job.tokenizer import Tokenizer
 from job.weights import add_roles
 
 TrainOn = Literal["responses", "last_response", "all"]
@@ -60,7 +61,8 @@ class Rendered:
     parts: int
     """Into how many sequences the row was split: 1 unless the template rewrites earlier turns."""
     header_differs: bool
-    """See `job.spans.Piece`."""
+    unshown: tuple[Unshown, ...] = ()
+    """Both: see `job.spans.Piece`."""
     weights: list[float] | None = None
     """What each label counts, where that is not all the same; 0 where nothing is learnt."""
     weight_by_role: Mapping[str, float] = field(default_factory=dict)
@@ -142,7 +144,8 @@ class Renderer:
         """Apply the template. Raises RowError if it refuses the row."""
         if example.text is not None:
             self._needs_roles(example)
-            return Text(example=example, pieces=(self._ready(example.text),), disarmed=False)
+            piece = Piece(text=example.text, spans=(Span(start=0, end=len(example.text)),))
+            return Text(example=example, pieces=(piece,), disarmed=False)
         said = self._disarmed(example)
         template = self.tokenizer.template_for(example.format)
         mode = train_on or self.train_on
@@ -184,10 +187,6 @@ class Renderer:
                 reason="ready text has no roles for TUNE_ROLE_WEIGHTS",
                 remedy="Set no TUNE_ROLE_WEIGHTS, or give conversations.",
             )
-
-    @staticmethod
-    def _ready(text: str) -> Piece:
-        return Piece(text=text, spans=(Span(start=0, end=len(text)),))
 
     def _disarmed(self, example: Example) -> Example:
         """The example with stand-ins for special tokens; the very same object if there is nothing to replace."""
@@ -247,6 +246,7 @@ class Renderer:
             part=part,
             parts=len(text.pieces),
             header_differs=piece.header_differs,
+            unshown=piece.unshown,
             weights=self._weights(encoding, piece, spans, found.keep) if self.weighted else None,
             weight_by_role=self._weight_by_role(encoding, piece, spans, found.keep),
         )

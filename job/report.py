@@ -7,6 +7,7 @@ environment are masked. A policy inside the file forbids it to load or run anyth
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from job.charts import Bin
 from job.estimate import Estimate
 from job.findings import Finding
 
+SHADES = 5
+"""Steps between a token that counts little and one that counts most."""
 WIDE, HIGH = 720, 220
 """Of a chart, in its own units."""
 LEFT, BELOW, RIGHT, ABOVE = 56, 26, 26, 12
@@ -33,6 +36,8 @@ class Token:
     text: str
     learned: bool
     special: bool
+    weight: float | None = None
+    """What its loss counts, where tokens do not all count the same and it is learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,8 @@ class Sample:
 
     name: str
     """Which it is, e.g. `the longest`."""
+    place: str
+    """The row that it comes from, as `file:line`."""
     tokens: tuple[Token, ...]
     """Those that are shown: the whole sequence, or its beginning and its end."""
     left_out: int
@@ -50,6 +57,11 @@ class Sample:
     count: int
     learned: int
     note: str = ""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """What its tokens count, each weight once."""
+        return tuple(sorted({token.weight for token in self.tokens if token.weight is not None}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +137,17 @@ class Report:
     answers: tuple[Answer, ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
+
+    @functools.cached_property
+    def weights(self) -> tuple[float, ...]:
+        """What tokens of the samples count, from the least on; empty where all count the same."""
+        return tuple(sorted({weight for sample in self.samples for weight in sample.weights}))
+
+    def shade(self, weight: float | None) -> str:
+        """How strongly a token that counts so much is marked: a class from `w1` to `w5`, by its share of the most."""
+        if weight is None or not self.weights:
+            return ""
+        return f"w{max(math.ceil(round(SHADES * weight / self.weights[-1], 4)), 1)}"
 
     def html(self) -> str:
         """The whole page."""

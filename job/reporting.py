@@ -77,6 +77,16 @@ def rendering_findings(counts: Counts, *, of: str = "training") -> tuple[Finding
             f"{counts.header_differs.count:,} {of} rows have answers that do not begin as the generation prompt ends.",
             "Check with the samples that the model is asked as it was taught.",
         ),
+        "tools_not_rendered": (
+            counts.tools_not_rendered,
+            f"{counts.tools_not_rendered.count:,} {of} rows have tools that the chat template does not print.",
+            "The model does not see them: set TUNE_CHAT_TEMPLATE to a template for tools, such as `qwen-2.5`.",
+        ),
+        "reasoning_not_rendered": (
+            counts.reasoning_not_rendered,
+            f"{counts.reasoning_not_rendered.count:,} {of} rows have reasoning that the chat template does not print.",
+            "To learn it, set TUNE_CHAT_TEMPLATE to a template for reasoning, such as `qwen-3`.",
+        ),
     }
     return tuple(_finding(code, *parts) for code, parts in said.items() if parts[0].count)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from job import base_model, checkpoints, env, fingerprint, inputs, logs, metrics, preflight, reporting, signals
+from job import base_model, checkpoints, env, fingerprint, inputs, logs, metrics, preflight, reporting, shape, signals
 from job.artifacts import Artifact, publish
 from job.attempts import Attempts
 from job.base_model import BaseModel
@@ -204,6 +204,7 @@ def gather(life: Life) -> tuple[Inputs, BaseModel]:
         record.check_inputs(pinned, pulled.as_json())
     base = base_model.inspect(pulled.model, name=config.model)
     base_model.check_fits(base, precision=config.precision, max_length=config.max_length, export=config.export)
+    shape.check_targets_of(base, config.lora_targets)
     return pulled, base
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,21 +29,25 @@ def samples(data: Data) -> tuple[Sample, ...]:
     named.setdefault(int(order[len(order) // 2]), "One of the usual length")
     named.setdefault(int(order[-1]), "The longest")
     return tuple(
-        sample(data.tokenizer, rows[at]["input_ids"], rows[at]["labels"], name=f"{name} (number {at + 1:,})")
+        sample(data.tokenizer, rows[at], name=f"{name} (number {at + 1:,})", place=data.train.places.at(at))
         for at, name in named.items()
         if at < len(lengths)
     )
 
 
-def sample(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int], *, name: str) -> Sample:
-    """One sequence. One that holds a secret of this environment is not shown: masked in pieces it could be read."""
-    learned = [label != IGNORED for label in labels]
+def sample(tokenizer: Tokenizer, row: Mapping[str, Any], *, name: str, place: str) -> Sample:
+    """One sequence. One that holds a secret of this environment is not shown: masked in pieces it could be read.
+
+    Args:
+        row: `input_ids`, `labels`, and `weights` where tokens do not all count the same; as long as each other.
+    """
+    ids = row["input_ids"]
+    learned = _learned(row)
     text = _decode(tokenizer.hf, ids)
     if logs.redact(text) != text:
         note = "Not shown: it holds a secret of this environment"
-        return Sample(
-            name=name, tokens=(), left_out=0, left_out_after=0, count=len(ids), learned=sum(learned), note=note
-        )
+        counts = {"count": len(ids), "learned": len(learned)}
+        return Sample(name=name, place=place, tokens=(), left_out=0, left_out_after=0, **counts, note=note)
     left_out = max(len(ids) - SHOWN_FIRST - SHOWN_LAST, 0)
     last = SHOWN_FIRST + left_out
     tokens = _tokens(tokenizer.hf, ids, learned, 0, SHOWN_FIRST if left_out else len(ids))
@@ -51,15 +55,22 @@ def sample(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int], *, n
         tokens += _tokens(tokenizer.hf, ids, learned, last, len(ids))
     return Sample(
         name=name,
+        place=place,
         tokens=tuple(tokens),
         left_out=left_out,
         left_out_after=SHOWN_FIRST,
         count=len(ids),
-        learned=sum(learned),
+        learned=len(learned),
     )
 
 
-def _tokens(hf: Any, ids: Sequence[int], learned: Sequence[bool], start: int, end: int) -> list[Token]:
+def _learned(row: Mapping[str, Any]) -> dict[int, float | None]:
+    """The numbers of the tokens that are learned, with what each counts where that is not all the same."""
+    weights = row.get("weights") or [None] * len(row["labels"])
+    return {at: weights[at] for at, label in enumerate(row["labels"]) if label != IGNORED}
+
+
+def _tokens(hf: Any, ids: Sequence[int], learned: Mapping[int, float | None], start: int, end: int) -> list[Token]:
     """What each token adds to the text. The first of several that make one character shows it, the others nothing."""
     special = {number for number, token in hf.added_tokens_decoder.items() if token.special}
     found: list[Token] = []
@@ -74,7 +85,12 @@ def _tokens(hf: Any, ids: Sequence[int], learned: Sequence[bool], start: int, en
             upto = at + 1
             text = _added(hf, ids, at, upto)
         found += [
-            Token(text=text if number == at else "", learned=learned[number], special=ids[number] in special)
+            Token(
+                text=text if number == at else "",
+                learned=number in learned,
+                special=ids[number] in special,
+                weight=learned.get(number),
+            )
             for number in range(at, upto)
         ]
         at = upto

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from job.base_model import BaseModel
+from job.errors import ConfigError
 
 Sides = tuple[int, int]
 """Outputs and inputs of a linear layer, as its weight is stored."""
 
+ALL_LINEAR = ("all-linear",)
 _IN_A_LAYER = re.compile(r"\.(?P<layer>\d+)\.(.*\.)?(?P<leaf>\w+)\.weight")
 
 
@@ -42,11 +44,39 @@ class Shape:
         """Parameters of the largest linear layer."""
         return max((out * into for sides in self.linears.values() for out, into in sides), default=0)
 
-    def adapter(self, rank: int, targets: Sequence[str] = ("all-linear",)) -> int:
+    def adapter(self, rank: int, targets: Sequence[str] = ALL_LINEAR) -> int:
         """Parameters of a LoRA adapter: rank x (inputs + outputs) for each layer that has one (Hu et al. 2021,
         section 4.1)."""
-        chosen = self.linears if tuple(targets) == ("all-linear",) else targets
+        chosen = self.linears if tuple(targets) == ALL_LINEAR else targets
         return sum(rank * (out + into) for name in chosen for out, into in self.linears.get(name, ()))
+
+
+def check_targets(asked: Sequence[str], available: Collection[str]) -> None:
+    """Raise ConfigError if TUNE_LORA_TARGETS names what is no linear layer of a model, given their leaf names.
+
+    PEFT would skip such a name in silence if another matches.
+    """
+    unknown = [name for name in asked if name not in available]
+    if tuple(asked) != ALL_LINEAR and unknown:
+        raise ConfigError(
+            f"TUNE_LORA_TARGETS names {', '.join(unknown)}, which match no linear layer of this model.",
+            remedy=f"It has: {', '.join(available)}.",
+        )
+
+
+def check_targets_of(base: BaseModel, asked: Sequence[str]) -> None:
+    """The same before anything is loaded, where the files of weights name the layers. Raises ConfigError."""
+    if stored := _linears(base):
+        check_targets(asked, stored)
+
+
+def _linears(base: BaseModel) -> dict[str, tuple[Sides, ...]]:
+    """The matrices inside the layers by leaf name, as they are stored; the sides of packed ones say nothing."""
+    linears: dict[str, tuple[Sides, ...]] = {}
+    for name, sides in base.shapes.items():
+        if len(sides) == 2 and (found := _IN_A_LAYER.search(name)):  # noqa: PLR2004 - a matrix
+            linears[found["leaf"]] = (*linears.get(found["leaf"], ()), (sides[0], sides[1]))
+    return linears
 
 
 def of(base: BaseModel) -> Shape | None:
@@ -54,10 +84,7 @@ def of(base: BaseModel) -> Shape | None:
     text = base.config.get("text_config") or base.config
     if base.prequantised == "4bit":
         return _of_config(text, base)
-    linears: dict[str, tuple[Sides, ...]] = {}
-    for name, sides in base.shapes.items():
-        if len(sides) == 2 and (found := _IN_A_LAYER.search(name)):  # noqa: PLR2004 - a matrix
-            linears[found["leaf"]] = (*linears.get(found["leaf"], ()), (sides[0], sides[1]))
+    linears = _linears(base)
     if not linears:
         return _of_config(text, base)
     bare = Shape(hidden=0, layers=0, vocabulary=0, linears=linears, rest=0)

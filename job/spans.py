@@ -12,9 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from job.examples import JsonObject, Turn
-from job.template import ANSWER, RefusedError, Template, left_out
+from job.template import ANSWER, RefusedError, Template, left_out, printed
+
+Unshown = Literal["tools", "reasoning"]
+"""What a row has and its text does not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +41,8 @@ class Piece:
     """Turns of other roles that are learnt too; see `job.weights`."""
     header_differs: bool = False
     """The template opens an answer otherwise than its generation prompt does (some reasoning models' templates)."""
+    unshown: tuple[Unshown, ...] = ()
+    """What of the row the template leaves out although nothing of it is refused for that; alike in a row's pieces."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +67,8 @@ def whole(template: Template, turns: Sequence[Turn], tools: Sequence[JsonObject]
         text = moved.text
     conversation.check_calls(len(turns))
     conversation.check_printed(len(turns), text)
-    return (Piece(text=text, spans=(Span(start=0, end=len(text)),)),)
+    unshown = conversation.unshown([(len(turns) - 1, text)], text)
+    return (Piece(text=text, spans=(Span(start=0, end=len(text)),), unshown=unshown),)
 
 
 def answers(
@@ -79,16 +86,21 @@ def answers(
     conversation.check_calls(learnt[-1] + 1)
     found = [conversation.answer(index) for index in learnt]
     conversation.check_printed(learnt[-1], found[-1].text)
+    said = [
+        (index, answer.text[answer.span.start : answer.span.end]) for index, answer in zip(learnt, found, strict=True)
+    ]
+    unshown = conversation.unshown(said, found[-1].text)
     if all(found[-1].text.startswith(answer.text) for answer in found[:-1]):
-        return (_piece(found[-1].text, found),)
+        return (_piece(found[-1].text, found, unshown),)
     for index, answer in zip(learnt[:-1], found[:-1], strict=True):
         conversation.check_printed(index, answer.text)
-    return tuple(_piece(answer.text, [answer]) for answer in found)
+    return tuple(_piece(answer.text, [answer], unshown) for answer in found)
 
 
-def _piece(text: str, found: list[_Answer]) -> Piece:
+def _piece(text: str, found: list[_Answer], unshown: tuple[Unshown, ...]) -> Piece:
     spans = tuple(answer.span for answer in found)
-    return Piece(text=text, spans=spans, header_differs=any(answer.header_differs for answer in found))
+    header_differs = any(answer.header_differs for answer in found)
+    return Piece(text=text, spans=spans, header_differs=header_differs, unshown=unshown)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +123,31 @@ class _Conversation:
                 found, name = self.answer(index), str((call.get("function") or call).get("name"))
                 if name not in found.text[found.span.start : found.span.end]:
                     raise RefusedError(f"it does not print the tool call `{name}` of turn {index + 1}")
+            if len(turn.tool_calls) > 1 and self._ignores_last_call(index):
+                raise RefusedError(f"it prints only some of the {len(turn.tool_calls)} tool calls of turn {index + 1}")
+
+    def _ignores_last_call(self, index: int) -> bool:
+        """Whether a turn looks the same without its last call: gpt-oss' template, for one, prints the first alone."""
+        turn = self.turns[index]
+        fewer = [*self.turns[:index], replace(turn, tool_calls=turn.tool_calls[:-1])]
+        text = self.template.render(fewer, add_generation_prompt=False, tools=self.tools)
+        return text == self._rendered(index + 1, prompt=False)
+
+    def unshown(self, answers: Sequence[tuple[int, str]], text: str) -> tuple[Unshown, ...]:
+        """What the row has and its text lacks: tools anywhere, reasoning where it would be learnt.
+
+        Args:
+            answers: the number of each turn that is learnt, and what the template makes of it.
+            text: the whole conversation.
+        """
+        names = [str((tool.get("function") or tool).get("name")) for tool in self.tools]
+        thoughts = [(self.turns[index].reasoning_content or "", shown) for index, shown in answers]
+        found: list[Unshown] = []
+        if names and not (self.template.shows_tools and all(printed(name, text) for name in names)):
+            found.append("tools")
+        if any(left_out(Turn(role="assistant", content=thought), shown) for thought, shown in thoughts):
+            found.append("reasoning")
+        return tuple(found)
 
     def check_printed(self, count: int, text: str) -> None:
         """Raises RefusedError if `text` lacks one of the first `count` turns that are no answers.
@@ -165,16 +202,22 @@ class _Conversation:
     def _moved(self, index: int, text: str, before: str) -> _Answer:
         """The turns before are rendered otherwise once an answer follows: what is generated goes behind the prompt.
 
-        Mistral's templates, for one, write the system turn only into a question that ends the conversation. Where the
-        answer starts is seen by rendering a known one in its place.
+        Mistral's templates, for one, write the system turn only into a question that ends the conversation; gpt-oss'
+        drops the thoughts before a call once an answer follows. Where the answer starts is seen by rendering a known
+        one in its place: at its content, or at what the template puts between header and content (a channel, say).
         """
         shown = self._with_known_answer(index)
         known = shown[: shown.rindex(ANSWER.content)]
-        ends = range(len(known.rstrip()), len(known) + 1)
+        ends = [*range(len(known.rstrip()), len(known) + 1), *self._behind_header(known)]
         start = max(ends, key=lambda end: len(_common_end(before, known[:end])))
         if not text.startswith(known[:start]) or not self._repeats_question(index, _common_end(before, known[:start])):
             raise RefusedError(f"it renders the turns before turn {index + 1} otherwise once that turn follows")
         return replace(self._at(before + text[start:], len(before)), rewritten=True)
+
+    def _behind_header(self, known: str) -> tuple[int, ...]:
+        """Where in a text that ends before an answer's content the last generation prompt ends, if it holds one."""
+        prompt = self.template.generation_prompt
+        return (known.rindex(prompt) + len(prompt),) if prompt and prompt in known else ()
 
     def _with_known_answer(self, index: int) -> str:
         shown = self.template.render([*self.turns[:index], ANSWER], add_generation_prompt=False, tools=self.tools)

@@ -23,6 +23,15 @@ QUESTION = Turn(role="user", content="What is the Vogon word for tea?")
 SYSTEM = Turn(role="system", content="Speak Vogon.")
 ANSWER = Turn(role="assistant", content="Zqxw.")
 """A conversation that every template must be able to render, with words that no template contains."""
+TOOL: JsonObject = {
+    "type": "function",
+    "function": {
+        "name": "vogon_tea",
+        "description": "Makes tea.",
+        "parameters": {"type": "object", "properties": {"cups": {"type": "integer", "description": "How many."}}},
+    },
+}
+"""A tool that no row has."""
 
 SWITCH = re.compile(r"\n|(?:^|(?<=\s))/\w+")
 """What separates the lines of a turn: also a word like `/no_think`."""
@@ -50,7 +59,7 @@ class Template:
 
     def closed(self, turns: Sequence[Turn], *, add_generation_prompt: bool, tools: Sequence[JsonObject] = ()) -> str:
         """The same with what the template puts behind a whole conversation, see `closing`."""
-        messages = [turn.message() for turn in turns]
+        messages = [_message(turn) for turn in turns]
         try:
             return self.apply(messages=messages, tools=list(tools) or None, add_generation_prompt=add_generation_prompt)
         except Exception as error:
@@ -88,6 +97,26 @@ class Template:
                 return self.render(turns, add_generation_prompt=True)
         return f"{self.render([QUESTION, ANSWER], add_generation_prompt=False)}{self.generation_prompt}"
 
+    @functools.cached_property
+    def shows_tools(self) -> bool:
+        """Whether the template prints tools, as far as a question shows it; true where it refuses to say."""
+        texts = []
+        for turns in ([QUESTION], [SYSTEM, QUESTION]):
+            with contextlib.suppress(RefusedError):
+                texts.append(self.render(turns, add_generation_prompt=True, tools=[TOOL]))
+        return not texts or any(TOOL["function"]["name"] in text for text in texts)
+
+
+def _message(turn: Turn) -> JsonObject:
+    """A turn as templates see it; gpt-oss and LFM call reasoning `thinking`."""
+    message = turn.message()
+    return message if turn.reasoning_content is None else message | {"thinking": turn.reasoning_content}
+
+
+def printed(text: str, conversation: str) -> bool:
+    """Whether a text stands in a rendered conversation, bare or as JSON writes it."""
+    return text in conversation or json.dumps(text, ensure_ascii=False)[1:-1] in conversation
+
 
 def left_out(turn: Turn, text: str) -> bool:
     """Whether a rendered conversation lacks all that a turn says; some templates drop roles in silence.
@@ -98,7 +127,7 @@ def left_out(turn: Turn, text: str) -> bool:
     if turn.content.strip() in text and turn.input.strip() in text:
         return False
     lines = [line.strip() for line in SWITCH.split(f"{turn.content}\n{turn.input}") if line.strip()]
-    return bool(lines) and not any(line in text or json.dumps(line, ensure_ascii=False)[1:-1] in text for line in lines)
+    return bool(lines) and not any(printed(line, text) for line in lines)
 
 
 def names() -> tuple[str, ...]:

@@ -1,46 +1,37 @@
 """The tokenizer and its template, alone. Imports transformers lazily and nothing else heavy.
 
 Knows which special tokens are really in force: a tokenizer's EOS that opens turns instead of ending them is corrected,
-BOS stands exactly once, and markers that stand in a user's text can be encoded as the plain text they are.
+and generation stops wherever the model's own files say that it does. What encodes text is `job.encoder`.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import functools
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from job.encoding import Encoding, Offsets, encoding, stitched
+from job.encoder import Encoder
 from job.errors import DataError
 from job.examples import JsonObject, Turn
 from job.template import TEXT_BLOCKS, RefusedError, Template, named
 
-STAND_INS = 0x100000
-"""Special token number n stands as the character U+100000 + n (private use) in text that was disarmed."""
-STAND_IN = re.compile("[\U00100000-\U0010fffd]")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Tokenizer:
+class Tokenizer(Encoder):
     """A fast tokenizer, the chat template in force, and what follows from both."""
 
-    hf: Any
-    """The transformers tokenizer, with the template in force and the corrected EOS set: save this one."""
-    chat: Template | None
-    """None if the tokenizer has no chat template and none was asked for."""
     blocks: Mapping[str, Template]
     """The text block for each format without roles."""
-    bos_ids: tuple[int, ...]
-    """What the tokenizer puts before every text, usually BOS or nothing."""
     end_of_turn_ids: tuple[int, ...]
     """The tokens that end an assistant turn; empty without a template or where it ends turns with nothing."""
     eos_token_id: int
+    other_stop_ids: tuple[int, ...] = ()
+    """Where else the model's `generation_config.json` ends generation, e.g. behind a tool call (Llama 3.1, gpt-oss)."""
     notes: tuple[str, ...]
     """What the user should know, e.g. that the tokenizer's EOS was wrong."""
 
@@ -56,8 +47,9 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens at which generation stops: EOS, and the end of a turn where it is one token."""
-        return tuple(dict.fromkeys((self.eos_token_id, *self.end_of_turn_ids[:1][: len(self.end_of_turn_ids) == 1])))
+        """Tokens at which generation stops: EOS, the end of a turn where it is one token, and the model's others."""
+        end = self.end_of_turn_ids if len(self.end_of_turn_ids) == 1 else ()
+        return tuple(dict.fromkeys((self.eos_token_id, *end, *self.other_stop_ids)))
 
     def template_for(self, format: str) -> Template:  # noqa: A002 - the domain's word
         """The chat template, or without one the text block of a format. Raises DataError if that has none."""
@@ -73,104 +65,6 @@ class Tokenizer:
     def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool, tools: Sequence[JsonObject] = ()) -> str:
         """A conversation as text by the chat template. Raises RefusedError if the template does."""
         return self.template_for("messages").render(turns, add_generation_prompt=add_generation_prompt, tools=tools)
-
-    def encode(self, text: str) -> Encoding:
-        """Token ids with BOS once where the tokenizer uses one, whether or not the text brings it."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        """Many texts at once, on all cores and without holding Python's lock."""
-        found = self.hf.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [encoding(one, bos_ids=self.bos_ids) for one in found]
-
-    @functools.cached_property
-    def _special(self) -> tuple[str, ...]:
-        tokens = self.hf.added_tokens_decoder.values()
-        return tuple(sorted({token.content for token in tokens if token.special}, key=lambda text: (-len(text), text)))
-
-    @functools.cached_property
-    def _numbers(self) -> Mapping[str, int]:
-        return {token: number for number, token in enumerate(self._special)}
-
-    @functools.cached_property
-    def _any_special(self) -> re.Pattern[str]:
-        return _one_of(self._special)
-
-    @functools.cached_property
-    def _turn_markers(self) -> re.Pattern[str]:
-        """BOS, EOS and the special tokens with which the template opens and ends turns."""
-        around = f"{self.chat.around if self.chat else ''}{self.hf.bos_token or ''}{self.hf.eos_token or ''}"
-        return _one_of([token for token in self._special if token in around])
-
-    def disarm(self, text: str) -> str:
-        """Replace special tokens that stand in a text by stand-ins, so that they cannot become control tokens."""
-        return self._any_special.sub(lambda found: chr(STAND_INS + self._numbers[found[0]]), text)
-
-    def disarm_answer(self, text: str) -> str:
-        """The same for an answer, which may be meant to hold special tokens, but not those that open or end turns.
-
-        One at its very end stays: data often brings the end marker, and learning it twice does no harm.
-        """
-        end = len(text.rstrip())
-
-        def stand_in(found: re.Match[str]) -> str:
-            return found[0] if found.end() == end else chr(STAND_INS + self._numbers[found[0]])
-
-        return self._turn_markers.sub(stand_in, text)
-
-    def rearm(self, text: str) -> str:
-        """The text with the stand-ins replaced by what they stand for."""
-        return STAND_IN.sub(lambda found: self._special[ord(found[0]) - STAND_INS], text)
-
-    def encode_parts(self, text: str, *, cuts: Sequence[int] = (), disarmed: bool = False) -> Encoding:
-        """Like `encode`, but no token lies across a cut, and stand-ins are encoded as the plain text they stand for."""
-        borders = {0, len(text), *cuts}
-        if disarmed:
-            borders.update(border for found in STAND_IN.finditer(text) for border in found.span())
-        ids: list[int] = []
-        offsets: list[Offsets] = []
-        for start, end in pairwise(sorted(borders)):
-            if disarmed and STAND_IN.match(text, start):
-                plain = self._plain[self._special[ord(text[start]) - STAND_INS]]
-                ids += plain
-                offsets += [(start, end)] * len(plain)
-            else:
-                part_ids, part_offsets = self._part(self.hf.backend_tokenizer, text[start:end], inner=start > 0)
-                ids += part_ids
-                offsets += [(start + first, start + last) for first, last in part_offsets]
-        return stitched(ids, offsets, bos_ids=self.bos_ids)
-
-    @functools.cached_property
-    def _plain(self) -> Mapping[str, list[int]]:
-        """Each special token as the plain text it is, by a copy of the tokenizer that knows none."""
-        copy = type(self.hf.backend_tokenizer).from_str(self.hf.backend_tokenizer.to_str())
-        copy.encode_special_tokens = True
-        return {token: self._part(copy, token, inner=True)[0] for token in self._special}
-
-    @functools.cached_property
-    def _anchors(self) -> tuple[str, ...]:
-        """Characters to put before a part, where the tokenizer marks the start of each text as that of a word.
-
-        SentencePiece tokenizers (Llama 2, Mistral, Phi 3) do: `b` alone is `▁b`, but behind `a` it is `b`.
-        """
-        encode = self.hf.backend_tokenizer.encode
-        alone = encode("a", add_special_tokens=False).ids
-        behind = encode("\na", add_special_tokens=False).ids
-        return () if behind[-len(alone) :] == alone else ("\n", "|", "a")
-
-    def _part(self, backend: Any, text: str, *, inner: bool) -> tuple[list[int], list[Offsets]]:
-        """The tokens of a part of a text; those of an inner part are the ones it has behind other text."""
-        for anchor in self._anchors if inner else ():
-            found = backend.encode(f"{anchor}{text}", add_special_tokens=False)
-            first = next((n for n, (start, end) in enumerate(found.offsets) if start >= 1 and end > 1), None)
-            if first is not None and all(end <= 1 for _, end in found.offsets[:first]):
-                return found.ids[first:], [(start - 1, end - 1) for start, end in found.offsets[first:]]
-        found = backend.encode(text, add_special_tokens=False)
-        return found.ids, found.offsets
-
-
-def _one_of(tokens: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
 def spare_torch() -> None:
@@ -194,8 +88,8 @@ def load(
 ) -> Tokenizer:
     """Load from local files only; `template_text` (a Jinja file's content) wins over `chat_template`.
 
-    `date` is what templates may print. Raises DataError if there is no fast tokenizer or it needs code of its own,
-    ConfigError for an unknown template name.
+    `date` is what templates may print. Raises DataError if there is no fast tokenizer, it needs code of its own, or
+    `generation_config.json` is damaged; ConfigError for an unknown template name.
     """
     from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import, and only after job.tuning in a run
 
@@ -207,7 +101,24 @@ def load(
             remedy="The model needs a tokenizer.json that works without code of its own; save one with "
             "AutoTokenizer.save_pretrained where its code is trusted.",
         ) from error
-    return wrap(hf, chat_template=chat_template, template_text=template_text, date=date)
+    found = wrap(hf, chat_template=chat_template, template_text=template_text, date=date)
+    return replace(found, other_stop_ids=_other_stop_ids(found, directory / "generation_config.json"))
+
+
+def _other_stop_ids(found: Tokenizer, file: Path) -> tuple[int, ...]:
+    """`eos_token_id` of a generation configuration, one number or several, without tokens that open answers."""
+    if not file.exists():
+        return ()
+    try:
+        given = json.loads(file.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise DataError(
+            f"generation_config.json in {file.parent.name} is no JSON object: {error}.",
+            remedy="Correct the file, or leave it out.",
+        ) from None
+    opening = set(found.encode(found.chat.generation_prompt).ids) if found.chat else set()
+    listed = given if isinstance(given, list) else [given]
+    return tuple(number for number in listed if type(number) is int and number not in {*opening, found.eos_token_id})
 
 
 def wrap(hf: Any, *, chat_template: str = "tokenizer", template_text: str | None = None, date: dt.date) -> Tokenizer:

@@ -7,7 +7,7 @@ mistral-finetune's `weight`, axolotl's `train`, LLaMA-Factory's `loss_weight`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,11 +79,27 @@ def _conversation(value: Any, what: str, read: Any) -> tuple[Turn, ...]:
     for number, message in enumerate(listed, 1):
         where = f"{what}, turn {number}: "
         turn, only_calls = read(message, where)
+        _check_call_id(turn, turns, where)
         if only_calls and turns and turns[-1].role == "assistant":
             turns[-1] = _joined(turns[-1], turn, where)
         else:
             turns.append(turn)
     return tuple(turns)
+
+
+def _check_call_id(result: Turn, before: Sequence[Turn], where: str) -> None:
+    """Raise InvalidError for a tool's result that names a call which is not there, as OpenAI's API refuses it.
+
+    Where a call has no id, or calls stand in the text of an answer, any result may be meant for it.
+    """
+    if result.role != "tool" or not result.tool_call_id:
+        return
+    ids = [str(call.get("id") or "") for turn in before for call in turn.tool_calls]
+    if ids and all(ids) and result.tool_call_id not in ids:
+        raise InvalidError(
+            f"{where}`tool_call_id` is {result.tool_call_id!r}, and the calls before it have {quoted(ids)}",
+            remedy="Give the result the `id` of the call that it answers, or leave both out.",
+        )
 
 
 def _joined(before: Turn, call: Turn, where: str) -> Turn:

@@ -31,6 +31,10 @@ MISTRAL_3 = ("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILA
 PHI_3 = ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<|placeholder1|>")
 PHI_4 = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|fim_prefix|>")
 GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+GEMMA_4 = ("<bos>", "<eos>", "<|turn>", "<turn|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>",
+           "<|tool_response>", "<tool_response|>", '<|"|>', "<|think|>")  # fmt: skip
+HARMONY = ("<|startoftext|>", "<|endoftext|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>",
+           "<|call|>", "<|constrain|>")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,10 @@ MISTRAL_FAMILY = Family(kind="first", special=("<s>", "</s>", *MISTRAL_3), bos="
 GEMMA_FAMILY = Family(
     kind="spaces", special=GEMMA, bos="<bos>", eos="<eos>", adds_bos=True, text=("\n\n", "\n\n\n", "  ", "   ")
 )
+GEMMA_4_FAMILY = Family(
+    kind="spaces", special=GEMMA_4, bos="<bos>", eos="<eos>", adds_bos=True, text=("<|channel>", "<channel|>")
+)
+HARMONY_FAMILY = Family(kind="bytes", special=HARMONY, bos="<|startoftext|>", eos="<|return|>", adds_bos=False)
 PHI_3_FAMILY = Family(
     kind="prefixed", special=("<s>", "<|endoftext|>", *PHI_3), bos="<s>", eos="<|endoftext|>", adds_bos=False,
     rstrip=True,
@@ -103,6 +111,13 @@ MODELS = {
     "qwen-3-2507": Model(family=QWEN_FAMILY, answer="{}<|im_end|>", tools=True),
     "gemma-2": Model(family=GEMMA_FAMILY, answer="{}<end_of_turn>", trims="all", system=False, strict=True),
     "gemma-3": Model(family=GEMMA_FAMILY, answer="{}<end_of_turn>", trims="all", strict=True),
+    "gemma-3n": Model(family=GEMMA_FAMILY, answer="{}<end_of_turn>", trims="all", strict=True),
+    "gemma-4": Model(family=GEMMA_4_FAMILY, answer="{}<turn|>", trims="all", tools=True),
+    "gemma-4-first": Model(family=GEMMA_4_FAMILY, answer="{}<turn|>", trims="all", tools=True),
+    "gpt-oss": Model(
+        family=HARMONY_FAMILY, answer="<|channel|>final<|message|>{}<|return|>", tools=True, one_text=False
+    ),
+    "smollm-3": Model(family=QWEN_FAMILY, answer="{}<|im_end|>"),
     "mistral-v0.1": Model(family=LLAMA_2_FAMILY, answer="{}</s>", system=False, strict=True),
     "mistral-v1": Model(family=LLAMA_2_FAMILY, answer=SPACED, strict=True),
     "mistral-v2": Model(family=MISTRAL_FAMILY, answer=SPACED, tools=True, one_text=False),
@@ -124,11 +139,11 @@ LLAMA_3_TALK = (
     f"{L3.format('user')}Hi<|eot_id|>{L3.format('assistant')}⟦Hello there.<|eot_id|>⟧"
     f"{L3.format('user')}Bye<|eot_id|>{L3.format('assistant')}⟦Farewell.<|eot_id|>⟧"
 )
-CHATML_TALK = (
-    "<|im_start|>system\nBe brief.<|im_end|>\n"
+CHATML_TURNS = (
     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello there.<|im_end|>⟧\n"
     "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n⟦Farewell.<|im_end|>⟧\n"
 )
+CHATML_TALK = f"<|im_start|>system\nBe brief.<|im_end|>\n{CHATML_TURNS}"
 QWEN_3_TALK = (
     "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     "⟦<think>\n\n</think>\n\nHello there.<|im_end|>⟧\n"
@@ -139,6 +154,16 @@ QWEN_3_TALK = (
 GEMMA_TALK = (
     "<start_of_turn>model\n⟦Hello there.<end_of_turn>⟧\n"
     "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n⟦Farewell.<end_of_turn>⟧\n"
+)
+GEMMA_4_TALK = (
+    "<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\n⟦Hello there.<turn|>⟧\n"
+    "<|turn>user\nBye<turn|>\n<|turn>model\n⟦Farewell.<turn|>⟧\n"
+)
+HARMONY_TALK = (
+    "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
+    "Current date: 2026-11-22\n\nReasoning: medium\n\n# Valid channels: analysis, commentary, final. Channel must be "
+    "included for every message.<|end|><|start|>developer<|message|># Instructions\n\nBe brief.\n\n<|end|>"
+    "<|start|>user<|message|>Hi<|end|><|start|>assistant"
 )
 MISTRAL_V3_TALK = (
     "<s>[INST] Be brief.\n\nHi[/INST]⟦ Hello there.</s>⟧"
@@ -177,6 +202,18 @@ EXPECTED = {
     "qwen-3-2507": CHATML_TALK,
     "gemma-2": f"<bos><start_of_turn>user\nHi<end_of_turn>\n{GEMMA_TALK}",
     "gemma-3": f"<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n{GEMMA_TALK}",
+    "gemma-3n": f"<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n{GEMMA_TALK}",
+    "gemma-4": GEMMA_4_TALK,
+    "gemma-4-first": GEMMA_4_TALK,
+    "gpt-oss": (
+        f"{HARMONY_TALK}⟦<|channel|>final<|message|>Hello there.<|return|>⟧"
+        f"║{HARMONY_TALK}<|channel|>final<|message|>Hello there.<|end|><|start|>user<|message|>Bye<|end|>"
+        "<|start|>assistant⟦<|channel|>final<|message|>Farewell.<|return|>⟧"
+    ),
+    "smollm-3": (
+        "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nReasoning Mode: /think\n\n"
+        f"## Custom Instructions\n\nBe brief.\n\n<|im_end|>\n{CHATML_TURNS}"
+    ),
     "mistral-v0.1": "<s>[INST] Hi [/INST]⟦Hello there.</s>⟧[INST] Bye [/INST]⟦Farewell.</s>⟧",
     "mistral-v1": ("<s> [INST] Be brief.\n\nHi [/INST]⟦ Hello there.</s>⟧ [INST] Bye [/INST]⟦ Farewell.</s>⟧"),
     "mistral-v2": MISTRAL_V3_TALK,

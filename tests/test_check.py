@@ -151,6 +151,26 @@ def test_everything_at_once(place, tmp_path):
     assert "not-there" in checked.problem("output")["message"]
 
 
+def test_training_and_evaluation_files(tiny_model, tmp_path):
+    """What is wrong with training files hides neither the evaluation files' problems nor those of the settings; what is
+    wrong with the evaluation files alone is told once."""
+    good, bad, worse = (tmp_path / name for name in ("good.jsonl", "bad.jsonl", "worse.jsonl"))
+    good.write_text(chat(1) + chat(2))
+    bad.write_text(chat(1) + '{"messages": []}\n')
+    worse.write_text(chat(1) + chat(2) + '{"messages": "no"}\n')
+    told = {"model": tiny_model, "output": tmp_path / "runs", "max_length": 256, "lora_targets": "q_proj,wq"}
+    checked = check(tmp_path, dataset=bad, eval_dataset=worse, **told)
+    kinds = [problem["check"] for problem in checked.found["problems"]]
+    assert (kinds, checked.code) == (["model", "dataset", "evaluation dataset"], 78)
+    assert "bad.jsonl:2" in checked.problem("dataset")["message"]
+    assert "worse.jsonl:3" in checked.problem("evaluation dataset")["message"]
+    assert "TUNE_LORA_TARGETS names wq, which match no linear layer" in checked.problem("model")["message"]
+    assert "q_proj" in checked.problem("model")["remedy"]
+    checked = check(tmp_path, dataset=good, eval_dataset=worse, **told | {"lora_targets": "q_proj"})
+    assert [problem["check"] for problem in checked.found["problems"]] == ["dataset"]
+    assert "worse.jsonl:3" in checked.problem("dataset")["message"]
+
+
 @pytest.mark.parametrize(
     ("changed", "code", "kind", "part"),
     [

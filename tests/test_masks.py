@@ -153,7 +153,7 @@ talks = st.lists(st.tuples(contents, st.one_of(answers, st.sampled_from(["", " "
 def expected_answers(name: str, said: list[str]) -> list[str]:
     model = MODELS[name]
     stripped = [text.strip() if model.trims else text for text in said]
-    if name.startswith("qwen-3") and not model.one_text:
+    if name == "smollm-3" or (name.startswith("qwen-3") and not model.one_text):
         stripped = [text.lstrip("\n") for text in stripped]
     made = [model.answer.format("\0").replace("\0", text) for text in stripped]
     return [unicodedata.normalize("NFC", text) if model.family.nfc else text for text in made]
@@ -208,6 +208,7 @@ TOOL: dict[str, Any] = {
 LLAMA_CALL = '{"name": "weather", "parameters": {"city": "Oslo"}}<|eot_id|>'
 QWEN_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
 MISTRAL_CALL = '[{"name": "weather", "arguments": {"city": "Oslo"}, "id": "abcdefghi"}]</s>'
+GEMMA_CALL = '<|tool_call>call:weather{city:<|"|>Oslo<|"|>}<tool_call|>'
 THOUGHT = "<think>\n\n</think>\n\n"
 CALLS = {
     **{f"llama-3.{minor}": [LLAMA_CALL, "Rain.<|eot_id|>"] for minor in (1, 2, 3)},
@@ -215,6 +216,12 @@ CALLS = {
     "qwen-3": [f"{THOUGHT}{QWEN_CALL}", f"{THOUGHT}Rain.<|im_end|>"],
     "qwen-3-first": [f"{THOUGHT}{QWEN_CALL}", f"{THOUGHT}Rain.<|im_end|>"],
     "qwen-3-2507": [QWEN_CALL, "Rain.<|im_end|>"],
+    "gemma-4": [f"{GEMMA_CALL}<|tool_response>", "Rain.<turn|>"],
+    "gemma-4-first": [f"{GEMMA_CALL}<turn|>", "Rain.<turn|>"],
+    "gpt-oss": [
+        ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>',
+        "<|channel|>final<|message|>Rain.<|return|>",
+    ],
     "mistral-v2": ['[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo"}}]</s>', " Rain.</s>"],
     "mistral-v3": [f"[TOOL_CALLS] {MISTRAL_CALL}", " Rain.</s>"],
     "mistral-v3-tekken": [f"[TOOL_CALLS]{MISTRAL_CALL}", "Rain.</s>"],
@@ -284,6 +291,93 @@ def test_reasoning_is_learnt_before_its_answer(name: str, thought: str) -> None:
         expected = [f"{THOUGHT}Hello.<|im_end|>", f"<think>\n{thought}\n</think>\n\nSo.<|im_end|>"]
         assert learnt(real.tokenizer(name), sequences) == expected
         assert decoded(real.tokenizer(name), sequences[1].input_ids).count("<think>") == 1
+
+
+def test_reasoning_is_a_channel_of_its_own() -> None:
+    """gpt-oss and Gemma 4 write reasoning into a channel before the answer; in earlier turns it is not shown."""
+    first, last = Turn(role="user", content="Hi"), Turn(role="user", content="Why?")
+    hello = Turn(role="assistant", content="Hello.", reasoning_content="hm")
+    so = Turn(role="assistant", content="So.", reasoning_content="a <|end|> b")
+    opened = {
+        "gpt-oss": ("<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>"),
+        "gemma-4": "<|channel>thought\n{}\n<channel|>{}<turn|>",
+    }
+    for name, answer in opened.items():
+        sequences = renderer(name).render(row(first, hello, last, so))
+        assert learnt(real.tokenizer(name), sequences) == [
+            answer.format("hm", "Hello."),
+            answer.format("a <|end|> b", "So."),
+        ]
+        assert "hm" not in decoded(real.tokenizer(name), sequences[1].input_ids)
+        assert all(sequence.unshown == () for sequence in sequences)
+
+
+def test_a_call_behind_reasoning_is_one_answer() -> None:
+    """gpt-oss thinks before it calls, and its template forgets that once it has answered: both are learnt as they are
+    generated, the answer with the thoughts in sight."""
+    call = {"id": "a", "type": "function", "function": CALL}
+    said = (
+        Turn(role="user", content="Weather?"),
+        Turn(role="assistant", content="", tool_calls=(call,), reasoning_content="hm"),
+        Turn(role="tool", content="grey", tool_call_id="a"),
+        Turn(role="assistant", content="Rain."),
+    )
+    found = real.tokenizer("gpt-oss")
+    (sequence,) = renderer("gpt-oss").render(row(*said, tools=(TOOL,)))
+    called, answered = CALLS["gpt-oss"]
+    thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    assert learnt(found, [sequence]) == [f"{thought}{called}", answered]
+    for count in (2, 4):
+        prompt = renderer("gpt-oss").prompt(row(*said[:count], tools=(TOOL,)))
+        assert sequence.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+        assert sequence.labels[len(prompt.input_ids)] != IGNORED
+
+
+def test_calls_that_are_printed_in_part_are_refused() -> None:
+    """gpt-oss's template prints the first call of an answer alone: to learn that would be to forget the others."""
+    calls = tuple({"type": "function", "function": CALL | {"arguments": {"city": city}}} for city in ("Oslo", "Rome"))
+    said = (Turn(role="user", content="Weather?"), Turn(role="assistant", content="", tool_calls=calls))
+    with pytest.raises(RowError, match="only some of the 2 tool calls of turn 2; it takes one tool call") as caught:
+        renderer("gpt-oss").render(row(*said, tools=(TOOL,)))
+    assert caught.value.remedy.startswith("Give each call a turn of its own")
+    (answer,) = learnt(real.tokenizer("qwen-2.5"), renderer("qwen-2.5").render(row(*said, tools=(TOOL,))))
+    assert "Oslo" in answer
+    assert "Rome" in answer
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tools_that_no_call_uses_are_shown_or_told(name: str) -> None:
+    """Where a template prints no tools, the row says so, also if a tool's name happens to stand in its text."""
+    for mode in ("responses", "all"):
+        said = turns((("user", "Is it bad weather?"), ("assistant", "No.")))
+        sequences = renderer(name, train_on=mode).render(row(*said, tools=(TOOL,)))
+        assert {sequence.unshown for sequence in sequences} == {() if MODELS[name].tools else ("tools",)}
+
+
+@pytest.mark.parametrize(
+    ("name", "unshown"), [("qwen-3", ()), ("gemma-4-first", ("reasoning",)), ("phi-4", ("reasoning",))]
+)
+def test_reasoning_that_is_not_printed_is_told(name: str, unshown: tuple[str, ...]) -> None:
+    """Where a template leaves reasoning out of the answer that it leads to, the row says so."""
+    said = (Turn(role="user", content="Hi"), Turn(role="assistant", content="So.", reasoning_content="hm, hm"))
+    (sequence,) = renderer(name).render(row(*said))
+    assert sequence.unshown == unshown
+
+
+def test_an_empty_channel_in_the_generation_prompt_alone_is_told() -> None:
+    """The large Gemma 4 opens what is to be generated with an empty thought that it writes before no answer."""
+    found = real.wrapped(real.GEMMA_4_FAMILY, real.text("gemma-4-31b"))
+    (sequence,) = Renderer(tokenizer=found).render(fixed("gemma-4"))
+    assert found.chat
+    assert found.chat.generation_prompt == "<|turn>model\n<|channel>thought\n<channel|>"
+    assert (sequence.header_differs, learnt(found, [sequence])) == (True, ["Hello there.<turn|>", "Farewell.<turn|>"])
+
+
+def test_smollm3_without_thinking() -> None:
+    """`/no_think` in the system turn puts an empty thought before each answer, which is part of the prompt."""
+    said = turns((("system", "Be brief. /no_think"), *TALK[1:]))
+    text = renderer("smollm-3").text(row(*said))
+    assert marked_text(text).count("<|im_start|>assistant\n<think>\n\n</think>\n⟦") == 2
 
 
 USER, ANSWER, SYSTEM = ("user", "Hi"), ("assistant", "Hello."), ("system", "Be brief.")

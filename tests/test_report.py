@@ -15,10 +15,11 @@ from job.estimate import estimate
 from job.findings import Finding
 from job.formats import example
 from job.pace import pace
+from job.places import Places
 from job.record import Record
 from job.rendering import IGNORED, Renderer
 from job.report import Answer, Curve, Report
-from job.reporting import lengths, publish, report
+from job.reporting import all_findings, lengths, publish, report
 from job.samples import sample, samples
 from job.storage.store import open_store
 from job.template import named
@@ -171,6 +172,50 @@ def test_highlighted_is_what_is_learned(tmp_path):
     assert learned == "Paris, déjà vu 🎉 ok.<|im_end|><b>Ho</b><|im_end|>"
 
 
+def test_what_each_token_counts(tmp_path):
+    """Where roles weigh differently, each learned token says its weight, in words and as a shade; elsewhere none does.
+    Each sample names the row it comes from."""
+    rows = [chat("Ask me.", "No.", 3), chat("And me?", "Yes.", 41)]
+    data = rendered(tmp_path / "a", rows, weights={"assistant": 1.0, "user": 0.2})
+    text = report(settings(), state="check", data=data).html()
+    page = Page(text)
+    titles = [found.get("title") for tag, found in page.elements if tag == "span" and "t" in found["class"].split()]
+    weights = [weight for row in data.train.dataset for weight in row["weights"]]
+    assert titles == [f"weight {weight:.3g}" if weight else None for weight in weights]
+    shaded = {
+        shade: "".join(text for classes, text in page.spans if {"t", shade} <= classes).replace("<|im_end|>", "|")
+        for shade in ("w1", "w2", "w3", "w4", "w5")
+    }
+    assert shaded == {"w1": "Ask me.|And me?|", "w2": "", "w3": "", "w4": "", "w5": "No.|Yes.|"}
+    assert [text for classes, text in page.spans if "mark" in classes and classes & {"w1", "w5"}] == ["0.2", "1"]
+    assert [text for classes, text in page.spans if "places" in classes] == ["a.jsonl:3", "a.jsonl:41"]
+    plain = report(settings(), state="check", data=rendered(tmp_path / "b", rows)).html()
+    assert "By TUNE_ROLE_WEIGHTS" not in plain
+    assert "title=" not in plain.partition("What is learned")[2].partition("</section>")[0]
+
+
+def test_tools_and_reasoning_that_no_model_sees_are_found(tmp_path):
+    """Rows whose tools or reasoning the template leaves out are counted, with their places, and stand on the page."""
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    thinking = [said[0], said[1] | {"reasoning_content": "hm"}]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    rows = [{"messages": said, "tools": [tool]}, {"messages": said}, {"messages": thinking}]
+    read = [example(row, format="messages", source="a.jsonl", line=line) for line, row in enumerate(rows, 1)]
+    data = rendered(tmp_path, read)
+    found = {finding.code: (finding.count, finding.first) for finding in all_findings(data)}
+    assert found == {"tools_not_rendered": (1, ("a.jsonl:1",)), "reasoning_not_rendered": (1, ("a.jsonl:3",))}
+    assert "1 training rows have tools that" in Page(report(settings(), state="check", data=data).html()).text
+
+
+def test_places():
+    """The place of every sequence is that of its row, over the borders of files, also where a row made several."""
+    places = Places()
+    wanted = [("a", 1), ("a", 1), ("a", 9), ("b", 2), ("a", 3)]
+    for source, line in wanted:
+        places.add(source, line)
+    assert [places.at(number) for number in range(len(places))] == [f"{source}:{line}" for source, line in wanted]
+
+
 def test_real_tokenizer(tmp_path):
     """The same with a real model's tokenizer: the marked text is the answer and its end."""
     made = wrap(real_smollm2(), date=DATE)
@@ -186,7 +231,8 @@ def test_a_long_sequence_shows_its_beginning_and_its_end():
     """What is left out of a long sequence is counted, and stands where it is missing."""
     made = tokenizer()
     ids = made.encode("word " * 3000).ids
-    shown = sample(made, ids, [IGNORED] * (len(ids) - 1) + [ids[-1]], name="long")
+    row = {"input_ids": ids, "labels": [IGNORED] * (len(ids) - 1) + [ids[-1]]}
+    shown = sample(made, row, name="long", place="a.jsonl:1")
     assert len(shown.tokens) + shown.left_out == shown.count == len(ids)
     assert (shown.learned, shown.tokens[-1].learned) == (1, True)
     page = Page(Report(title="t", state="check", summary=(), samples=(shown,)).html())
@@ -199,7 +245,7 @@ def test_a_sample_with_a_secret_is_not_shown(monkeypatch):
     monkeypatch.setattr(logs._state, "secrets", {"planted-secret-value"})
     made = tokenizer()
     ids = made.encode("the password is planted-secret-value, is it").ids
-    shown = sample(made, ids, ids, name="s")
+    shown = sample(made, {"input_ids": ids, "labels": ids}, name="s", place="planted-secret-value.jsonl:1")
     assert shown.tokens == ()
     page = Report(title="planted-secret-value", state="check", summary=(), samples=(shown,)).html()
     assert "planted" not in page

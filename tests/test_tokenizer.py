@@ -155,6 +155,35 @@ def test_a_saved_tokenizer_loads_with_its_template(tmp_path: Path) -> None:
     assert (found.name, found.template) == ("tokenizer", named("chatml"))
 
 
+@pytest.mark.parametrize(
+    ("given", "others"),
+    [
+        pytest.param(["<|eot_id|>", "<|im_end|>", "</s>"], ["<|eot_id|>", "</s>"], id="several"),
+        pytest.param("<|eot_id|>", ["<|eot_id|>"], id="one"),
+        pytest.param(["<|im_start|>", "</s>"], ["</s>"], id="one that opens turns"),
+        pytest.param(None, [], id="none"),
+    ],
+)
+def test_generation_stops_where_the_model_says(
+    tmp_path: Path, given: list[str] | str | None, others: list[str]
+) -> None:
+    """Every EOS of `generation_config.json` ends an answer too (Llama 3 has three), but none that opens one."""
+    hf = tiny(eos="<|im_end|>", template=named("chatml"))
+    hf.save_pretrained(tmp_path)
+    numbers = hf.convert_tokens_to_ids(given) if given else None
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": numbers}))
+    found = load(tmp_path, date=DATE)
+    assert found.stop_ids == tuple(hf.convert_tokens_to_ids(["<|im_end|>", *others]))
+
+
+def test_a_damaged_generation_config_is_refused_at_once(tmp_path: Path) -> None:
+    """What would end the export of merged weights ends the run before it trains."""
+    tiny(template=named("chatml")).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(DataError, match=r"generation_config\.json"):
+        load(tmp_path, date=DATE)
+
+
 def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
     """Code from a model's directory never runs, whatever its configuration asks for."""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Slow", None]}}))

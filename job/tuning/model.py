@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from unsloth import FastLanguageModel
 
+from job import shape
 from job.base_model import BaseModel
 from job.config import Config
 from job.errors import ConfigError, DataError
@@ -21,7 +21,6 @@ from job.tuning.device import Device
 log = structlog.get_logger()
 QUANTISED = {"4bit": bitsandbytes.nn.Linear4bit, "8bit": bitsandbytes.nn.Linear8bitLt}
 QUANTISED_SHARE = 0.9  # of the decoder's linear layers
-ALL_LINEAR = ("all-linear",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,17 +98,10 @@ def _linears(model: Any) -> dict[str, torch.nn.Module]:
 
 
 def _targets(model: Any, asked: tuple[str, ...]) -> tuple[str, ...]:
-    """The leaf names to adapt. A name that matches nothing would be skipped in silence by PEFT if another matches."""
-    available = Counter(name.rpartition(".")[2] for name in _linears(model))
-    if asked == ALL_LINEAR:
-        return tuple(available)
-    unknown = [name for name in asked if name not in available]
-    if unknown:
-        raise ConfigError(
-            f"TUNE_LORA_TARGETS names {', '.join(unknown)}, which match no linear layer of this model.",
-            remedy=f"It has: {', '.join(available)}.",
-        )
-    return asked
+    """The leaf names to adapt. Raises ConfigError for one that matches nothing."""
+    available = tuple(dict.fromkeys(name.rpartition(".")[2] for name in _linears(model)))
+    shape.check_targets(asked, available)
+    return available if asked == shape.ALL_LINEAR else asked
 
 
 def _check_precision(model: Any, base: BaseModel, config: Config) -> None:
