@@ -17,7 +17,7 @@ from job.errors import HopelessError
 from job.shape import Shape
 from job.tuning.batches import IGNORED
 from job.tuning.device import Device, memory
-from job.tuning.passes import Limit
+from job.tuning.passes import Limit, bucket
 from job.tuning.plan import HOPELESS, Candidate, Cut, Plan, candidates, smaller
 
 if TYPE_CHECKING:  # they import what Unsloth has only where there is a GPU
@@ -76,21 +76,33 @@ class Fitting:
             from job.tuning.attention import install  # noqa: PLC0415 - see above
 
             self._varlen = install()
+        self._settle_positions()
         if recorded is not None:
             self.apply(recorded)
             self.plan = self.plan.recut(recorded, "as the attempt before")
             log.info("plan_made", plan=asdict(self.plan), **memory(self.device))
             return
+        with _unchanged(self.trainer.model):
+            rate = matrix_rate()
         found = candidates(
             self.plan,
             config,
             self.shape,
             lengths=self.lengths,
-            rate=matrix_rate(),
+            rate=rate,
             graphs=self.plan.batching != "padded" and config.lora_dropout == 0,
         )
         self._choose(found)
         log.info("plan_made", plan=asdict(self.plan), **memory(self.device))
+
+    def _settle_positions(self) -> None:
+        """Let Unsloth's table of rotary positions be as long as it can ever be asked for: were it to grow in mid-run,
+        it would round otherwise from there on, which a resumed run would not know of."""
+        rotary = getattr(getattr(self.trainer.model.get_base_model(), "model", None), "rotary_emb", None)
+        if hasattr(rotary, "extend_rope_embedding"):
+            longest = sum(sorted(self.lengths)[-self.plan.batch_size :])
+            like = torch.empty((), device=self.trainer.args.device, dtype=self.device.dtype)
+            rotary.extend_rope_embedding(like, bucket(longest))
 
     def _choose(self, found: Sequence[Candidate]) -> None:
         tried: list[str] = []

@@ -10,7 +10,6 @@ Gradients of the adapter are added up inside the graph, in buffers that stay whe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,34 +20,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from unsloth.utils.packing import get_packed_info_from_kwargs
 
 from job.tuning.attention import NotRecordableError
+from job.tuning.passes import GRAIN, PER_OCTAVE, bucket, layout
 
 WARM_UPS = 2
 """Passes before the first recording: kernels are compiled and tuned in them."""
-PER_OCTAVE = 8
-"""Lengths between one and its double."""
-GRAIN = 64
-"""Lengths are multiples of it, so that kernels that were compiled for one fit the next."""
-
-
-def bucket(tokens: int) -> int:
-    """The length, of eight in each octave, that holds so many tokens and at least one of padding."""
-    wanted = tokens + 1
-    step = max(GRAIN, 2 ** (math.ceil(math.log2(wanted)) - 1) // PER_OCTAVE)
-    return math.ceil(wanted / step) * step
-
-
-def layout(total: int, *, longest: int, rows: int) -> list[int]:
-    """Lengths of `rows` + 1 sequences of which `total` tokens may consist, the first as long as one may be.
-
-    What is recorded with it holds for all others: kernels take from it how long a sequence is at most.
-    """
-    lengths = []
-    left = total - 1
-    while left:
-        lengths.append(min(longest, left))
-        left -= lengths[-1]
-    lengths.append(1)
-    return lengths + [0] * (rows + 1 - len(lengths))
 
 
 @dataclass(kw_only=True)
@@ -135,7 +110,8 @@ class GraphedDecoder:
 
     def _record(self, size: int, kwargs: dict[str, Any]) -> _Recording:
         device = self._gate.device
-        lengths = torch.tensor(layout(size, longest=self._longest, rows=self._rows), dtype=torch.int32, device=device)
+        longest = max(self._longest, size // PER_OCTAVE, GRAIN)  # what is padded is a sequence, too
+        lengths = torch.tensor(layout(size, longest=longest, rows=self._rows), dtype=torch.int32, device=device)
         input_ids = torch.zeros((1, size), dtype=torch.int64, device=device)
         position_ids = torch.zeros((1, size), dtype=torch.int64, device=device)
         given = {**kwargs, "position_ids": position_ids, "packed_seq_lengths": lengths}

@@ -8,14 +8,18 @@ nothing is lost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from job.tuning.batches import IGNORED
 
 LENGTHS = "packed_seq_lengths"
+PER_OCTAVE = 8
+"""Lengths between one and its double."""
+GRAIN = 64
+"""Lengths are multiples of it, so that kernels that were compiled for one fit the next."""
 Batch = Mapping[str, torch.Tensor]
 
 
@@ -69,11 +73,22 @@ def _padded(batch: Batch, limit: Limit) -> Iterator[dict[str, torch.Tensor]]:
         yield {name: values[chosen, :longest] for name, values in batch.items()}
 
 
-def padded_tokens(lengths: Sequence[int], rows: int) -> int:
-    """Tokens, padding among them, of the largest pass of so many of these."""
-    return rows * max(lengths, default=0)
+def bucket(tokens: int) -> int:
+    """The length, of eight in each octave, that holds so many tokens and at least one of padding."""
+    wanted = tokens + 1
+    step = max(GRAIN, 2 ** (math.ceil(math.log2(wanted)) - 1) // PER_OCTAVE)
+    return math.ceil(wanted / step) * step
 
 
-def learnt(batch: Batch) -> int:
-    """Labels that the loss counts."""
-    return int((batch["labels"] != IGNORED).sum())
+def layout(total: int, *, longest: int, rows: int) -> list[int]:
+    """Lengths of `rows` + 1 sequences of which `total` tokens may consist, the first as long as one may be.
+
+    What is recorded with it holds for all others: kernels take from it how long a sequence is at most.
+    """
+    lengths = []
+    left = total - 1
+    while left:
+        lengths.append(min(longest, left))
+        left -= lengths[-1]
+    lengths.append(1)
+    return lengths + [0] * (rows + 1 - len(lengths))

@@ -7,7 +7,7 @@ card computes or what Python needs to launch it:
 - computing: 2 operations for each parameter and token forward, as many backward through the frozen weights, and as many
   again where activations are recomputed (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1),
   at half the card's rate for large matrix products.
-- launching: a layer's forward and backward take Python 17 ms in all, a third more with recomputation, at any size of
+- launching: a layer's forward and backward take Python 10 ms in all, a third more with recomputation, at any size of
   the pass; a recorded graph takes 0.1 ms (`benchmarks/results/gpu-profile-*.json`, on an H100).
 """
 
@@ -25,7 +25,7 @@ from job.shape import Shape
 from job.tuning.device import Device
 
 CPU_OPTIMIZER = "adamw_torch_fused"
-LAYER_SECONDS, GRAPH_SECONDS = 0.017, 0.0001
+LAYER_SECONDS, GRAPH_SECONDS = 0.01, 0.0001
 RECOMPUTED_LAUNCHES = 4 / 3
 EFFICIENCY = 0.5
 HOPELESS = 1.3
@@ -169,7 +169,7 @@ def smaller(cut: Cut, lengths: Sequence[int]) -> Cut | None:
 
 
 def _halves(batch: int) -> list[int]:
-    return sorted({math.ceil(batch / 2**n) for n in range(batch.bit_length())}, reverse=True)
+    return sorted({math.ceil(batch / 2**n) for n in range(batch.bit_length() + 1)}, reverse=True)
 
 
 def _checkpointings(config: Config) -> tuple[str, ...]:
