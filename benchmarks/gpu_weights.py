@@ -143,7 +143,7 @@ def cost(asked: argparse.Namespace, scratch: Path, model: Path, number: int, wei
         "last_tokens_per_second": tokens[-1],
         "labelled_tokens": attempt.events("dataset_ready")[0]["labelled_tokens"],
         "weight_by_role": attempt.events("dataset_ready")[0]["weight_by_role"],
-        "padding_free": attempt.events("model_loaded")[0]["plan"]["padding_free"],
+        "batching": attempt.events("plan_made")[0]["plan"]["batching"],
         "gpu_memory_peak_bytes": steps[-1]["gpu_memory_peak_bytes"],
     }
 

@@ -141,7 +141,15 @@ class Config:
         integer(1), "examples per optimizer step over all GPUs; never changed", default=8, fingerprint=True
     )
     micro_batch: int | Literal["auto"] = setting(
-        auto_or(integer(1)), "examples per pass; must divide `TUNE_BATCH_SIZE`; `auto` = at most 8", default="auto"
+        auto_or(integer(1)),
+        "sequences in a pass, where `TUNE_BATCH_SIZE` does not fit at once; `auto` measures what does (on a CPU: 8)",
+        default="auto",
+    )
+    batching: Literal["auto", "padded", "padding_free", "packed"] = setting(
+        choice("auto", "padded", "padding_free", "packed"),
+        "how a pass holds its sequences: `padded` to the longest; `padding_free` one behind the other; `packed` too, "
+        "and as many as their tokens allow; `auto` = `packed` on a GPU, `padded` on a CPU",
+        default="auto",
     )
     learning_rate: float | Literal["auto"] = setting(
         auto_or(number(0, 1, exclusive=True)),
@@ -167,7 +175,7 @@ class Config:
     seed: int = setting(integer(0), "adapter initialisation, data order, dropout", default=3407, fingerprint=True)
     gradient_checkpointing: Literal["auto", "unsloth", "on", "off"] = setting(
         choice("auto", "unsloth", "on", "off"),
-        "recompute activations to save memory; `auto` = `unsloth` on a GPU, `off` on a CPU",
+        "recompute activations to save memory; `auto` = `off` where memory allows, else `unsloth`",
         default="auto",
     )
     deterministic: bool = setting(
@@ -239,10 +247,14 @@ class Config:
     def problems(self) -> list[str]:
         """What no single value shows: rules between variables, each with the values, the rule and the remedy."""
         found = []
-        if self.micro_batch != "auto" and self.batch_size % self.micro_batch:
+        if self.micro_batch != "auto" and self.micro_batch > self.batch_size:
             found.append(
-                f"TUNE_MICRO_BATCH={self.micro_batch} does not divide TUNE_BATCH_SIZE={self.batch_size}. "
-                "Choose a divisor, so that every optimizer step sees whole passes."
+                f"TUNE_MICRO_BATCH={self.micro_batch} is more than TUNE_BATCH_SIZE={self.batch_size}. "
+                "Lower it: a pass cannot hold more than an optimizer step."
+            )
+        if self.batching in {"padding_free", "packed"} and self.device == "cpu":
+            found.append(
+                f"TUNE_BATCHING={self.batching} needs a GPU, and TUNE_DEVICE=cpu. Set TUNE_BATCHING=auto or padded."
             )
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             found.append(
@@ -285,7 +297,7 @@ class Config:
         """`TUNE_MICRO_BATCH`, with `auto` decided."""
         if self.micro_batch != "auto":
             return self.micro_batch
-        return max(n for n in range(1, AUTO_MICRO_BATCH + 1) if self.batch_size % n == 0)
+        return min(self.batch_size, AUTO_MICRO_BATCH)
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The settings that decide the result, by variable name."""

@@ -102,9 +102,9 @@ class Estimate:
     parameters: int
     adapter_parameters: int
     checkpointing: str
-    """What a GPU would use."""
+    """What a GPU uses at least: `auto` keeps activations where there is room."""
     tokens_in_pass: int
-    """Of a micro-batch whose rows are all as long as the longest."""
+    """Of a pass at its least: with TUNE_MICRO_BATCH=auto the longest row alone, else rows as long as that."""
     memory: Memory | None
     """None where the model's shape is unknown, as the next three."""
     host_bytes: int | None
@@ -184,7 +184,7 @@ def estimate(
         longest: tokens of the longest sequence.
     """
     checkpointing = "unsloth" if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
-    in_pass = pace.micro_batch * longest
+    in_pass = longest * (1 if config.micro_batch == "auto" else pace.micro_batch)
     peaks = {
         name: memory(shape, config, tokens=in_pass, checkpointing=name)
         for name in ("unsloth", "on", "off")

@@ -45,6 +45,6 @@ def pace(config: Config, *, examples: int) -> Pace:
         steps=steps,
         per_epoch=per_epoch,
         micro_batch=micro,
-        accumulation=config.batch_size // micro,
+        accumulation=math.ceil(config.batch_size / micro),
         warmup_steps=0 if config.schedule == "constant" else min(warmup, steps - 1),
     )

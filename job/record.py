@@ -81,9 +81,14 @@ class Record:
         """`inputs.json`: what the first attempt that got as far as training read."""
         return self._read("inputs.json")
 
-    def pin(self, config: Config, *, inputs: dict[str, Any], fingerprint: dict[str, Any]) -> bool:
+    def pin(
+        self, config: Config, *, inputs: dict[str, Any], fingerprint: dict[str, Any], circumstances: dict[str, Any]
+    ) -> bool:
         """Create `run.json` and `inputs.json`, when all is checked and training is about to begin: from here on the
         run is what it is, and a mistake that was found before leaves no trace.
+
+        Args:
+            circumstances: the plan and the device, for an attempt that finds no checkpoint.
 
         Returns:
             Whether the inputs are now pinned to these, not to what another attempt read.
@@ -94,6 +99,7 @@ class Record:
             "config": config.as_variables(),
             "fingerprint": fingerprint,
             "versions": versions(),
+            **circumstances,
         }
         self._create("run.json", body)
         return self._create("inputs.json", inputs)

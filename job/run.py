@@ -27,7 +27,7 @@ from job.ledger import Ledger
 from job.record import Record, versions
 from job.storage.store import Store, open_store
 from job.timeline import Timeline
-from job.training import Life, look, say_differences, train, with_plan
+from job.training import Life, look, say_differences, train
 from job.workspace import workspace
 
 log = structlog.get_logger()
@@ -148,24 +148,26 @@ def _live(life: Life) -> None:
     )
 
     restored = restore(life, mark, check=finetuning.check_checkpoint)
-    config = with_plan(config, restored)
     reporting.publish(config, record, base, data, state="in progress")
     life.cache.wait()
+    earlier = restored.body if restored else record.first()
     with spans("load"):
-        finetune = finetuning.Finetune.load(base, config, data, directory=life.work)
+        finetune = finetuning.Finetune.load(base, config, data, directory=life.work, earlier=earlier)
     if restored is not None and restored.step > finetune.plan.steps:
         raise ConfigError(
             f"The checkpoint has {restored.step} steps, and the settings ask for {finetune.plan.steps}.",
             remedy="Raise TUNE_MAX_STEPS or TUNE_EPOCHS, or set another TUNE_RUN_ID to train less.",
         )
     if restored is None:
-        pinned = record.pin(config, inputs=pulled.as_json(), fingerprint=mark)
-        if not pinned and not fingerprint.contents_may_change(config):
-            record.check_inputs(record.inputs() or {}, pulled.as_json())
         look(life, finetune, data, phase="before", step=0)
-    else:
-        say_differences(finetune, restored)
-    final = train(life, finetune, data, mark, restored)
+
+    def ready() -> None:
+        if restored is None:
+            begin(life, pulled, mark, finetune.circumstances())
+        else:
+            say_differences(finetune, restored)
+
+    final = train(life, finetune, data, mark, restored, ready=ready)
 
     card = _card(final, data, pulled, base, base_hashes)
     artifacts = export(life, finetune, base, card, directory=life.work / "export")
@@ -186,6 +188,14 @@ def _live(life: Life) -> None:
         timeline_seconds=life.timeline.seconds(),
         **measured,
     )
+
+
+def begin(life: Life, pulled: Inputs, mark: dict[str, Any], circumstances: dict[str, Any]) -> None:
+    """Write down what the run is, now that all is checked and the first step is about to begin."""
+    config, record = life.config, life.record
+    pinned = record.pin(config, inputs=pulled.as_json(), fingerprint=mark, circumstances=circumstances)
+    if not pinned and not fingerprint.contents_may_change(config):
+        record.check_inputs(record.inputs() or {}, pulled.as_json())
 
 
 def _import_tuning(life: Life) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,6 @@ class Life:
     cache: CompileCache
 
 
-def with_plan(config: Config, restored: Restored | None) -> Config:
-    """The settings with `auto` replaced by what the checkpoint's attempt had chosen: another cut of the batches would
-    round differently."""
-    plan = restored.body["plan"] if restored else {}
-    micro = plan.get("micro_batch") if config.micro_batch == "auto" else None
-    checkpointing = plan.get("gradient_checkpointing") if config.gradient_checkpointing == "auto" else None
-    if micro and config.batch_size % micro == 0:
-        config = replace(config, micro_batch=micro)
-    return replace(config, gradient_checkpointing=checkpointing) if checkpointing else config
-
-
 def say_differences(finetune: Any, restored: Restored) -> None:
     """Warn where the resumed run will not be, bit for bit, the run that was interrupted."""
     now = {**finetune.circumstances(), "versions": versions()}
@@ -70,8 +59,19 @@ def say_differences(finetune: Any, restored: Restored) -> None:
         log.warning("bitwise_equality_ended", **differences)
 
 
-def train(life: Life, finetune: Any, data: Data, mark: dict[str, Any], restored: Restored | None) -> dict[str, Any]:
+def train(
+    life: Life,
+    finetune: Any,
+    data: Data,
+    mark: dict[str, Any],
+    restored: Restored | None,
+    *,
+    ready: Callable[[], None],
+) -> dict[str, Any]:
     """All steps that are left, with checkpoints; then win the right to publish.
+
+    Args:
+        ready: called when the plan is in force, before the first step.
 
     Returns:
         the facts that everything published depends on: those of the ledger's final record.
@@ -82,7 +82,7 @@ def train(life: Life, finetune: Any, data: Data, mark: dict[str, Any], restored:
     try:
         with spans("train"):
             finetune.train(
-                _hooks(life, finetune, data, uploader, mark),
+                _hooks(life, finetune, data, uploader, mark, ready),
                 resume_from=(restored.directory, restored.step) if restored else None,
                 changed=bool(life.config.allow_change),
             )
@@ -96,7 +96,7 @@ def train(life: Life, finetune: Any, data: Data, mark: dict[str, Any], restored:
         raise
     finally:
         uploader.close()
-    life.timeline.add("compile", compile_seconds(_own_steps(record)))
+    life.timeline.add("compile", compile_seconds(_own_steps(record)) + finetune.fitting.seconds)
     after = look(life, finetune, data, phase="after", step=finetune.plan.steps)
     ledger.last = uploader.last
     if earlier is not None:
@@ -106,7 +106,7 @@ def train(life: Life, finetune: Any, data: Data, mark: dict[str, Any], restored:
     loss = next(entry["loss"] for entry in record.noted("train_progress"))
     facts = {
         "steps": finetune.plan.steps,
-        "plan": asdict(finetune.plan),
+        "plan": finetune.circumstances()["plan"],
         "fingerprint": mark,
         "results": {"train_loss": loss, "eval_loss_before": before, "eval_loss": after},
         "versions": versions(),
@@ -148,7 +148,9 @@ def _setup(life: Life, restored: Restored | None) -> Setup:
     )
 
 
-def _hooks(life: Life, finetune: Any, data: Data, uploader: Uploader, mark: dict[str, Any]) -> Any:
+def _hooks(
+    life: Life, finetune: Any, data: Data, uploader: Uploader, mark: dict[str, Any], ready: Callable[[], None]
+) -> Any:
     """What happens at the events of the training loop."""
     config, record = life.config, life.record
     staging = life.work / "staging"
@@ -177,6 +179,7 @@ def _hooks(life: Life, finetune: Any, data: Data, uploader: Uploader, mark: dict
     rows = data.evaluation.counts.sequences if data.evaluation else 0
     return finetune.hooks(
         note=record.note,
+        ready=ready,
         first_step=first_step,
         evaluate=lambda step: look_at_loss(life, finetune, data, step=step),
         evaluated=lambda step: any(True for _ in record.noted("evaluated", step=step)),

@@ -41,8 +41,9 @@ def main(asked: argparse.Namespace, scratch: Path) -> None:
         tuned = replace(loaded, config=config, dataset=data.train.dataset)
         by_hand = _by_hand(tuned)
         for micro in asked.micro:
-            plan = replace(tuned.plan, micro_batch=micro, accumulation=rows // micro)
-            found = _by_trainer(replace(tuned, plan=plan), scratch / f"trainer-{number}-{micro}")
+            plan = replace(tuned.plan, micro_batch=micro, tokens_in_pass=None)
+            fitting = replace(tuned.fitting, plan=plan, lengths=tuned.dataset["length"][:])
+            found = _by_trainer(replace(tuned, fitting=fitting), scratch / f"trainer-{number}-{micro}")
             print(json.dumps({"weights": weights, "micro_batch": micro, **_compare(by_hand, found)}))  # noqa: T201
 
 
@@ -127,8 +128,7 @@ def _by_trainer(tuned, directory: Path) -> dict:
         tuned.dataset,
         tuned.tokenizer.hf,
         config=tuned.config,
-        plan=tuned.plan,
-        device=tuned.device,
+        fitting=tuned.fitting,
         directory=directory,
     )
     batch = trainer.data_collator([dict(tuned.dataset[row]) for row in range(min(2, tuned.plan.micro_batch))])

@@ -132,7 +132,7 @@ REFUSED_BY_A_RULE = [
     (values(s3={"endpoint": "https://user:secret@minio.example"}), "s3.endpoint holds a user or password"),
     (values(proxy={"httpsProxy": "http://user:secret@proxy:3128"}), "proxy.httpsProxy holds a user or password"),
     (values({"TUNE_DEVICE_FILE": "/etc/device"}), "config.TUNE_DEVICE_FILE cannot be used: the image sets TUNE_DEVICE"),
-    (values({"TUNE_MICRO_BATCH": 3}), "config.TUNE_MICRO_BATCH=3 does not divide TUNE_BATCH_SIZE=8"),
+    (values({"TUNE_MICRO_BATCH": 9}), "config.TUNE_MICRO_BATCH=9 is more than TUNE_BATCH_SIZE=8"),
     (
         values({"TUNE_LOG_LEVEL": "warning"}, metrics={"enabled": True}),
         "config.TUNE_LOG_LEVEL=warning drops them",

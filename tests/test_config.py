@@ -101,7 +101,8 @@ def test_all_problems_at_once(load):
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"TUNE_MICRO_BATCH": "3"}, "TUNE_MICRO_BATCH=3 does not divide TUNE_BATCH_SIZE=8"),
+        ({"TUNE_MICRO_BATCH": "9"}, "TUNE_MICRO_BATCH=9 is more than TUNE_BATCH_SIZE=8"),
+        ({"TUNE_DEVICE": "cpu", "TUNE_BATCHING": "packed"}, "TUNE_BATCHING=packed needs a GPU"),
         ({"TUNE_METRICS_PORT": "80"}, "at least 1024 and at most 65535"),
         ({"TUNE_METRICS_PORT": "9400", "TUNE_LOG_LEVEL": "error"}, "TUNE_LOG_LEVEL=error drops them"),
         ({"TUNE_COLUMNS": "prompt=a,prompt=b"}, "TUNE_COLUMNS names 'prompt' twice"),

@@ -61,9 +61,9 @@ def test_memory_comes_from_the_card(in_4bit):
 
 
 def test_the_plan_on_a_card(in_4bit):
-    """On a card batches are padding-free, checkpointing is Unsloth's, the optimizer is the 8-bit one."""
-    plan = in_4bit.event("model_loaded")["plan"]
-    assert (plan["padding_free"], plan["gradient_checkpointing"], plan["optimizer"]) == (True, "unsloth", "adamw_8bit")
+    """On a card that has room, batches are packed, nothing is recomputed, and passes are recorded."""
+    plan = in_4bit.event("plan_made")["plan"]
+    assert (plan["batching"], plan["gradient_checkpointing"], plan["cuda_graphs"]) == ("packed", "off", True)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_a_run_completes_with_its_events(finished):
     """The documented events come in order, with their documented fields."""
     assert finished.code == 0
     names = [line["event"] for line in finished.lines if line["event"] != "library_output"]
-    order = ["run_started", "dataset_ready", "model_loaded", "evaluated", "sample", "train_progress"]
+    order = ["run_started", "dataset_ready", "model_loaded", "evaluated", "sample", "plan_made", "train_progress"]
     order += ["checkpoint_committed", "artifact_uploaded", "run_complete"]
     assert order == sorted(set(names), key=names.index)
     assert all({"timestamp", "level", "run_id", "rank"} <= line.keys() for line in finished.lines)
@@ -162,8 +162,8 @@ def test_counts_of_the_data(finished):
 
 def test_the_plan_is_logged(finished):
     """The effective hyperparameters are logged, also where the CPU cannot do what was asked."""
-    plan = finished.event("model_loaded")["plan"]
-    assert (plan["micro_batch"], plan["accumulation"], plan["batch_size"]) == (4, 1, 4)
+    plan = finished.event("plan_made")["plan"]
+    assert (plan["micro_batch"], plan["batch_size"], plan["batching"]) == (4, 4, "padded")
     assert plan["optimizer"] == "adamw_torch_fused"
     assert plan["learning_rate"] == 1e-2
 

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import structlog
 import torch
 
+log = structlog.get_logger()
 IGNORED = -100
 """The label of tokens that are not learned."""
 
 
-def by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of `size`, longest first, so that padding is small and memory trouble comes early."""
+def by_length(lengths: Sequence[int], size: int, run: Callable[[list[int]], None]) -> None:
+    """Run over row numbers in batches of `size`, the longest first: padding is small, and memory trouble comes early.
+
+    A batch that runs out of memory is halved, and all later ones are as small; of one row, the error is raised.
+    """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    while order:
+        error = ""
+        try:
+            run(order[:size])
+        except torch.OutOfMemoryError as found:
+            if size == 1:
+                raise
+            error = str(found).splitlines()[0]
+        if error:  # only here: what the batch had allocated is let go with its error
+            torch.cuda.empty_cache()
+            log.warning("batch_halved", reason=error, was=size, now=size // 2)
+            size //= 2
+            continue
+        order = order[size:]
 
 
 def pad(rows: Sequence[Sequence[int]], *, value: int, left: bool = False) -> torch.Tensor:

@@ -28,6 +28,8 @@ class Hooks:
 
     note: Callable[[dict[str, Any]], None]
     """Keeps a line of the metrics."""
+    ready: Callable[[], None]
+    """The plan is in force, and the first step is about to begin."""
     first_step: Callable[[], None]
     """After the first step of this process."""
     evaluate: Callable[[int], Any]
@@ -46,6 +48,18 @@ class Hooks:
     training wait."""
     poll: Callable[[], None]
     """Every step; raises what ends the run."""
+
+
+@dataclass
+class Settled(TrainerCallback):
+    """Puts the plan in force, once the trainer has made model and optimizer ready."""
+
+    settle: Callable[[], None]
+    hooks: Hooks
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.settle()
+        self.hooks.ready()
 
 
 @dataclass

@@ -49,13 +49,17 @@ def evaluating(model: Any) -> Iterator[None]:
 def evaluate(model: Any, dataset: Any, *, batch: int, pad_id: int, device: str) -> Evaluation:
     """The loss of `model` on `dataset` (columns input_ids, labels, length)."""
     total, tokens = 0.0, 0
+
+    def add(rows: list[int]) -> None:
+        nonlocal total, tokens
+        inputs = training_batch([dataset[row] for row in rows], pad_id=pad_id, device=device)
+        labelled = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        if labelled:
+            total += float(model(**inputs).loss) * labelled
+            tokens += labelled
+
     with evaluating(model):
-        for rows in by_length(dataset["length"], batch):
-            inputs = training_batch([dataset[row] for row in rows], pad_id=pad_id, device=device)
-            labelled = int((inputs["labels"][:, 1:] != IGNORED).sum())
-            if labelled:
-                total += float(model(**inputs).loss) * labelled
-                tokens += labelled
+        by_length(dataset["length"], batch, add)
     return Evaluation(loss=total / tokens if tokens else math.nan, tokens=tokens)
 
 
@@ -65,23 +69,26 @@ def answer(
     """Greedy answers, one a prompt, as text without special tokens."""
     answers = [""] * len(prompts)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+
+    def generate(rows: list[int]) -> None:
+        ids = [prompts[row].input_ids for row in rows]
+        inputs = pad(ids, value=pad_id, left=True).to(device)
+        output = model.generate(
+            input_ids=inputs,
+            attention_mask=mask(ids, left=True).to(device),
+            max_new_tokens=_room([prompts[row] for row in rows], tokenizer),
+            do_sample=False,
+            eos_token_id=list(stop_ids),
+            pad_token_id=pad_id,
+        )
+        texts = tokenizer.batch_decode(output[:, inputs.shape[1] :], skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            answers[row] = text.strip()
+
     FastLanguageModel.for_inference(model)
     try:
         with torch.inference_mode():
-            for rows in by_length([len(prompt.input_ids) for prompt in prompts], batch):
-                ids = [prompts[row].input_ids for row in rows]
-                inputs = pad(ids, value=pad_id, left=True).to(device)
-                output = model.generate(
-                    input_ids=inputs,
-                    attention_mask=mask(ids, left=True).to(device),
-                    max_new_tokens=_room([prompts[row] for row in rows], tokenizer),
-                    do_sample=False,
-                    eos_token_id=list(stop_ids),
-                    pad_token_id=pad_id,
-                )
-                texts = tokenizer.batch_decode(output[:, inputs.shape[1] :], skip_special_tokens=True)
-                for row, text in zip(rows, texts, strict=True):
-                    answers[row] = text.strip()
+            by_length([len(prompt.input_ids) for prompt in prompts], batch, generate)
     finally:
         FastLanguageModel.for_training(model)
     return answers

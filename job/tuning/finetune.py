@@ -13,21 +13,25 @@ from typing import Any
 import structlog
 import torch
 
-from job import signals
+from job import shape, signals
 from job.base_model import BaseModel
 from job.config import Config
 from job.errors import ConfigError, HopelessError
+from job.estimate import STATE_BYTES, STATE_BYTES_OTHERS
 from job.rendering import Prompt
 from job.tuning import checkpoint, export
 from job.tuning import model as models
-from job.tuning.callbacks import Evaluations, Hooks, Hyperparameters, Progress, SavePoints
+from job.tuning.callbacks import Evaluations, Hooks, Hyperparameters, Progress, SavePoints, Settled
 from job.tuning.device import Device, choose, memory
 from job.tuning.evaluate import Evaluation, answer, evaluate
-from job.tuning.trainer import CountingCollator, Plan, build, plan, train
+from job.tuning.fitting import Fitting
+from job.tuning.plan import Cut, Plan, as_recorded, plan
+from job.tuning.trainer import CountingCollator, build, train
 
 log = structlog.get_logger()
 check_checkpoint = checkpoint.check
 ANSWERS_AT_ONCE = 32
+EVALUATED_AT_ONCE = 8
 NOT_DETERMINISTIC = "does not have a deterministic implementation"
 
 
@@ -51,13 +55,28 @@ def explained() -> Iterator[None]:
         ) from error
 
 
+def _recorded(earlier: dict[str, Any] | None, config: Config, planned: Plan, device: Device) -> Cut | None:
+    """How an earlier attempt cut its batches: done again on a card of the same name, to round as it did, unless the
+    settings say otherwise now."""
+    found = as_recorded(earlier.get("plan") or {}) if earlier else None
+    if not earlier or found is None:
+        return None
+    if earlier.get("device") != device.name:
+        log.warning("plan_made_anew", was=earlier.get("device"), now=device.name)
+        return None
+    asked = {"micro_batch": config.micro_batch, "gradient_checkpointing": config.gradient_checkpointing}
+    other = any(value not in ("auto", getattr(found, name)) for name, value in asked.items())
+    return None if other or earlier["plan"]["batching"] != planned.batching else found
+
+
 @dataclass(kw_only=True)
 class Finetune:
     """A loaded model and the plan for training it."""
 
     config: Config
     device: Device
-    plan: Plan
+    fitting: Fitting
+    recorded: Cut | None
     model: Any
     tokenizer: Any
     dataset: Any
@@ -66,25 +85,23 @@ class Finetune:
     progress: Progress | None = None
 
     @classmethod
-    def load(cls, base: BaseModel, config: Config, data: Any, *, directory: Path) -> Finetune:
+    def load(
+        cls, base: BaseModel, config: Config, data: Any, *, directory: Path, earlier: dict[str, Any] | None = None
+    ) -> Finetune:
         """Load the weights, put the adapter on, make the plan; logs `model_loaded`.
 
         Args:
             data: with `tokenizer` and `train`, as `run.Data` has them.
             directory: scratch of this attempt.
+            earlier: `circumstances` that an earlier attempt of the run recorded.
         """
         started = time.monotonic()
         device = choose(asked=config.device)
         torch.use_deterministic_algorithms(config.deterministic)
         with explained():
             loaded = models.load(base, config, device, directory=base.path)
-        planned = plan(
-            config,
-            device,
-            examples=len(data.train.dataset),
-            learning_rate=base.learning_rate(),
-            checkpointing=loaded.checkpointing,
-        )
+        lengths = data.train.dataset["length"][:]
+        planned = plan(config, device, lengths=lengths, learning_rate=base.learning_rate())
         if config.curriculum == "short_first" and planned.epochs < 1:
             log.warning("curriculum_incomplete", epochs=round(planned.epochs, 3), steps=planned.steps)
         now = memory(device)
@@ -99,13 +116,20 @@ class Finetune:
             device=device.kind,
             device_name=device.name,
             load_seconds=round(time.monotonic() - started, 3),
-            plan=asdict(planned),
             **now,
+        )
+        fitting = Fitting(
+            plan=planned,
+            device=device,
+            shape=shape.of(base),
+            lengths=lengths,
+            state_bytes=loaded.trainable_parameters * STATE_BYTES.get(config.optimizer, STATE_BYTES_OTHERS),
         )
         return cls(
             config=config,
             device=device,
-            plan=planned,
+            fitting=fitting,
+            recorded=_recorded(earlier, config, planned, device),
             model=loaded.model,
             tokenizer=data.tokenizer,
             dataset=data.train.dataset,
@@ -114,13 +138,20 @@ class Finetune:
         )
 
     @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+        return self.fitting.plan
+
+    @property
     def step(self) -> int:
         """Optimizer steps done."""
         return self.progress.step if self.progress else 0
 
     def circumstances(self) -> dict[str, Any]:
         """What a checkpoint must meet again for the run to go on bit for bit."""
-        return {"plan": asdict(self.plan), "device": self.device.name}
+        plan = asdict(self.plan)
+        del plan["reasons"]  # they differ from attempt to attempt, and nothing follows from them
+        return {"plan": plan, "device": self.device.name}
 
     def hooks(self, **hooks: Any) -> Hooks:
         """The events of the training loop; `Hooks` has the names."""
@@ -148,8 +179,7 @@ class Finetune:
             self.dataset,
             self.tokenizer.hf,
             config=self.config,
-            plan=self.plan,
-            device=self.device,
+            fitting=self.fitting,
             directory=self.directory / "trainer",
         )
         collator = CountingCollator(trainer.data_collator)
@@ -157,7 +187,8 @@ class Finetune:
         self.progress = Progress(
             device=self.device, collator=collator, log_steps=self.config.log_steps, hooks=hooks, step=done
         )
-        callbacks = [self.progress, Evaluations(hooks), SavePoints(hooks)]
+        settled = Settled(lambda: self.fitting.settle(self.config, recorded=self.recorded), hooks)
+        callbacks = [settled, self.progress, Evaluations(hooks), SavePoints(hooks)]
         if changed:
             callbacks.append(Hyperparameters(self.plan.learning_rate, self.config.weight_decay))
         with explained(), signals.deferred():
@@ -174,7 +205,7 @@ class Finetune:
             found = evaluate(
                 self.model,
                 dataset,
-                batch=self.plan.micro_batch,
+                batch=EVALUATED_AT_ONCE,
                 pad_id=self.tokenizer.hf.pad_token_id or 0,
                 device=self.device.kind,
             )

@@ -30,7 +30,6 @@ class Loaded:
     model: Any
     targets: tuple[str, ...]
     trainable_parameters: int
-    checkpointing: str
 
 
 def load(base: BaseModel, config: Config, device: Device, *, directory: Path) -> Loaded:
@@ -47,7 +46,8 @@ def load(base: BaseModel, config: Config, device: Device, *, directory: Path) ->
     model = _load_base(base, config, device, directory)
     _check_precision(model, base, config)
     targets = _targets(model, config.lora_targets)
-    checkpointing = _checkpointing(config.gradient_checkpointing, device)
+    # On a GPU it is set up in any case; the plan turns it off and on.
+    checkpointing = "on" if config.gradient_checkpointing == "on" else "unsloth" if device.kind == "cuda" else "off"
     model = FastLanguageModel.get_peft_model(
         model,
         r=config.lora_r,
@@ -60,9 +60,7 @@ def load(base: BaseModel, config: Config, device: Device, *, directory: Path) ->
         use_gradient_checkpointing={"unsloth": "unsloth", "on": True, "off": False}[checkpointing],
         random_state=config.seed,
     )
-    loaded = Loaded(
-        model=model, targets=targets, trainable_parameters=_check_trainable(model), checkpointing=checkpointing
-    )
+    loaded = Loaded(model=model, targets=targets, trainable_parameters=_check_trainable(model))
     _fix_generation(model)
     return loaded
 
@@ -90,12 +88,6 @@ def _load_base(base: BaseModel, config: Config, device: Device, directory: Path)
             remedy="Check that the checkpoint is whole and that Unsloth supports its architecture.",
         ) from error
     return model
-
-
-def _checkpointing(asked: str, device: Device) -> str:
-    if asked != "auto":
-        return asked
-    return "unsloth" if device.kind == "cuda" else "off"
 
 
 def _linears(model: Any) -> dict[str, torch.nn.Module]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,68 +14,18 @@ from trl import SFTConfig, SFTTrainer
 
 from job.config import Config
 from job.errors import NO_SPACE, HopelessError
-from job.pace import pace
 from job.tuning import model as adapter
 from job.tuning.batches import IGNORED
 from job.tuning.checkpoint import write_adapter
-from job.tuning.device import Device
+from job.tuning.fitting import Fitting
 from job.tuning.order import ShortFirst
+from job.tuning.passes import cut
+from job.tuning.plan import Plan
 from job.tuning.weighted import COLUMN, WeightedLoss, use_log_probs
 
 log = structlog.get_logger()
 LEAST_FREE_BYTES = 1 << 20
-CPU_OPTIMIZER = "adamw_torch_fused"
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How the run's optimizer steps are cut, and every effective hyperparameter. Logged and recorded."""
-
-    examples: int
-    steps: int
-    epochs: float
-    batch_size: int
-    micro_batch: int
-    accumulation: int
-    padding_free: bool
-    gradient_checkpointing: str
-    optimizer: str
-    learning_rate: float
-    warmup_steps: int
-    schedule: str
-    compute_dtype: str
-    deterministic: bool
-
-
-def plan(config: Config, device: Device, *, examples: int, learning_rate: float, checkpointing: str) -> Plan:
-    """Decide what `auto` means for this run.
-
-    Args:
-        examples: sequences in the training set.
-        learning_rate: the usual rate for the model's size, taken where the user set none.
-
-    Raises:
-        ConfigError: the warm-up is as long as the run.
-    """
-    cut = pace(config, examples=examples)
-    gpu = device.kind == "cuda"
-    return Plan(
-        examples=examples,
-        steps=cut.steps,
-        epochs=cut.epochs,
-        batch_size=config.batch_size,
-        micro_batch=cut.micro_batch,
-        accumulation=cut.accumulation,
-        padding_free=gpu,
-        gradient_checkpointing=checkpointing,
-        optimizer=config.optimizer if gpu else CPU_OPTIMIZER,
-        learning_rate=learning_rate if config.learning_rate == "auto" else config.learning_rate,
-        warmup_steps=cut.warmup_steps,
-        schedule=config.schedule,
-        compute_dtype=str(device.dtype).removeprefix("torch."),
-        deterministic=config.deterministic,
-    )
 
 
 class _Trainer(SFTTrainer):
@@ -84,6 +33,28 @@ class _Trainer(SFTTrainer):
 
     order: ShortFirst | None = None
     """None shuffles every epoch."""
+    fitting: Fitting
+    """How a step's batch is cut."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of a whole step, in as many passes as it takes; returns the step's loss.
+
+        A step that runs out of memory begins again, cut smaller.
+        """
+        while True:
+            error = ""
+            try:
+                losses = [self.one_pass(model, part, num_items_in_batch) for part in cut(inputs, self.fitting.limit)]
+                return torch.stack(losses).sum()
+            except torch.OutOfMemoryError as found:
+                error = str(found).splitlines()[0]
+            model.zero_grad()  # only here: the error held on to what the pass had allocated
+            self.fitting.shrink(error, step=self.state.global_step + 1)
+
+    def one_pass(self, model: Any, batch: Any, items: Any) -> torch.Tensor:
+        """Add up one pass's gradients; returns its share of the step's loss."""
+        loss: torch.Tensor = super().training_step(model, batch, items)
+        return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.order or super()._get_train_sampler(train_dataset)
@@ -122,18 +93,19 @@ def _disk_full(error: Exception, directory: Path) -> bool:
 
 
 def build(
-    model: Any, dataset: Any, hf_tokenizer: Any, *, config: Config, plan: Plan, device: Device, directory: Path
+    model: Any, dataset: Any, hf_tokenizer: Any, *, config: Config, fitting: Fitting, directory: Path
 ) -> SFTTrainer:
-    """The trainer, checked.
+    """The trainer, checked. It takes whole batches; `fitting` cuts them.
 
     Args:
         dataset: columns input_ids, labels, length and perhaps weights; already cut to length.
         directory: where the trainer writes its checkpoints.
     """
+    plan, device = fitting.plan, fitting.device
     arguments = SFTConfig(
         output_dir=str(directory),
-        per_device_train_batch_size=plan.micro_batch,
-        gradient_accumulation_steps=plan.accumulation,
+        per_device_train_batch_size=plan.batch_size,
+        gradient_accumulation_steps=1,
         max_steps=plan.steps,
         num_train_epochs=plan.epochs,
         learning_rate=plan.learning_rate,
@@ -147,7 +119,7 @@ def build(
         bf16=device.dtype is torch.bfloat16,
         fp16=device.dtype is torch.float16,
         gradient_checkpointing=plan.gradient_checkpointing != "off",
-        padding_free=plan.padding_free,
+        padding_free=plan.batching != "padded",
         packing=False,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -177,6 +149,8 @@ def build(
     if config.curriculum == "short_first":
         trainer.order = ShortFirst(dataset["length"][:], seed=config.seed)
     adapter.cast_trainable(trainer.model)
+    trainer.fitting = fitting
+    fitting.trainer = trainer
     _check(trainer, plan, config)
     return trainer
 
@@ -187,15 +161,14 @@ def _check(trainer: SFTTrainer, plan: Plan, config: Config) -> None:
     sampler = trainer._get_train_sampler()  # noqa: SLF001 - what the training loop asks
     order = "short_first" if isinstance(sampler, ShortFirst) else "none"
     effective = {
-        "micro-batch": (arguments.per_device_train_batch_size, plan.micro_batch),
-        "accumulation": (arguments.gradient_accumulation_steps, plan.accumulation),
+        "batch": (arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps, plan.batch_size),
         "steps": (arguments.max_steps, plan.steps),
         "learning rate": (arguments.learning_rate, plan.learning_rate),
         "schedule": (getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type), plan.schedule),
         "warm-up": (arguments.warmup_steps, plan.warmup_steps),
         "optimizer": (getattr(arguments.optim, "value", arguments.optim), plan.optimizer),
         "curriculum": (order, config.curriculum),
-        "padding-free": (bool(getattr(trainer.data_collator, "padding_free", False)), plan.padding_free),
+        "padding-free": (bool(getattr(trainer.data_collator, "padding_free", False)), plan.batching != "padded"),
     }
     changed = [f"{name} {found} instead of {wanted}" for name, (found, wanted) in effective.items() if found != wanted]
     if changed:

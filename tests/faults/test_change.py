@@ -426,7 +426,7 @@ def test_already_complete_with_another_setting(bench, finished):
 def test_micro_batch_auto_takes_the_recorded_one(bench, run_id):
     """TUNE_MICRO_BATCH=auto goes on with the cut of the checkpoint's attempt, for the same bits."""
     job = bench.start(run_id, micro_batch=None).ends(0)
-    assert job.event("model_loaded")["plan"]["micro_batch"] == 2
+    assert job.event("plan_made")["plan"]["micro_batch"] == 2
     assert not job.events("bitwise_equality_ended")
     bench.check_whole(run_id)
 

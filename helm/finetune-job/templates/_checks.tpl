@@ -45,8 +45,8 @@
 {{- end -}}
 {{- $micro := get $settings "TUNE_MICRO_BATCH" | default "auto" -}}
 {{- $batch := get $settings "TUNE_BATCH_SIZE" | default "8" -}}
-{{- if and (ne $micro "auto") (ne (mod (int $batch) (int $micro)) 0) -}}
-{{- $found = append $found (printf "config.TUNE_MICRO_BATCH=%s does not divide TUNE_BATCH_SIZE=%s. Choose a divisor." $micro $batch) -}}
+{{- if and (ne $micro "auto") (gt (int $micro) (int $batch)) -}}
+{{- $found = append $found (printf "config.TUNE_MICRO_BATCH=%s is more than TUNE_BATCH_SIZE=%s. Lower it." $micro $batch) -}}
 {{- end -}}
 {{- if and .Values.metrics.enabled (has (get $settings "TUNE_LOG_LEVEL") (list "warning" "error")) -}}
 {{- $found = append $found (printf "metrics.enabled shows what the log's events say, and config.TUNE_LOG_LEVEL=%s drops them. Set TUNE_LOG_LEVEL to info." (get $settings "TUNE_LOG_LEVEL")) -}}

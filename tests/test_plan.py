@@ -1,0 +1,115 @@
+"""Which cut comes first on which card, what comes after it, and what a later attempt takes over."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from job.config import Config
+from job.shape import llama
+from job.tuning.device import Device
+from job.tuning.plan import Cut, as_recorded, candidates, plan, smaller
+
+ONE_B = llama(hidden=2048, inner=8192, layers=16, keys=512, vocabulary=128_256)
+EIGHT_B = llama(hidden=4096, inner=14_336, layers=32, keys=1024, vocabulary=128_256)
+LENGTHS = [200, 300, 400, 500, 600, 700, 1000, 2048] * 40
+FAST, SLOW = 6e14, 2e13
+"""Operations a second of an H100, and of a card thirty times slower."""
+
+
+def settings(**changed) -> Config:
+    """A configuration that needs nothing else."""
+    return Config(**{"model": "/m", "dataset": ("/d.jsonl",), "output": "/o", "device": "cuda", **changed})
+
+
+def card(gib: float = 80) -> Device:
+    """A card of so much memory."""
+    return Device(kind="cuda", name="card", memory_bytes=round(gib * 2**30), capability="9.0", dtype=torch.bfloat16)
+
+
+def ordered(config=None, shape=ONE_B, *, rate=FAST, graphs=True, device=None):
+    """The cuts in the order in which they are tried."""
+    config = config or settings()
+    planned = plan(config, device or card(), lengths=LENGTHS, learning_rate=2e-4)
+    return candidates(planned, config, shape, lengths=LENGTHS, rate=rate, graphs=graphs)
+
+
+def test_the_whole_batch_at_once_comes_first():
+    """Where launches cost more than arithmetic, everything in one recorded pass is quickest."""
+    first = ordered()[0].cut
+    assert first == Cut(micro_batch=8, tokens_in_pass=8 * 2048, gradient_checkpointing="off", cuda_graphs=True)
+
+
+@pytest.mark.parametrize("shape", [ONE_B, EIGHT_B])
+@pytest.mark.parametrize("rate", [FAST, SLOW])
+def test_recomputing_is_never_quicker_than_the_same_without(shape, rate):
+    """Neither where the card is the bottleneck nor where Python is."""
+    seconds = {one.cut: one.seconds for one in ordered(shape=shape, rate=rate)}
+    for cut, expected in seconds.items():
+        if cut.gradient_checkpointing == "off" and not cut.cuda_graphs:
+            assert expected < seconds[replace(cut, gradient_checkpointing="unsloth")]
+
+
+def test_many_small_passes_against_recomputing():
+    """Without graphs, eight launches of everything take longer than recomputing it once."""
+    names = [(one.cut.micro_batch, one.cut.gradient_checkpointing) for one in ordered(graphs=False)]
+    assert names.index((8, "unsloth")) < names.index((1, "off"))
+
+
+def test_the_estimate_of_memory_goes_with_the_cut():
+    """Smaller passes and recomputing need less."""
+    needed = {(one.cut.micro_batch, one.cut.gradient_checkpointing): one.bytes for one in ordered(graphs=False)}
+    assert needed[8, "off"] > needed[4, "off"] > needed[1, "off"] > needed[1, "unsloth"]
+    assert needed[8, "unsloth"] < needed[8, "off"] / 3
+
+
+def test_settings_of_the_user_stand():
+    """What the user set is no longer a choice."""
+    config = settings(micro_batch=2, gradient_checkpointing="on")
+    assert {(one.cut.micro_batch, one.cut.gradient_checkpointing) for one in ordered(config)} == {(2, "on")}
+    assert all(one.cut.tokens_in_pass is None for one in ordered(settings(batching="padding_free")))
+
+
+def test_a_model_of_unknown_shape():
+    """The plainest order: few passes first, and of those without recomputing."""
+    names = [(one.cut.micro_batch, one.cut.gradient_checkpointing) for one in ordered(shape=None, graphs=False)]
+    assert names[0] == (8, "off")
+    assert names.index((8, "unsloth")) < names.index((1, "off"))
+
+
+def test_what_comes_when_memory_runs_out():
+    """Half the pass, again and again; then no graphs; then recomputing; then nothing."""
+    cut = ordered()[0].cut
+    chain = []
+    while cut is not None:
+        chain.append((cut.micro_batch, cut.cuda_graphs, cut.gradient_checkpointing))
+        cut = smaller(cut, LENGTHS)
+    assert chain == [
+        (8, True, "off"),
+        (4, True, "off"),
+        (2, True, "off"),
+        (1, True, "off"),
+        (1, False, "off"),
+        (1, False, "unsloth"),
+    ]
+
+
+def test_a_batch_of_six_is_cut_in_halves_rounded_up():
+    """A pass need not divide the batch."""
+    rows = {one.cut.micro_batch for one in ordered(settings(batch_size=6))}
+    assert rows == {6, 3, 2, 1}
+
+
+def test_a_recorded_plan_is_read_back():
+    """As JSON has it; a plan of an older layout is none."""
+    planned = plan(settings(), card(), lengths=LENGTHS, learning_rate=2e-4)
+    assert as_recorded(asdict(planned)) == planned.cut
+    assert as_recorded({"micro_batch": 2, "accumulation": 4}) is None
+
+
+def test_a_cpu_pads():
+    """There is nothing to choose on a CPU."""
+    device = Device(kind="cpu", name="CPU", memory_bytes=2**34, capability=None, dtype=torch.bfloat16)
+    planned = plan(settings(device="cpu"), device, lengths=LENGTHS, learning_rate=2e-4)
+    assert (planned.batching, planned.micro_batch, planned.gradient_checkpointing) == ("padded", 8, "off")
+    assert (planned.optimizer, planned.cuda_graphs) == ("adamw_torch_fused", False)
