@@ -11,7 +11,7 @@ Knows characters, nothing of tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from job.examples import JsonObject, Turn
 from job.template import ANSWER, RefusedError, Template, left_out
@@ -25,6 +25,8 @@ class Span:
     end: int
     role: str = "assistant"
     """Whose turn it is, for weights."""
+    turn: int = 0
+    """Its number in the conversation, from 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,13 +98,18 @@ class _Conversation:
     template: Template
     turns: Sequence[Turn]
     tools: Sequence[JsonObject]
+    known: dict[int, _Answer] = field(default_factory=dict)
+    """Answers that were found, by the number of their turn."""
 
     def _rendered(self, count: int, *, prompt: bool) -> str:
         return self.template.render(self.turns[:count], add_generation_prompt=prompt, tools=self.tools)
 
     def answer(self, index: int) -> _Answer:
         """The conversation up to and including turn `index`, and where that turn lies in it."""
-        return self._found(index, self._rendered(index + 1, prompt=False))
+        if index not in self.known:
+            found = self._found(index, self._rendered(index + 1, prompt=False))
+            self.known[index] = replace(found, span=replace(found.span, turn=index))
+        return self.known[index]
 
     def check_calls(self, count: int) -> None:
         """Raises RefusedError if one of the first `count` turns calls a tool and the template leaves that out."""
