@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from job.suspects import shown
+
 
 class RepeatedKeyError(ValueError):
     """An object has the same key twice."""
@@ -43,5 +45,5 @@ def loads(text: str) -> Any:
     decoder = Decoder()
     value = decoder.value(text)
     if decoder.repeated is not None:
-        raise RepeatedKeyError(f"the key `{decoder.repeated}` stands twice in one object")
+        raise RepeatedKeyError(f"the key `{shown(decoder.repeated)}` stands twice in one object")
     return value
