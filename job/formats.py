@@ -122,10 +122,12 @@ def _refuse_what_would_be_lost(fields: Fields, format: str) -> None:  # noqa: A0
 def _number(fields: Fields, key: str) -> float | None:
     """The number or boolean in a column, also one written as text, as CSV files do; None if it holds neither."""
     value = fields.get(key)
+    if value is None:
+        return None
     if isinstance(value, str):
         value = {"false": "0", "true": "1"}.get(value.strip().lower(), value)
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
     return None if math.isnan(number) else number

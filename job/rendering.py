@@ -2,10 +2,9 @@
 
 The text is tokenised once, whole; a token is learnt if it lies wholly inside a span that is learnt (see `job.spans`).
 Where a token would lie across an answer's start (a prompt that ends in a space and an answer that goes on with a word,
-say), the text is tokenised in parts that meet there: generation too starts from the tokens of the prompt alone. So it
-is where one lies across the end of an end marker that is no token of its own. Another token across an answer's end is
-not learnt, since it holds characters of the next turn. The first token of a sequence is never learnt: nothing stands
-before it from which to predict it.
+say), or across the end of an end marker that is several tokens, the text is tokenised in parts that meet there:
+generation too starts from the tokens of the prompt alone. Another token across an answer's end is not learnt, since it
+holds characters of the next turn. The first token is never learnt: nothing stands before it from which to predict it.
 
 Special tokens that stand in the content of a turn are encoded as the plain text they are, not as control tokens. In an
 assistant's content that holds for those that open or end turns, except at its very end; others (<|python_tag|>, say)
@@ -229,7 +228,7 @@ class Renderer:
 
     def _sequence(self, text: Text, part: int, encoding: Encoding) -> Rendered:
         piece = text.pieces[part]
-        if cuts := [at for span in piece.spans for at in self._borders(piece, span) if encoding.crosses(at)]:
+        if cuts := [at for at in piece.borders(self.tokenizer.spelt_end) if encoding.crosses(at)]:
             encoding = self.tokenizer.encode_parts(piece.text, cuts=cuts, disarmed=text.disarmed)
         spans = self._learnt(piece)
         ids, learnt = encoding.ids, _learnt(encoding, piece, spans)
@@ -251,12 +250,6 @@ class Renderer:
             weights=self._weights(encoding, piece, spans, found.keep) if self.weighted else None,
             weight_by_role=self._weight_by_role(encoding, piece, spans, found.keep),
         )
-
-    def _borders(self, piece: Piece, span: Span) -> tuple[int, ...]:
-        """Where no token may lie across: an answer's start, and its end if its end marker is no token of its own."""
-        many = len(self.tokenizer.end_of_turn_ids) > 1 and self.tokenizer.chat
-        ends = many and piece.text.endswith(many.end_of_turn, span.start, span.end)
-        return (span.start, span.end) if ends else (span.start,)
 
     def _learnt(self, piece: Piece) -> tuple[Span, ...]:
         if self.weights is None:

@@ -25,7 +25,7 @@ from job import jsontext
 from job.errors import DataError
 from job.fields import Unreadable, quoted
 from job.jsonarray import elements
-from job.suspects import shown
+from job.suspects import printable, shown
 
 MAX_LINE = 64 * 1024 * 1024
 """Bytes in one line or array element; more is no row of text but a bomb or a file of another kind."""
@@ -93,11 +93,15 @@ def rows(name: str, path: Path) -> Iterator[Row]:
         with _opened(path, kind.compression) as stream:
             yield from _READERS[kind.type](name, stream)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{name} cannot be read: {str(error).rstrip('.')}.", remedy=DAMAGED) from error
+        raise DataError(
+            f"{name} cannot be read: {printable(str(error).strip().rstrip('.'))}.", remedy=DAMAGED
+        ) from error
     except OSError as error:
         if error.errno is not None:  # the disk's or the kernel's, not the file's
             raise
-        raise DataError(f"{name} cannot be read: {str(error).rstrip('.')}.", remedy=DAMAGED) from error
+        raise DataError(
+            f"{name} cannot be read: {printable(str(error).strip().rstrip('.'))}.", remedy=DAMAGED
+        ) from error
 
 
 @contextmanager

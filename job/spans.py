@@ -10,7 +10,7 @@ Knows characters, nothing of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from job.examples import JsonObject, Turn
@@ -39,6 +39,13 @@ class Piece:
     """Turns of other roles that are learnt too; see `job.weights`."""
     header_differs: bool = False
     """The template opens an answer otherwise than its generation prompt does (some reasoning models' templates)."""
+
+    def borders(self, marker: str) -> Iterator[int]:
+        """Where no token may lie across: the start of each answer, and its end where it is this marker."""
+        for span in self.spans:
+            yield span.start
+            if marker and self.text.endswith(marker, span.start, span.end):
+                yield span.end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -120,9 +120,13 @@ def shown(value: object) -> str:
 
     Other values than texts are shown as Python writes them.
     """
-    text = masked((value if isinstance(value, str) else repr(value))[: 10 * LONGEST_SHOWN])
-    printable = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-    return printable if len(printable) <= LONGEST_SHOWN else f"{printable[:LONGEST_SHOWN]}…"
+    text = printable(masked((value if isinstance(value, str) else repr(value))[: 10 * LONGEST_SHOWN]))
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+def printable(text: str) -> str:
+    """The text with characters that no one sees as escapes; half a surrogate pair, too, becomes what can be encoded."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _secrets(text: str) -> Iterator[tuple[int, int]]:

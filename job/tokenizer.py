@@ -59,6 +59,11 @@ class Tokenizer:
         """Tokens at which generation stops: EOS, and the end of a turn where it is one token."""
         return tuple(dict.fromkeys((self.eos_token_id, *self.end_of_turn_ids[:1][: len(self.end_of_turn_ids) == 1])))
 
+    @functools.cached_property
+    def spelt_end(self) -> str:
+        """What ends a turn, where that is no token of its own but several; else empty."""
+        return self.chat.end_of_turn if self.chat and len(self.end_of_turn_ids) > 1 else ""
+
     def template_for(self, format: str) -> Template:  # noqa: A002 - the domain's word
         """The chat template, or without one the text block of a format. Raises DataError if that has none."""
         if self.chat:
