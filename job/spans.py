@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from job.examples import JsonObject, Turn
+from job.suspects import shown
 from job.template import ANSWER, RefusedError, Template, left_out
 
 
@@ -124,7 +125,7 @@ class _Conversation:
             for call in turn.tool_calls:
                 found, name = self.answer(index), str((call.get("function") or call).get("name"))
                 if name not in found.text[found.span.start : found.span.end]:
-                    raise RefusedError(f"it does not print the tool call `{name}` of turn {index + 1}")
+                    raise RefusedError(f"it does not print the tool call `{shown(name)}` of turn {index + 1}")
 
     def check_printed(self, count: int, text: str) -> None:
         """Raises RefusedError if `text` lacks one of the first `count` turns that are no answers.

@@ -78,6 +78,9 @@ GENERATED: dict[str, Callable[[], bytes]] = {
         [called(nested(90)), called(nested(900)), said("b") | {"tools": [{"name": "f", "parameters": nested(900)}]}]
     ),
     "columns-many.jsonl": lambda: lines([{f"c{n}": 1 for n in range(100_000)}]),
+    "key-twice-many.jsonl": lambda: (
+        lines([{"text": "a"}]) + b"{" + b"".join(b'"k%d": 1, ' % n for n in range(100_000)) + b'"k99999": 2}\n'
+    ),
     "latin-1.jsonl": lambda: b'{"text": "plain"}\n{"text": "caf\xe9"}\n',
     "latin-1.csv": lambda: b"question,answer\na,b\ncaf\xe9,c\n",
     "latin-1.json": lambda: b'[{"text": "plain"},\n{"text": "caf\xe9"}]\n',
