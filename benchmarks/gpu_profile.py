@@ -296,10 +296,7 @@ def watch(trainer: Any, fitting: Any, config: Any, cut: Any, steps: int, tight_a
         def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
             if gpu:
                 torch.cuda.synchronize()
-            if state.global_step == tight_at:
-                tighten()
-            if gpu and state.global_step == steps - 1:
-                kept.profiler.stop()
+            {tight_at: tighten, steps - 1: kept.profiler.stop if gpu else int}.get(state.global_step, int)()
             kept.ends.append(time.perf_counter())
 
         def on_log(self, _args: Any, _state: Any, _control: Any, logs: Any = None, **_: Any) -> None:

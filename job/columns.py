@@ -12,9 +12,6 @@ from typing import Any
 from job.errors import ConfigError
 from job.fields import quoted, value_of
 
-SHOWN = 30
-"""How many of the columns that are there a message names."""
-
 ENOUGH = 1000
 """Names after which no more are noted: some objects have a key for each thing that they hold."""
 
@@ -31,11 +28,12 @@ class Columns:
     """The columns that were seen, with those one level down, in their order."""
 
     def renamed(self, row: Any) -> Any:
-        """The row with our names. A column under a name of ours that the user gave to another one is not seen."""
+        """The row with our names. A column under a name of ours is hidden where the row has the one meant by it."""
         if not self.theirs or not isinstance(row, dict):
             return row
         self._note(row)
-        taken = {*self.theirs, *self.theirs.values()}
+        there = {ours: theirs for ours, theirs in self.theirs.items() if _has(row, theirs)}
+        taken = {*there, *there.values()}
         kept = {key: value for key, value in row.items() if key not in taken}
         named = {ours: _at(row, theirs) for ours, theirs in self.theirs.items()}
         self.found.update(ours for ours in named if value_of(named, ours) is not None)
@@ -47,10 +45,9 @@ class Columns:
         if missing and self.there:
             pairs = ",".join(f"{ours}={theirs}" for ours, theirs in missing)
             names = list(self.there)
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             raise ConfigError(
                 f"TUNE_COLUMNS names {pairs}, but no row has {quoted([theirs for _, theirs in missing])}. "
-                f"The rows have {quoted(names[:SHOWN])}{more}.",
+                f"The rows have {quoted(names)}.",
                 remedy="Name a column that is there; the parts of a nested name are separated by dots.",
             )
 
@@ -74,6 +71,11 @@ class Columns:
 def parsed(pairs: Iterable[str]) -> Columns:
     """From `ours=theirs`, as `Config.columns` holds them."""
     return Columns(theirs={ours: theirs for ours, _, theirs in (pair.partition("=") for pair in pairs)})
+
+
+def _has(row: dict[str, Any], name: str) -> bool:
+    """Whether the row has the column under a name, or the one that a path begins with, be it empty."""
+    return name in row or name.partition(".")[0] in row
 
 
 def _at(row: Any, name: str) -> Any:

@@ -67,12 +67,12 @@ class Encoder:
     def disarm_answer(self, text: str) -> str:
         """The same for an answer, which may be meant to hold special tokens, but not those that open or end turns.
 
-        One at its very end stays: data often brings the end marker, and learning it twice does no harm.
+        An end marker at its very end stays: data often brings it, and learning it twice does no harm.
         """
-        end = len(text.rstrip())
+        end, markers = len(text.rstrip()), f"{self.hf.eos_token}{self.chat.end_of_turn if self.chat else ''}"
 
         def stand_in(found: re.Match[str]) -> str:
-            return found[0] if found.end() == end else chr(STAND_INS + self._numbers[found[0]])
+            return found[0] if found.end() == end and found[0] in markers else chr(STAND_INS + self._numbers[found[0]])
 
         return self._turn_markers.sub(stand_in, text)
 

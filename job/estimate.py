@@ -119,11 +119,6 @@ def weight_bytes(shape: Shape, precision: str) -> int:
     return round(shape.linear * WIDTHS[precision] + 2 * shape.rest)
 
 
-def training_bytes(adapter: int, optimizer: str) -> int:
-    """Adapter, gradients and optimizer states, for so many parameters of the adapter."""
-    return adapter * (ADAPTER_BYTES + GRADIENT_BYTES + STATE_BYTES.get(optimizer, STATE_BYTES_OTHERS))
-
-
 def layer_bytes(shape: Shape) -> int:
     """What the backward pass needs of one layer, for each token."""
     outputs = sum(out for sides in shape.linears.values() for out, _ in sides) // max(shape.layers, 1)

@@ -16,6 +16,8 @@ from job.errors import DataError
 JsonObject = dict[str, Any]
 
 CORRECT = "Correct or remove these rows."
+LONGEST_REASON = 1500
+"""Characters; the words of a template may quote a whole turn."""
 SHOWN = 10
 """How many invalid rows a message names; the total is always given."""
 
@@ -111,6 +113,7 @@ class RowError(DataError):
     """One row is invalid. Usually collected in `InvalidRows`, so that all are reported at once."""
 
     def __init__(self, *, source: str, line: int, reason: str, remedy: str = "") -> None:
+        reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}…"
         super().__init__(f"{source}:{line}: {reason}", remedy=remedy)
         self.reason = reason
 

@@ -11,9 +11,20 @@ from typing import Any
 
 from job import jsontext
 from job.examples import JsonObject
+from job.suspects import shown
 
 Fields = Mapping[str, Any]
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+LISTED = 30
+"""How many names a message lists."""
+DEEPEST = 100
+"""Lists and objects inside one another that templates, and what looks for texts in them, can take."""
+
+
+class Unreadable(bytes):
+    """What stands for a value that a file has and cannot give: text that is no UTF-8, a date beyond all calendars."""
+
+
 KINDS = {
     type(None): "null",
     bool: "a boolean",
@@ -21,6 +32,7 @@ KINDS = {
     float: "a number",
     str: "text",
     bytes: "bytes",
+    Unreadable: "unreadable",
     list: "a list",
 }
 REMEDIES = {
@@ -28,6 +40,7 @@ REMEDIES = {
     "a boolean": "Write it as text, in quotes.",
     "a number": "Write it as text, in quotes.",
     "bytes": "Store the column as strings.",
+    "unreadable": "Store it as text in UTF-8, or remove these rows.",
 }
 ONE_TEXT = "Make it one text; where it is data, write it as JSON text."
 NAME_IT = "Make it one text, or name the text inside it by TUNE_COLUMNS, as in TUNE_COLUMNS=answer=reply.text."
@@ -54,8 +67,9 @@ def present(fields: Fields) -> list[str]:
 
 
 def quoted(names: list[str]) -> str:
-    """Names for a message."""
-    return ", ".join(f"`{name}`" for name in names)
+    """Names for a message: the first of them, none of them long."""
+    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    return ", ".join(f"`{shown(name)}`" for name in names[:LISTED]) + more
 
 
 def kind(value: Any) -> str:
@@ -80,17 +94,22 @@ def optional(fields: Fields, key: str) -> str:
     return "" if value_of(fields, key) is None else text(fields, key)
 
 
-def whole(value: Any, what: str) -> None:
-    """Raise InvalidError if a text in the value holds half a character: no tokenizer can encode it."""
+def whole(value: Any, what: str, depth: int = 0) -> None:
+    """Raise InvalidError if a text in the value holds half a character, which no tokenizer can encode, or if the value
+    is nested too deeply."""
+    if depth > DEEPEST:
+        raise InvalidError(
+            f"{what} is nested more than {DEEPEST} levels deep", remedy="Flatten it, or write it as text."
+        )
     if isinstance(value, str):
         if not value.isascii() and HALF_A_PAIR.search(value):
             raise InvalidError(f"{what} holds half a surrogate pair, which is no character", remedy=WHOLE_CHARACTERS)
     elif isinstance(value, dict):
         for part in (*value.keys(), *value.values()):
-            whole(part, what)
+            whole(part, what, depth + 1)
     elif isinstance(value, list):
         for part in value:
-            whole(part, what)
+            whole(part, what, depth + 1)
 
 
 def decoded(value: Any, what: str) -> Any:

@@ -7,6 +7,7 @@ with LLaMA-Factory's `system` and `history`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +17,15 @@ from job import turns
 from job.errors import DataError
 from job.examples import Example, JsonObject, Turn
 from job.fields import Fields, InvalidError, kind, optional, quoted, text, value_of
+from job.suspects import shown
 
 MEDIA = ("images", "videos", "audios")
 UNDESIRED = ("label", "kto_tag")
 """Booleans by which TRL and LLaMA-Factory mark an answer as a bad one, for preference training (KTO)."""
+LEFT_OUT = ("train", "training", "loss")
+"""Booleans by which other tools leave a row out, as they do a message."""
+WEIGHTS = ("weight", "loss_weight")
+RENAME = "Remove these rows, or rename the column if it means something else."
 PREFERENCES = (
     "Pairs of answers are not trained on as such. The good ones alone are with TUNE_COLUMNS=completion=chosen, or with "
     "TUNE_COLUMNS=messages=chosen where they are whole conversations."
@@ -50,13 +56,14 @@ def example(fields: Any, *, format: str, source: str, line: int) -> Example:  # 
     if missing := [column for column in known.needs if value_of(fields, column) is None]:
         there = quoted(values.present(fields)) or "none"
         raise InvalidError(f"no {quoted(missing)} (columns: {there})", remedy=ONE_FORMAT)
+    if len(fields) > len(known.needs):
+        _refuse_what_would_be_lost(fields, format)
     if format == "text":
         return Example(source=source, line=line, format=format, text=text(fields, "text", empty=False))
     tools: tuple[JsonObject, ...] = ()
     if len(fields) == len(known.needs):  # no other columns to look at
         said = known.turns(fields)
     else:
-        _refuse_what_would_be_lost(fields, format)
         said, tools = _with_system(fields, known.turns(fields)), _tools(fields)
     _refuse_nothing_to_learn(said)
     return Example(source=source, line=line, format=format, turns=said, tools=tools)
@@ -98,21 +105,37 @@ def _wanted(names: list[str]) -> str:
 
 def _refuse_what_would_be_lost(fields: Fields, format: str) -> None:  # noqa: A002 - the domain's word
     """Columns that change what the row means, in tools that read them; this one would train on in silence."""
-    if lost := [key for key in MEDIA if value_of(fields, key) not in (None, "", [])]:
+    ready = format == "text"
+    if lost := [key for key in MEDIA if not ready and value_of(fields, key) not in (None, "", [])]:
         raise InvalidError(
             f"the row has {quoted(lost)}; only text is trained on", remedy="Remove these rows, or the column."
         )
-    if lost := [key for key in UNDESIRED if fields.get(key) is False]:
+    if lost := [key for key in UNDESIRED if not ready and _number(fields, key) == 0]:  # texts have labels of any kind
         raise InvalidError(
             f"{quoted(lost)} is false, which marks an answer that is not wanted; preferences are not trained on",
-            remedy="Remove these rows, or rename the column if it means something else.",
+            remedy=RENAME,
         )
-    weight = value_of(fields, "weight")
-    if format in ("messages", "sharegpt") and isinstance(weight, int | float) and weight != 1:
+    if lost := [key for key in LEFT_OUT if _number(fields, key) == 0]:
+        raise InvalidError(f"{quoted(lost)} is false, which marks a row that is not learned", remedy=RENAME)
+    if lost := [key for key in WEIGHTS if _number(fields, key) not in (None, 1)]:
         raise InvalidError(
-            f"the row has `weight` {weight!r}, and rows are not weighted",
+            f"the row has {quoted(lost)} {shown(repr(fields[lost[0]]))}, and rows are not weighted",
             remedy="Remove rows that should not count, and the column; or rename it if it means something else.",
         )
+
+
+def _number(fields: Fields, key: str) -> float | None:
+    """The number or boolean in a column, also one written as text, as CSV files do; None if it holds neither."""
+    value = fields.get(key)
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = {"false": "0", "true": "1"}.get(value.strip().lower(), value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return None if math.isnan(number) else number
 
 
 def _refuse_nothing_to_learn(said: tuple[Turn, ...]) -> None:
@@ -234,7 +257,9 @@ def _history(fields: Fields) -> tuple[Turn, ...]:
     if history in (None, "", []):
         return ()
     said: list[Turn] = []
-    for number, pair in enumerate(values.items(history, "`history`"), 1):
+    pairs = values.items(history, "`history`")
+    turns.check_number(2 * len(pairs), "`history`")
+    for number, pair in enumerate(pairs, 1):
         if not isinstance(pair, list) or [type(part) for part in pair] != [str, str]:
             raise InvalidError(
                 f"`history`, pair {number}: it is not a list of two texts",

@@ -150,12 +150,21 @@ def _value(window: _Window, decoder: Decoder, limit: int) -> Any:
                 return value
         except json.JSONDecodeError as error:
             if window.ended or not _may_be_incomplete(error, window.text):
-                raise _DamagedError(f"not JSON: {error.msg} at {window.where(error.pos)}") from error
+                cut_off = " (the file ends here: was it cut off?)" if _ends_inside(error, window) else ""
+                raise _DamagedError(f"not JSON: {error.msg} at {window.where(error.pos)}{cut_off}") from error
         except (RecursionError, ValueError) as error:
             raise _DamagedError(f"not JSON that can be read: {error}") from error
         if len(window.text) - window.position > limit:
             raise _TooLongError
         window.grow()
+
+
+def _ends_inside(error: json.JSONDecodeError, window: _Window) -> bool:
+    """Whether the file ends inside a text, inside an escape, or where a value should follow."""
+    inside = (
+        error.msg.startswith(("Unterminated string", "Invalid \\uXXXX")) and window.text.find('"', error.pos + 1) < 0
+    )
+    return window.ended and (inside or error.pos >= len(window.text.rstrip()))
 
 
 def _may_be_incomplete(error: json.JSONDecodeError, text: str) -> bool:

@@ -6,7 +6,10 @@ The standard decoder keeps the last of two equal keys and says nothing. Knows no
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
+
+from job.suspects import shown
 
 
 class RepeatedKeyError(ValueError):
@@ -33,8 +36,8 @@ class Decoder:
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs) and self.repeated is None:
-            names = [name for name, _ in pairs]
-            self.repeated = next(name for name in names if names.count(name) > 1)
+            counts = Counter(name for name, _ in pairs)
+            self.repeated = next(name for name, count in counts.items() if count > 1)
         return found
 
 
@@ -43,5 +46,5 @@ def loads(text: str) -> Any:
     decoder = Decoder()
     value = decoder.value(text)
     if decoder.repeated is not None:
-        raise RepeatedKeyError(f"the key `{decoder.repeated}` stands twice in one object")
+        raise RepeatedKeyError(f"the key `{shown(decoder.repeated)}` stands twice in one object")
     return value

@@ -2,9 +2,9 @@
 
 The text is tokenised once, whole; a token is learnt if it lies wholly inside a span that is learnt (`job.labels`).
 Where a token would lie across an answer's start (a prompt that ends in a space and an answer that goes on with a word,
-say), the text is tokenised in parts that meet there: generation too starts from the tokens of the prompt alone. A token
-across an answer's end is not learnt, since it holds characters of the next turn; end markers that are tokens of their
-own never lie in one. The first token of a sequence is never learnt: nothing stands before it from which to predict it.
+say), or across the end of an end marker that is several tokens, the text is tokenised in parts that meet there:
+generation too starts from the tokens of the prompt alone. Another token across an answer's end is not learnt, since it
+holds characters of the next turn. The first token is never learnt: nothing stands before it from which to predict it.
 
 Special tokens that stand in the content of a turn are encoded as the plain text they are, not as control tokens. In an
 assistant's content that holds for those that open or end turns, except at its very end; others (<|python_tag|>, say)
@@ -190,7 +190,7 @@ class Renderer:
 
     def _sequence(self, text: Text, part: int, encoding: Encoding) -> Rendered:
         piece = text.pieces[part]
-        if cuts := [span.start for span in piece.spans if encoding.crosses(span.start)]:
+        if cuts := [at for at in piece.borders(self.tokenizer.spelt_end) if encoding.crosses(at)]:
             encoding = self.tokenizer.encode_parts(piece.text, cuts=cuts, disarmed=text.disarmed)
         ids, learnt = encoding.ids, labels.learnt(encoding, piece, self.weights)
         if text.example.text is not None and self._needs_end(piece.text):

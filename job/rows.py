@@ -11,6 +11,7 @@ import io
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from pyarrow import parquet
 
 from job import jsontext
 from job.errors import DataError
+from job.fields import Unreadable, quoted
 from job.jsonarray import elements
+from job.suspects import printable, shown
 
 MAX_LINE = 64 * 1024 * 1024
 """Bytes in one line or array element; more is no row of text but a bomb or a file of another kind."""
@@ -32,8 +35,8 @@ BUFFER = 1 << 20
 TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 BOM = b"\xef\xbb\xbf"
-WIDE = (b"\xff\xfe", b"\xfe\xff", b"{\x00", b"[\x00", b"\x00{", b"\x00[")
-"""How UTF-16 files begin, with their mark or with JSON."""
+WIDE = (b"\xff\xfe", b"\xfe\xff")
+"""How UTF-16 files begin, and UTF-32 files of one byte order; without these marks their first characters have zeros."""
 OTHER_DELIMITERS = {",": ";\t", "\t": ",;"}
 """What separates the columns of files that are called CSV or TSV and are not."""
 NOT_DATA = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"})
@@ -90,11 +93,15 @@ def rows(name: str, path: Path) -> Iterator[Row]:
         with _opened(path, kind.compression) as stream:
             yield from _READERS[kind.type](name, stream)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{name} cannot be read: {str(error).rstrip('.')}.", remedy=DAMAGED) from error
+        raise DataError(
+            f"{name} cannot be read: {printable(str(error).strip().rstrip('.'))}.", remedy=DAMAGED
+        ) from error
     except OSError as error:
         if error.errno is not None:  # the disk's or the kernel's, not the file's
             raise
-        raise DataError(f"{name} cannot be read: {str(error).rstrip('.')}.", remedy=DAMAGED) from error
+        raise DataError(
+            f"{name} cannot be read: {printable(str(error).strip().rstrip('.'))}.", remedy=DAMAGED
+        ) from error
 
 
 @contextmanager
@@ -125,8 +132,9 @@ def _too_long(name: str, line: int) -> DataError:
 
 
 def _refuse_wide(name: str, stream: io.BufferedReader) -> None:
-    if stream.peek(BUFFER).startswith(WIDE):
-        raise DataError(f"{name} is UTF-16, not UTF-8.", remedy=UTF_8)
+    head = stream.peek(BUFFER)[:4]
+    if head.startswith(WIDE) or (b"\0" in head and any(head)):
+        raise DataError(f"{name} is UTF-{32 if bytes(2) in head else 16}, not UTF-8.", remedy=UTF_8)
 
 
 def _jsonl(name: str, stream: io.BufferedReader) -> Iterator[Row]:
@@ -184,7 +192,7 @@ def _array(name: str, stream: io.BufferedReader) -> Iterator[Row]:
         if element.too_long:
             raise _too_long(name, element.line)
         if element.repeated is not None:
-            problem = f"the key `{element.repeated}` stands twice in one object"
+            problem = f"the key `{shown(element.repeated)}` stands twice in one object"
             yield Row(line=element.line, problem=problem, remedy=KEEP_ONE)
         elif element.problem:
             yield Row(line=element.line, problem=element.problem, remedy=f"Correct the file there. {DAMAGED}")
@@ -199,7 +207,8 @@ def _csv(name: str, stream: io.BufferedReader, delimiter: str = ",") -> Iterator
     try:
         header = next(filter(None, reader), None)
     except csv.Error as error:
-        raise DataError(f"{name}:{reader.line_num}: the header is not CSV: {error}.", remedy=DAMAGED) from error
+        words, remedy = _not_csv(error, DAMAGED)
+        raise DataError(f"{name}:{reader.line_num}: the header is not CSV: {words}.", remedy=remedy) from error
     if header is None:
         return
     _check_header(f"{name}:{reader.line_num}", header, delimiter)
@@ -209,13 +218,27 @@ def _csv(name: str, stream: io.BufferedReader, delimiter: str = ",") -> Iterator
 
 
 def _check_header(where: str, header: list[str], delimiter: str) -> None:
-    if len(set(header)) < len(header):
-        raise DataError(f"{where}: a column name stands twice in {header}.", remedy="Give each column its own name.")
+    _refuse_twice(where, list(filter(None, header)))  # spreadsheets write empty columns
     if len(header) == 1 and (other := [mark for mark in OTHER_DELIMITERS[delimiter] if mark in header[0]]):
         raise DataError(
-            f"{where}: the columns {header[0]!r} are separated by {other[0]!r}, not by {delimiter!r}.",
+            f"{where}: the columns {shown(repr(header[0]))} are separated by {other[0]!r}, not by {delimiter!r}.",
             remedy="Save it with commas as .csv, or with tabs as .tsv.",
         )
+
+
+def _refuse_twice(where: str, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        raise DataError(
+            f"{where}: a column name stands twice: {quoted(twice)}.", remedy="Give each column its own name."
+        )
+
+
+def _not_csv(error: csv.Error, remedy: str) -> tuple[str, str]:
+    """The reader's words and a remedy; of lines that a carriage return alone ends, it speaks to programmers."""
+    if str(error).startswith("new-line character seen in unquoted field"):
+        return "a carriage return (CR) stands inside a line", LINE_ENDS
+    return str(error), remedy
 
 
 def _csv_row(reader: Any, header: list[str]) -> Row | None:
@@ -224,7 +247,8 @@ def _csv_row(reader: Any, header: list[str]) -> Row | None:
     try:
         cells = next(reader, None)
     except csv.Error as error:
-        return Row(line=line, problem=f"not CSV: {error}", remedy=QUOTES)
+        words, remedy = _not_csv(error, QUOTES)
+        return Row(line=line, problem=f"not CSV: {words}", remedy=remedy)
     if cells is None:
         return None
     if cells and len(cells) != len(header):
@@ -250,12 +274,28 @@ def _parquet(name: str, stream: io.BufferedReader) -> Iterator[Row]:
     with _seekable(stream) as file:
         table = parquet.ParquetFile(file)
         names = table.schema_arrow.names
-        if len(set(names)) < len(names):
-            raise DataError(f"{name}: a column name stands twice in {names}.", remedy="Give each column its own name.")
+        _refuse_twice(name, names)
         for batch in table.iter_batches(PARQUET_BATCH):
-            for value in batch.to_pylist():
+            for value in _values(batch):
                 number += 1
-                yield Row(line=number, value=_without_null(value))
+                yield Row(line=number, value={key: _without_null(item) for key, item in value.items()})
+
+
+def _values(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch. What cannot be read is marked, for a complaint only if it is needed."""
+    try:
+        found: list[dict[str, Any]] = batch.to_pylist()
+    except (ValueError, OverflowError):  # text that is no UTF-8, a date beyond the year 9999
+        cells = {name: [_cell(cell) for cell in column] for name, column in zip(batch.schema.names, batch, strict=True)}
+        found = [{name: cells[name][row] for name in cells} for row in range(batch.num_rows)]
+    return found
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError):
+        return Unreadable()
 
 
 def _without_null(value: Any) -> Any:

@@ -10,11 +10,12 @@ Knows characters, nothing of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from job.examples import JsonObject, Turn
+from job.suspects import shown
 from job.template import ANSWER, RefusedError, Template, left_out, printed
 
 Unshown = Literal["tools", "reasoning"]
@@ -29,6 +30,8 @@ class Span:
     end: int
     role: str = "assistant"
     """Whose turn it is, for weights."""
+    turn: int = 0
+    """Its number in the conversation, from 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +46,13 @@ class Piece:
     """The template opens an answer otherwise than its generation prompt does (some reasoning models' templates)."""
     unshown: tuple[Unshown, ...] = ()
     """What of the row the template leaves out although nothing of it is refused for that; alike in a row's pieces."""
+
+    def borders(self, marker: str) -> Iterator[int]:
+        """Where no token may lie across: the start of each answer, and its end where it is this marker."""
+        for span in self.spans:
+            yield span.start
+            if marker and self.text.endswith(marker, span.start, span.end):
+                yield span.end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,13 +118,18 @@ class _Conversation:
     template: Template
     turns: Sequence[Turn]
     tools: Sequence[JsonObject]
+    known: dict[int, _Answer] = field(default_factory=dict)
+    """Answers that were found, by the number of their turn."""
 
     def _rendered(self, count: int, *, prompt: bool) -> str:
         return self.template.render(self.turns[:count], add_generation_prompt=prompt, tools=self.tools)
 
     def answer(self, index: int) -> _Answer:
         """The conversation up to and including turn `index`, and where that turn lies in it."""
-        return self._found(index, self._rendered(index + 1, prompt=False))
+        if index not in self.known:
+            found = self._found(index, self._rendered(index + 1, prompt=False))
+            self.known[index] = replace(found, span=replace(found.span, turn=index))
+        return self.known[index]
 
     def check_calls(self, count: int) -> None:
         """Raises RefusedError if one of the first `count` turns calls a tool and the template leaves that out."""
@@ -122,7 +137,7 @@ class _Conversation:
             for call in turn.tool_calls:
                 found, name = self.answer(index), str((call.get("function") or call).get("name"))
                 if name not in found.text[found.span.start : found.span.end]:
-                    raise RefusedError(f"it does not print the tool call `{name}` of turn {index + 1}")
+                    raise RefusedError(f"it does not print the tool call `{shown(name)}` of turn {index + 1}")
             if len(turn.tool_calls) > 1 and self._ignores_last_call(index):
                 raise RefusedError(f"it prints only some of the {len(turn.tool_calls)} tool calls of turn {index + 1}")
 
@@ -141,11 +156,11 @@ class _Conversation:
             text: the whole conversation.
         """
         names = [str((tool.get("function") or tool).get("name")) for tool in self.tools]
-        thoughts = [(self.turns[index].reasoning_content or "", shown) for index, shown in answers]
+        thoughts = [(self.turns[index].reasoning_content or "", answer) for index, answer in answers]
         found: list[Unshown] = []
         if names and not (self.template.shows_tools and all(printed(name, text) for name in names)):
             found.append("tools")
-        if any(left_out(Turn(role="assistant", content=thought), shown) for thought, shown in thoughts):
+        if any(left_out(Turn(role="assistant", content=thought), answer) for thought, answer in thoughts):
             found.append("reasoning")
         return tuple(found)
 

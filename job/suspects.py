@@ -1,7 +1,8 @@
 """What a text should not hold: secrets, e-mail addresses, characters that no one typed.
 
-Says only that they are there, never what they are; `masked` is for whatever shows a text. Each pattern is tried only
-where a few characters that it cannot do without are found, which costs a hundredth of the pattern itself.
+Says only that they are there, never what they are; `masked` is for whatever shows a text, `shown` for what a message
+names. Each pattern is tried only where a few characters that it cannot do without are found, which costs a hundredth of
+the pattern itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ RUN = 2 * SPACING
 """One character so often in a row is no text. Such a run holds a whole block between two multiples of its half."""
 RULES = frozenset(" \t\n\r-=_*#~.+/\\|─━═│█▒░▓·•…")
 """Characters that lines, tables and drawings are made of."""
+LONGEST_SHOWN = 80
+"""Characters of a name or value of the data that a message shows."""
 LEAST_ENTROPY = 2.8
 """Bits for each character from which on a password looks like one that was drawn at random."""
 
@@ -45,10 +48,10 @@ SECRETS = {
     "xox": re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}"),
     "hooks.slack.com/": re.compile(r"hooks\.slack\.com/services/[A-Za-z0-9/]{20,}"),
     "hf_": re.compile(r"\bhf_[A-Za-z0-9]{30,}\b"),
-    "sk-": re.compile(r"\bsk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{32,}"),
+    "sk-": re.compile(r"\bsk-(?=[A-Za-z_-]{0,100}[0-9])[A-Za-z0-9_-]{32,}"),
     "k_live_": _STRIPE,
     "AIza": re.compile(r"\bAIza[A-Za-z0-9_-]{35}"),
-    "eyJ": re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{16,}"),
+    "eyJ": re.compile(r"\beyJ[A-Za-z0-9_-]{8,500}+\.eyJ[A-Za-z0-9_-]{8,8000}+\.[A-Za-z0-9_-]{16,}"),
 }
 """Characters that a kind of secret cannot do without, and what it looks like."""
 HINTED = tuple((next(mark for mark in "_/JKIx-" if mark in hint), hint, pattern) for hint, pattern in SECRETS.items())
@@ -124,6 +127,20 @@ def masked(text: str) -> str:
             shown += [text[at:start], MASK]
         at = max(at, end)
     return "".join([*shown, text[at:]])
+
+
+def shown(value: object) -> str:
+    """A name or value of the data for a message: short, without secrets and without characters that steer a terminal.
+
+    Other values than texts are shown as Python writes them.
+    """
+    text = printable(masked((value if isinstance(value, str) else repr(value))[: 10 * LONGEST_SHOWN]))
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+def printable(text: str) -> str:
+    """The text with characters that no one sees as escapes; half a surrogate pair, too, becomes what can be encoded."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _secrets(text: str) -> Iterator[tuple[int, int]]:

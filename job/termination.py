@@ -27,7 +27,9 @@ def tell(error: JobError) -> None:
     places = [PLACE] * PLACE.exists() + [SAGEMAKER] * SAGEMAKER.parent.is_dir()
     body = facts(error) | {"message": str(error)}
     body = {key: logs.redact(value) if isinstance(value, str) else value for key, value in body.items()}
-    while len(line := json.dumps(body, ensure_ascii=False).encode()) > LONGEST_BYTES and body["message"]:
+    while (
+        len(line := json.dumps(body, ensure_ascii=False).encode(errors="replace")) > LONGEST_BYTES and body["message"]
+    ):
         body["message"] = body["message"][: len(body["message"]) * 3 // 4]
     for place in places:
         try:

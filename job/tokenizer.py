@@ -7,6 +7,7 @@ and generation stops wherever the model's own files say that it does. What encod
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import json
 import re
 import sys
@@ -50,6 +51,11 @@ class Tokenizer(Encoder):
         """Tokens at which generation stops: EOS, the end of a turn where it is one token, and the model's others."""
         end = self.end_of_turn_ids if len(self.end_of_turn_ids) == 1 else ()
         return tuple(dict.fromkeys((self.eos_token_id, *end, *self.other_stop_ids)))
+
+    @functools.cached_property
+    def spelt_end(self) -> str:
+        """What ends a turn, where that is no token of its own but several; else empty."""
+        return self.chat.end_of_turn if self.chat and len(self.end_of_turn_ids) > 1 else ""
 
     def template_for(self, format: str) -> Template:  # noqa: A002 - the domain's word
         """The chat template, or without one the text block of a format. Raises DataError if that has none."""

@@ -14,6 +14,7 @@ from typing import Any
 from job import fields
 from job.examples import JsonObject, Turn
 from job.fields import InvalidError, kind, quoted, value_of
+from job.suspects import shown
 
 ROLES = {role: role for role in ("assistant", "developer", "system", "tool", "user")}
 CALL = "call"
@@ -28,6 +29,8 @@ SHAREGPT_ROLES = {
 }
 MARKS = ("weight", "train", "training", "loss", "loss_weight")
 PARTIAL = ("train_detail", "training_detail")
+MOST = 2000
+"""Turns of a row: finding each answer takes a rendering of all before it, so that time grows with the square."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 OTHER_ROLES = (
     "Use one of these names. ShareGPT's names (`from`, `value`, human, gpt) are read from `conversations`: "
@@ -63,7 +66,7 @@ def mark(message: JsonObject, where: str) -> bool | None:
     for key, value in found.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise InvalidError(
-                f"{where}`{key}` is {value!r}, which is neither 0 nor 1",
+                f"{where}`{key}` is {shown(repr(value))}, which is neither 0 nor 1",
                 remedy="Write 1 (learn the message) or 0 (only context): a message is learned whole or not at all.",
             )
     if len(set(map(bool, found.values()))) > 1:
@@ -71,10 +74,20 @@ def mark(message: JsonObject, where: str) -> bool | None:
     return bool(next(iter(found.values()))) if found else None
 
 
+def check_number(count: int, what: str) -> None:
+    """Raise InvalidError if a conversation has more turns than can be rendered."""
+    if count > MOST:
+        raise InvalidError(
+            f"{what} has {count:,} turns, more than {MOST:,}",
+            remedy="Split the conversation into rows, each with the turns that its answers need.",
+        )
+
+
 def _conversation(value: Any, what: str, read: Any) -> tuple[Turn, ...]:
     listed = fields.objects(value, what)
     if not listed:
         raise InvalidError(f"{what} is empty", remedy="Remove rows without messages.")
+    check_number(len(listed), what)
     turns: list[Turn] = []
     for number, message in enumerate(listed, 1):
         where = f"{what}, turn {number}: "
@@ -97,7 +110,7 @@ def _check_call_id(result: Turn, before: Sequence[Turn], where: str) -> None:
     ids = [str(call.get("id") or "") for turn in before for call in turn.tool_calls]
     if ids and all(ids) and result.tool_call_id not in ids:
         raise InvalidError(
-            f"{where}`tool_call_id` is {result.tool_call_id!r}, and the calls before it have {quoted(ids)}",
+            f"{where}`tool_call_id` is {shown(repr(result.tool_call_id))}, and the calls before it have {quoted(ids)}",
             remedy="Give the result the `id` of the call that it answers, or leave both out.",
         )
 
@@ -124,7 +137,7 @@ def _sharegpt(message: JsonObject, where: str) -> tuple[Turn, bool]:
 
 def _role(name: Any, where: str, known: Mapping[str, str], remedy: str) -> str:
     if not isinstance(name, str) or name not in known:
-        raise InvalidError(f"{where}role {name!r} is none of {', '.join(sorted(known))}", remedy=remedy)
+        raise InvalidError(f"{where}role {shown(repr(name))} is none of {', '.join(sorted(known))}", remedy=remedy)
     return known[name]
 
 
@@ -183,7 +196,7 @@ def _content(message: JsonObject, key: str, where: str) -> str:
     parts = fields.objects(message[key], f"{where}`{key}`")
     if other := [part.get("type") for part in parts if part.get("type") != "text"]:
         raise InvalidError(
-            f"{where}a content part is of type {other[0]!r}; only text is trained on",
+            f"{where}a content part is of type {shown(repr(other[0]))}; only text is trained on",
             remedy="Remove these parts, or these rows.",
         )
     return "".join(fields.text(part, _key(part, "text", "value", where), where=where) for part in parts)

@@ -11,6 +11,7 @@ Knows characters, nothing of tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,44 +37,48 @@ def add_roles(
     Each turn is learnt once, in the first piece that holds it; turns behind the last answer are in none.
     Raises RefusedError if the template does not write a turn's content exactly once and as one stretch.
     """
+    if not any(turn.role in roles for turn in turns):
+        return tuple(pieces)
     found = []
     done = 0
     for piece in pieces:
-        search = _Search(piece=piece, template=template, turns=turns, tools=tools)
-        end = search.end(done)
-        others = [span for index in range(done, end) if turns[index].role in roles for span in search.spans(index, end)]
+        end = piece.spans[-1].turn + 1
+        search = _Search(piece=piece, template=template, turns=turns[:end], tools=tools)
+        others = [span for index in range(done, end) if turns[index].role in roles for span in search.spans(index)]
         found.append(replace(piece, others=tuple(others)))
         done = end
     return tuple(found)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class _Search:
     piece: Piece
     template: Template
     turns: Sequence[Turn]
+    """Those of the piece: the last is its last answer."""
     tools: Sequence[JsonObject]
 
-    def end(self, done: int) -> int:
-        """How many turns the piece holds; it ends with an answer behind the first `done` turns."""
-        for count in range(len(self.turns), done, -1):
-            if self.turns[count - 1].role == "assistant" and self._rendered(self.turns[:count]) == self.piece.text:
-                return count
-        raise RefusedError("its text does not end with an answer")
+    @functools.cached_property
+    def _prompted(self) -> bool:
+        """Whether the piece is a prompt and what was said to it, which the template renders otherwise as a whole."""
+        return self.template.render(self.turns, add_generation_prompt=False, tools=self.tools) != self.piece.text
 
     def _rendered(self, turns: Sequence[Turn]) -> str:
-        return self.template.render(turns, add_generation_prompt=False, tools=self.tools)
+        if not self._prompted:
+            return self.template.render(turns, add_generation_prompt=False, tools=self.tools)
+        before = self.template.render(turns[:-1], add_generation_prompt=True, tools=self.tools)
+        return before + self.piece.text[self.piece.spans[-1].start :]
 
-    def spans(self, index: int, end: int) -> Iterator[Span]:
+    def spans(self, index: int) -> Iterator[Span]:
         """Where the content of a turn lies (and apart from it Alpaca's input)."""
         turn = self.turns[index]
         for name in ("content", "input"):
             if getattr(turn, name).strip():
-                yield self._span(index, end, name)
+                yield self._span(index, name)
 
-    def _span(self, index: int, end: int, name: str) -> Span:
+    def _span(self, index: int, name: str) -> Span:
         stand_in = self._stand_in()
-        changed = list(self.turns[:end])
+        changed = list(self.turns)
         instead: dict[str, Any] = {name: stand_in}
         changed[index] = replace(changed[index], **instead)
         before, _, behind = self._rendered(changed).partition(stand_in)
@@ -83,7 +88,7 @@ class _Search:
             raise self._impossible(index)
         if behind.startswith(self.template.end_of_turn):
             stop += len(self.template.end_of_turn)
-        return Span(start=len(before), end=stop, role=self.turns[index].role)
+        return Span(start=len(before), end=stop, role=self.turns[index].role, turn=index)
 
     def _stand_in(self) -> str:
         free = next((one for one in STAND_INS if one not in self.piece.text), None)

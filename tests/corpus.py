@@ -44,6 +44,18 @@ def called(arguments: Any) -> dict[str, Any]:
     return said("x", tool_calls=[call])
 
 
+def nested(depth: int) -> Any:
+    return {"x": nested(depth - 1)} if depth else 1
+
+
+def unreadable(column: str) -> bytes:
+    """Text that is no UTF-8 in the second row, and a date of the year 292,000 in the first."""
+    columns = {"question": ["a", "c"], "answer": ["b", "d"], "more": ["e", "f"], "date": [2**63 - 1, 0]}
+    columns[column][1] = b"\xff"
+    made = {name: pa.array(values, pa.binary()).view(pa.string()) for name, values in columns.items() if name != "date"}
+    return table(pa.table({**made, "date": pa.array(columns["date"], pa.timestamp("us"))}))
+
+
 TOOLS = [json.dumps({"name": "f", "parameters": {"type": "object"}}), json.dumps({"name": "g", "parameters": {}})]
 GENERATED: dict[str, Callable[[], bytes]] = {
     "gzip.jsonl.gz": lambda: gzip.compress(lines(QUESTIONS)),
@@ -57,7 +69,18 @@ GENERATED: dict[str, Callable[[], bytes]] = {
     "deep.jsonl": lambda: b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n",
     "huge-number.jsonl": lambda: b'{"text": "a", "id": ' + b"9" * 5000 + b"}\n",
     "utf-16.jsonl": lambda: lines(QUESTIONS).decode().encode("utf-16"),
+    "utf-32.jsonl": lambda: lines(QUESTIONS).decode().encode("utf-32"),
     "utf-16.csv": lambda: "question,answer\na,b\n".encode("utf-16"),
+    "turns-many.jsonl": lambda: lines(
+        [said("b"), {"messages": said("b")["messages"] * 1000 + [{"role": "user", "content": "c"}]}]
+    ),
+    "deep-call.jsonl": lambda: lines(
+        [called(nested(90)), called(nested(900)), said("b") | {"tools": [{"name": "f", "parameters": nested(900)}]}]
+    ),
+    "columns-many.jsonl": lambda: lines([{f"c{n}": 1 for n in range(100_000)}]),
+    "key-twice-many.jsonl": lambda: (
+        lines([{"text": "a"}]) + b"{" + b"".join(b'"k%d": 1, ' % n for n in range(100_000)) + b'"k99999": 2}\n'
+    ),
     "latin-1.jsonl": lambda: b'{"text": "plain"}\n{"text": "caf\xe9"}\n',
     "latin-1.csv": lambda: b"question,answer\na,b\ncaf\xe9,c\n",
     "latin-1.json": lambda: b'[{"text": "plain"},\n{"text": "caf\xe9"}]\n',
@@ -69,6 +92,8 @@ GENERATED: dict[str, Callable[[], bytes]] = {
     "named-so.parquet": lambda: lines(QUESTIONS),
     "column-twice.parquet": lambda: table(pa.table([["a"], ["b"], ["c"]], names=["question", "answer", "answer"])),
     "numbers.parquet": lambda: parquet([{"question": "1 + 1?", "answer": 2}]),
+    "unreadable.parquet": lambda: unreadable("answer"),
+    "unreadable-unused.parquet": lambda: unreadable("more"),
     "bytes.parquet": lambda: parquet([{"question": "1 + 1?", "answer": b"2"}]),
     "messages.parquet": lambda: parquet([said("yes", weight=1), said("no", name="Ann"), called({"x": 1})]),
     "weights.parquet": lambda: parquet([said("yes", weight=1.0), said("no", weight=0.5)]),

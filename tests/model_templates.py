@@ -79,6 +79,15 @@ CHATML_FAMILY = Family(
 )
 
 
+SMOLLM_FAMILY = Family(
+    kind="bytes",
+    special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"),
+    bos="<|im_start|>",
+    eos="<|im_end|>",
+    adds_bos=False,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A template and what is true of it."""
@@ -131,6 +140,7 @@ MODELS = {
     "phi-4-first": Model(family=PHI_4_FAMILY, answer="{}<|im_end|>"),
     "phi-4": Model(family=PHI_4_FAMILY, answer="{}<|im_end|>"),
     "chatml": Model(family=CHATML_FAMILY, answer="{}<|im_end|>"),
+    "smollm-2": Model(family=SMOLLM_FAMILY, answer="{}<|im_end|>"),
     "zephyr": Model(family=LLAMA_2_FAMILY, answer="{}</s>"),
 }
 
@@ -230,6 +240,7 @@ EXPECTED = {
     "phi-4-first": PHI_4_TALK,
     "phi-4": PHI_4_TALK,
     "chatml": f"<s>{CHATML_TALK}",
+    "smollm-2": CHATML_TALK,
     "zephyr": (
         "<s><|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\n⟦Hello there.</s>⟧\n"
         "<|user|>\nBye</s>\n<|assistant|>\n⟦Farewell.</s>⟧\n"

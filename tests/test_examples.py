@@ -178,7 +178,7 @@ def sizes(dimensions: tuple[int, ...]) -> list[str]:
     llama = shape.llama(hidden=hidden, inner=inner, layers=layers, keys=keys, vocabulary=vocabulary)
     adapter = llama.adapter(16)
     on_card = [estimate.weight_bytes(llama, precision) for precision in ("4bit", "8bit", "16bit")]
-    trained = estimate.training_bytes(adapter, "adamw_8bit")
+    trained = adapter * (estimate.ADAPTER_BYTES + estimate.GRADIENT_BYTES + estimate.STATE_BYTES["adamw_8bit"])
     giga = [*on_card, trained, 2 * llama.parameters, estimate.moved_bytes(llama, TOKENS)]
     four, eight, sixteen, states, files, moved = (f"{size / 1e9:.1f}" for size in giga)
     checkpoint = f"{6 * adapter / 1e6:.0f}"  # adapter in 32 bit, and two states of a byte each

@@ -7,6 +7,9 @@ import textwrap
 
 import pytest
 
+from job import termination
+from job.errors import DataError
+
 PROLOGUE = """
 import ctypes, logging, os, sys, threading, warnings
 import structlog, tqdm
@@ -132,3 +135,13 @@ def test_a_reader_that_leaves_does_not_end_the_run():
     child.stdout.close()
     assert child.wait(timeout=30) == 7
     assert child.stderr.read() == b""
+
+
+def test_a_last_message_with_half_a_character_is_written(tmp_path, monkeypatch):
+    """Whatever a message quotes, the platform gets a line of JSON, within its limit."""
+    monkeypatch.setattr(termination, "PLACE", tmp_path / "log")
+    (tmp_path / "log").touch()
+    termination.tell(DataError("half a \ud800" + "é" * 9000, remedy="Correct it."))
+    line = (tmp_path / "log").read_bytes()
+    assert len(line) <= termination.LONGEST_BYTES
+    assert json.loads(line)["message"].startswith("half a ?é")

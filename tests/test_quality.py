@@ -3,6 +3,7 @@ from __future__ import annotations
 import datetime
 import json
 import random
+import time
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from itertools import compress
@@ -301,6 +302,14 @@ def test_secrets_that_lie_in_one_another_are_masked_whole() -> None:
     """However patterns overlap, no end of a secret is left over."""
     text = f"password={SECRETS['github']} and {SECRETS['url']}, jane@acme-mail.com."
     assert suspects.masked(text) == "password=[masked] and postgres://admin:[masked]@db/orders, [masked]."
+
+
+@pytest.mark.parametrize("piece", ["sk-", "sk-a-", "eyJaaaaaaaa-", "eyJaaaaaaaa.", "token:", "a.b@"])
+def test_text_that_nearly_looks_like_secrets_takes_no_time(piece: str) -> None:
+    """Time grows with the length of a text, not with its square."""
+    start = time.process_time()
+    assert not suspects.holds_secret(piece * (200_000 // len(piece)))
+    assert time.process_time() - start < 2
 
 
 def config(**settings: Any) -> Config:

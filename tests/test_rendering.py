@@ -10,6 +10,9 @@ from hypothesis import assume, settings
 from hypothesis import given as forall
 from hypothesis import strategies as st
 from tiny_tokenizer import DATE, MARKERS, real_smollm2, tiny
+from tokenizers import Tokenizer as Tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from job.arrow import prepare
 from job.errors import DataError
@@ -148,6 +151,50 @@ def test_an_end_marker_that_the_answer_brings_stays() -> None:
     found = tokenizer("chatml")
     (sequence,) = Renderer(tokenizer=found).render(conversation(("user", "a"), ("assistant", "b<|im_end|>")))
     assert sequence.labels.count(found.end_of_turn_ids[0]) == 2
+
+
+def test_an_opening_marker_that_an_answer_ends_with_is_plain_text() -> None:
+    """Only what ends turns may stand there as a token; a model that learnt to open a turn would never stop."""
+    found = tokenizer("chatml")
+    (sequence,) = Renderer(tokenizer=found).render(conversation(("user", "a"), ("assistant", "b<|im_start|>")))
+    assert sequence.input_ids.count(found.hf.convert_tokens_to_ids("<|im_start|>")) == 2
+    assert learnt(found, sequence) == ["b<|im_start|><|im_end|>"]
+
+
+def test_an_end_marker_of_many_tokens_is_learnt_to_its_end() -> None:
+    """A tokenizer without the template's markers spells them, and joins the end of one with the next one's start."""
+    backend = Tokenizers(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["<|a|><|b|>"] * 9, trainer)
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    found = wrap(hf, chat_template="llama-3", date=DATE)
+    assert any("><" in token for token in hf.get_vocab())
+    (sequence,) = Renderer(tokenizer=found).render(conversation(*TALK))
+    assert learnt(found, sequence) == ["It is one.<|eot_id|>", "It is two.<|eot_id|>"]
+
+
+def test_each_prefix_is_rendered_a_few_times_at_most() -> None:
+    """How often the template runs grows with the turns, also where every answer is a call."""
+    counted = []
+    for count in (4, 8):
+        found = tokenizer("qwen-2.5")
+        assert found.chat is not None
+        calls: list[int] = []
+        apply = found.chat.apply
+
+        def counting(*, apply: Any = apply, calls: list[int] = calls, **values: Any) -> str:
+            calls.append(1)
+            return str(apply(**values))
+
+        call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+        asked, told = Turn(role="user", content="a"), Turn(role="assistant", content="", tool_calls=(call,) * 3)
+        row = Example(source="a", line=1, format="messages", turns=(asked, told) * count)
+        Renderer(tokenizer=replace(found, chat=replace(found.chat, apply=counting))).text(row)
+        counted.append(len(calls))
+    assert counted[1] <= 2 * counted[0]
 
 
 def test_special_tokens_that_are_no_turn_markers_stay_in_answers() -> None:

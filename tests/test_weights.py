@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import model_templates as real
 import pytest
 from hypothesis import given as forall
 from hypothesis import settings
@@ -172,6 +173,22 @@ def test_no_content_moves_a_weight(turns: list[tuple[str, str]], name: str) -> N
     said = [turn for asked, told in turns for turn in (("user", asked), ("assistant", told))]
     found = [text for sequence in render(name, *said) for text in stretches(name, sequence, 0.5)]
     assert found == [f"{asked}<|im_end|>" for asked, _ in turns if asked.strip()]
+
+
+@pytest.mark.parametrize("name", ["mistral-v3", "mistral-nemo", "qwen-3"])
+def test_a_template_that_moves_a_turn_is_weighed_too(name: str) -> None:
+    """Where the system turn stands in the last question alone, answers alone are what a mask gives, and each role's
+    turns are found in the piece that has them."""
+    found, row = real.tokenizer(name), conversation(("system", "Be brief."), *TALK)
+    masks = [one.labels for one in Renderer(tokenizer=found).render(row)]
+    alone = Renderer(tokenizer=found, weights={"assistant": 1.0}).render(row)
+    assert [one.labels for one in alone] == masks
+    weighed = Renderer(tokenizer=found, weights={"assistant": 1.0, "user": 0.5}).render(row)
+    said = [
+        [token for token, weight in zip(one.input_ids, one.weights or [], strict=True) if weight == 0.5]
+        for one in weighed
+    ]
+    assert [real.decoded(found, ids).strip().removesuffix("<|im_end|>") for ids in said] == ["What is 1?", "And 2?"]
 
 
 def test_a_role_that_cannot_be_found_is_an_invalid_row() -> None:
