@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = 100_000
 SIDES = ("ours", "trl")
 LIMIT_MIB = 2048
-SAMPLE_SECONDS = 0.05
+SAMPLE_SECONDS = 0.2
 OURS = """
 import datetime, json, logging, sys, time
 from pathlib import Path

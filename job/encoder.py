@@ -47,6 +47,11 @@ class Encoder:
         return tuple(sorted({token.content for token in tokens if token.special}, key=lambda text: (-len(text), text)))
 
     @functools.cached_property
+    def _starts(self) -> tuple[str, ...]:
+        """With which characters special tokens begin: most texts hold none of them."""
+        return tuple({token[0] for token in self._special if token})
+
+    @functools.cached_property
     def _numbers(self) -> Mapping[str, int]:
         return {token: number for number, token in enumerate(self._special)}
 
@@ -62,6 +67,8 @@ class Encoder:
 
     def disarm(self, text: str) -> str:
         """Replace special tokens that stand in a text by stand-ins, so that they cannot become control tokens."""
+        if not any(start in text for start in self._starts):
+            return text
         return self._any_special.sub(lambda found: chr(STAND_INS + self._numbers[found[0]]), text)
 
     def disarm_answer(self, text: str) -> str:
@@ -69,6 +76,8 @@ class Encoder:
 
         An end marker at its very end stays: data often brings it, and learning it twice does no harm.
         """
+        if not any(start in text for start in self._starts):
+            return text
         end, markers = len(text.rstrip()), f"{self.hf.eos_token}{self.chat.end_of_turn if self.chat else ''}"
 
         def stand_in(found: re.Match[str]) -> str:

@@ -3,21 +3,30 @@
 The text before an answer is what the template renders for the turns before it with its generation prompt, exactly as
 at inference; the text up to an answer's end is what it renders for the turns including it. What lies between is the
 answer as the template writes it, with its end marker; white space behind the marker is not learnt, since generation
-stops at the marker. No string is searched for, so markers inside a turn's content cannot move a span.
+stops at the marker. No string is searched for, so markers inside a turn's content cannot move a span; `job.framed` is a
+short cut to the same.
 
 Knows characters, nothing of tokens.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from job import framed
 from job.examples import JsonObject, Turn
 from job.suspects import shown
-from job.template import ANSWER, RefusedError, Template, left_out, printed
+from job.template import ANSWER, QUESTION, SYSTEM, RefusedError, Template, left_out, printed
 
+SAMPLES = (
+    (QUESTION, ANSWER),
+    (SYSTEM, QUESTION, ANSWER),
+    (QUESTION, ANSWER, QUESTION, replace(ANSWER, content="Sure.\nOn two lines.")),
+    (SYSTEM, QUESTION, ANSWER, QUESTION, ANSWER, replace(QUESTION, content="And?"), ANSWER),
+)
 Unshown = Literal["tools", "reasoning"]
 """What a row has and its text does not."""
 
@@ -92,6 +101,37 @@ def answers(
     """
     learnt = [index for index, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
     learnt = learnt[-1:] if only_last else learnt
+    if not tools and frames(template) and (piece := _framed(template, turns[: learnt[-1] + 1], learnt)):
+        return (piece,)
+    return _by_prefixes(template, turns, tools, learnt)
+
+
+@functools.cache
+def frames(template: Template) -> bool:
+    """Whether `job.framed` finds what prefix rendering finds, in short conversations of all shapes."""
+    for turns in SAMPLES:
+        learnt = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        try:
+            pieces = _by_prefixes(template, turns, (), learnt)
+        except RefusedError:
+            continue
+        if pieces != (_framed(template, turns, learnt),):
+            return False
+    return True
+
+
+def _framed(template: Template, turns: Sequence[Turn], learnt: Sequence[int]) -> Piece | None:
+    if (found := framed.find(template, turns)) is None:
+        return None
+    text, places = found
+    spans = tuple(Span(start=start, end=end, turn=index) for index, start, end in places if index in learnt)
+    _Conversation(template=template, turns=turns, tools=()).check_printed(len(turns) - 1, text)
+    return Piece(text=text, spans=spans)
+
+
+def _by_prefixes(
+    template: Template, turns: Sequence[Turn], tools: Sequence[JsonObject], learnt: Sequence[int]
+) -> tuple[Piece, ...]:
     conversation = _Conversation(template=template, turns=turns, tools=tools)
     conversation.check_calls(learnt[-1] + 1)
     found = [conversation.answer(index) for index in learnt]

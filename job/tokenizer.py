@@ -185,17 +185,22 @@ def _chosen(hf: Any, own: str | None, chat_template: str, template_text: str | N
 
 def _template(hf: Any, name: str, text: str, date: dt.date) -> Template:
     """The text with its variables, in transformers' sandbox. Dates are the given one, never the clock's."""
-    from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415 - see `load`
+    from transformers.utils.chat_template_utils import _compile_jinja_template  # noqa: PLC0415 - see `load`
 
     variables = {"bos_token": "", **hf.special_tokens_map, "strftime_now": date.strftime}
     if not re.search(r"date_string\s*=|set\s+date_string", text):  # a template's own default is what inference prints
         variables["date_string"] = date.strftime("%d %b %Y")
 
     def apply(messages: list[JsonObject], tools: list[JsonObject] | None, add_generation_prompt: bool) -> str:
-        rendered, _ = render_jinja_template(
-            [messages], tools=tools, chat_template=text, add_generation_prompt=add_generation_prompt, **variables
+        # As render_jinja_template does, without what that does for lists of conversations: it is done often.
+        rendered: str = _compile_jinja_template(text).render(
+            messages=messages,
+            tools=tools,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **variables,
         )
-        return str(rendered[0])
+        return rendered
 
     return Template(name=name, text=text, apply=apply, eos=hf.eos_token or "")
 
