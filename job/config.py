@@ -244,54 +244,6 @@ class Config:
         default=None,
     )
 
-    def problems(self) -> list[str]:
-        """What no single value shows: rules between variables, each with the values, the rule and the remedy."""
-        found = []
-        if self.micro_batch != "auto" and self.micro_batch > self.batch_size:
-            found.append(
-                f"TUNE_MICRO_BATCH={self.micro_batch} is more than TUNE_BATCH_SIZE={self.batch_size}. "
-                "Lower it: a pass cannot hold more than an optimizer step."
-            )
-        if self.batching in {"padding_free", "packed"} and self.device == "cpu":
-            found.append(
-                f"TUNE_BATCHING={self.batching} needs a GPU, and TUNE_DEVICE=cpu. Set TUNE_BATCHING=auto or padded."
-            )
-        if self.warmup >= 1 and self.warmup != int(self.warmup):
-            found.append(
-                f"TUNE_WARMUP={self.warmup:g} is neither a share below 1 nor a whole number of steps. "
-                f"Write {int(self.warmup)} for steps or {self.warmup / 100:g} for a share."
-            )
-        if self.max_steps is not None and self.warmup >= self.max_steps and self.warmup >= 1:
-            found.append(
-                f"TUNE_WARMUP={self.warmup:g} steps are not fewer than TUNE_MAX_STEPS={self.max_steps}. "
-                "The learning rate would never reach its value: lower the warm-up."
-            )
-        if self.device == "cpu" and self.precision == "8bit":
-            found.append("TUNE_PRECISION=8bit needs a GPU, and TUNE_DEVICE=cpu asks for none. Use 4bit or 16bit.")
-        if self.metrics_port is not None and self.log_level not in ("debug", "info"):
-            found.append(
-                f"TUNE_METRICS_PORT={self.metrics_port} shows what the log's events say, and "
-                f"TUNE_LOG_LEVEL={self.log_level} drops them. Set TUNE_LOG_LEVEL=info."
-            )
-        found += self._columns_named_twice()
-        found += roles.problems(self.role_weights, train_on=self.train_on, rows=self.format)
-        marked = {s.variable for s in SETTINGS if s.fingerprint}
-        for name in self.allow_change:
-            if name in FIXED:
-                found.append(f"TUNE_ALLOW_CHANGE names {name}: no checkpoint fits another one. Set a new TUNE_RUN_ID.")
-            elif name not in marked and name not in CONTENTS:
-                found.append(
-                    f"TUNE_ALLOW_CHANGE names {name}, which no checkpoint depends on. Name variables marked * in "
-                    "`python -m job variables`, or " + ", ".join(CONTENTS) + "."
-                )
-        return found
-
-    def _columns_named_twice(self) -> list[str]:
-        pairs = [pair.partition("=") for pair in self.columns]
-        sides = [ours for ours, _, _ in pairs], [theirs for _, _, theirs in pairs]
-        twice = [name for side in sides for name in dict.fromkeys(side) if side.count(name) > 1]
-        return [f"TUNE_COLUMNS names {name!r} twice. Name each column once." for name in twice]
-
     @property
     def rows_in_pass(self) -> int:
         """`TUNE_MICRO_BATCH`, with `auto` decided."""

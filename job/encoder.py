@@ -13,11 +13,21 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from job.encoding import Encoding, Offsets, encoding, stitched
+import numpy as np
+from numpy.typing import NDArray
+
+from job.encoding import Encoding, Offsets, counted, encoding, stitched
 from job.template import Template
 
 STAND_INS = 0x100000
 """Special token number n stands as the character U+100000 + n (private use) in text that was disarmed."""
+SAMPLES = (
+    "",
+    " leading,  double  and trailing ",
+    "Lines\n\nand\r\n\ttabs, 1234567890 + 3.14; it's (a) [b] {c} <d> #e @f $g _h_ `i` ~j~ \\k",
+    "Größe, naïve, æøå, Ωμέγα, Привет, שלום, नमस्ते, 日本語のテキスト, 한국어, 🙂👩‍👩‍👧, \u00a0 \u2028",
+)
+"""Texts on which offsets that are counted must be those that the library keeps account of."""
 STAND_IN = re.compile("[\U00100000-\U0010fffd]")
 
 
@@ -38,8 +48,38 @@ class Encoder:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """Many texts at once, on all cores and without holding Python's lock."""
-        found = self.hf.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [encoding(one, bos_ids=self.bos_ids) for one in found]
+        if self._widths is None:
+            found = self.hf.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            return [encoding(one, bos_ids=self.bos_ids) for one in found]
+        quick = self.hf.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._counted(text, one.ids) for text, one in zip(texts, quick, strict=True)]
+
+    def _counted(self, text: str, ids: list[int]) -> Encoding:
+        # A normaliser may change characters, but not those of ASCII: `SAMPLES` has them.
+        known = self.hf.backend_tokenizer.normalizer is None or text.isascii()
+        found = counted(text, ids, self._widths) if known and self._widths is not None else None
+        whole = found or self.hf.backend_tokenizer.encode(text, add_special_tokens=False)
+        return encoding(whole, bos_ids=self.bos_ids)
+
+    @functools.cached_property
+    def _widths(self) -> NDArray[np.int64] | None:
+        """How many bytes of text each token stands for, of a byte-level tokenizer; None of others.
+
+        Its tokens are spelt in an alphabet of one character for each byte (Radford et al. 2019, GPT-2's encoder), so
+        that offsets can be counted, which takes a fifth less time than letting the library keep account of them.
+        """
+        backend = self.hf.backend_tokenizer
+        spelt = backend.get_vocab(with_added_tokens=False)
+        added = {number: len(token.content.encode()) for number, token in self.hf.added_tokens_decoder.items()}
+        widths = np.zeros(max(*spelt.values(), *added, 0) + 1, dtype=np.int64)
+        widths[list(spelt.values())] = [len(token) for token in spelt]
+        widths[list(added)] = list(added.values())
+        for text in (*SAMPLES, "".join(f"a {token} b" for token in self._special)):
+            whole = backend.encode(text, add_special_tokens=False)
+            found = counted(text, whole.ids, widths)
+            if found is None or found.offsets != whole.offsets:
+                return None
+        return widths
 
     @functools.cached_property
     def _special(self) -> tuple[str, ...]:

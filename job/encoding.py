@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 Offsets = tuple[int, int]
+TWO_BITS, GOES_ON = 0xC0, 0x80
+"""In UTF-8 a byte whose first two bits are 10 goes on with a character (RFC 3629)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +27,7 @@ class Encoding:
     added: int
     """How many of them, at the start, are no part of the text: BOS where the text did not bring it."""
     raw: Any
-    """The `tokenizers.Encoding` without what was added; None for one that was stitched together."""
+    """The `tokenizers.Encoding` without what was added, or its `Counted`; None for one that was stitched together."""
     known_offsets: list[Offsets] | None
     """For the stitched."""
 
@@ -65,6 +70,45 @@ class Encoding:
             if token is not None:
                 return int(token) + self.added
         return bisect_left(self.offsets, character + 1, lo=self.added, key=itemgetter(1))
+
+
+class Counted:
+    """What `tokenizers.Encoding` says of characters, told from how many bytes each token stands for."""
+
+    def __init__(self, ids: list[int], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+        self.ids = ids
+        self._starts, self._ends = starts, ends
+
+    @property
+    def offsets(self) -> list[Offsets]:
+        """For each token the characters [start, end) that it covers, if only in part."""
+        return list(zip(self._starts.tolist(), self._ends.tolist(), strict=True))
+
+    def char_to_token(self, character: int) -> int | None:
+        """The first token that covers a character."""
+        token = int(np.searchsorted(self._ends, character, side="right"))
+        return token if token < len(self._ends) and self._starts[token] <= character else None
+
+    def token_to_chars(self, token: int) -> Offsets:
+        """The characters that a token covers."""
+        return int(self._starts[token]), int(self._ends[token])
+
+
+def counted(text: str, ids: list[int], widths: NDArray[np.int64]) -> Counted | None:
+    """Where the tokens of a text lie; None if their bytes are not those of the text.
+
+    Args:
+        widths: bytes of each token of the vocabulary.
+    """
+    ends = np.cumsum(widths[ids])
+    size = int(ends[-1]) if ids else 0
+    if text.isascii():
+        return Counted(ids, ends - widths[ids], ends) if size == len(text) else None
+    encoded = np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)
+    if size != len(encoded):
+        return None
+    characters = np.cumsum((encoded & TWO_BITS) != GOES_ON) - 1  # of each byte
+    return Counted(ids, characters[ends - widths[ids]], characters[ends - 1] + 1)
 
 
 def encoding(raw: Any, *, bos_ids: Sequence[int]) -> Encoding:

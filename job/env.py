@@ -21,6 +21,7 @@ import psutil
 from environs import EnvValidationError, FileAwareEnv
 from marshmallow import ValidationError
 
+from job import rules
 from job.config import SETTINGS, Config
 from job.errors import ConfigError
 from job.setting import PREFIX, Setting
@@ -69,7 +70,7 @@ def load() -> Config:
             problems.append(str(error))
     if not problems:
         config = Config(**values)
-        problems = config.problems()
+        problems = rules.problems(config)
     if problems:
         raise ConfigError(
             "The environment is not valid.",

@@ -22,15 +22,15 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from job import jsontext
+from job.cells import values
 from job.errors import DataError
-from job.fields import Unreadable, quoted
+from job.fields import quoted
 from job.jsonarray import elements
 from job.suspects import printable, shown
 
 MAX_LINE = 64 * 1024 * 1024
 """Bytes in one line or array element; more is no row of text but a bomb or a file of another kind."""
 
-PARQUET_BATCH = 512
 BUFFER = 1 << 20
 TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 CODECS = {".gz": "gzip", ".zst": "zstd"}
@@ -275,34 +275,9 @@ def _parquet(name: str, stream: io.BufferedReader) -> Iterator[Row]:
         table = parquet.ParquetFile(file)
         names = table.schema_arrow.names
         _refuse_twice(name, names)
-        for batch in table.iter_batches(PARQUET_BATCH):
-            for value in _values(batch):
-                number += 1
-                yield Row(line=number, value={key: _without_null(item) for key, item in value.items()})
-
-
-def _values(batch: Any) -> list[dict[str, Any]]:
-    """The rows of a batch. What cannot be read is marked, for a complaint only if it is needed."""
-    try:
-        found: list[dict[str, Any]] = batch.to_pylist()
-    except (ValueError, OverflowError):  # text that is no UTF-8, a date beyond the year 9999
-        cells = {name: [_cell(cell) for cell in column] for name, column in zip(batch.schema.names, batch, strict=True)}
-        found = [{name: cells[name][row] for name in cells} for row in range(batch.num_rows)]
-    return found
-
-
-def _cell(cell: Any) -> Any:
-    try:
-        return cell.as_py()
-    except (ValueError, OverflowError):
-        return Unreadable()
-
-
-def _without_null(value: Any) -> Any:
-    """Parquet gives every object all keys of the column's schema; those that a row did not have are null."""
-    if isinstance(value, dict):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
-    return [_without_null(item) for item in value] if isinstance(value, list) else value
+        for value in values(table):
+            number += 1
+            yield Row(line=number, value=value)
 
 
 @contextmanager

@@ -28,6 +28,9 @@ NEED_NO_ENTRY = {
     "job/rows.py: ": "passes an element's problem on, each of which has an entry",
     "job/examples.py: ": "the list of invalid rows; its first line has an entry",
     "job/hub.py: ": "within the program: an outage, which ends as the entry for an unreachable hub",
+    "job/tuning/attention.py: its attention is none that one kernel computes for all lengths": "within the program: a "
+    "reason of the plan, which goes on without CUDA graphs",
+    f"job/tuning/graphs.py: {messages.HOLE} has no decoder of its own": "within the program: another such reason",
     "job/template.py: ": "within the program: the template's own words, which other entries end with",
 }
 """Messages without constant words, or that no user sees, and why they need no entry."""

@@ -3,7 +3,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import model_templates
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_tokenizer import DATE, real_smollm2, tiny
 
 from job.errors import ConfigError, DataError
@@ -237,3 +240,25 @@ def test_the_real_smollm2_gets_its_real_eos() -> None:
     found = wrap(real_smollm2(), date=DATE)
     assert (found.hf.eos_token, found.end_of_turn_ids) == ("<|im_end|>", (found.eos_token_id,))
     assert len(found.notes) == 1
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "qwen-2.5", "phi-4", "gpt-oss", "smollm-2"])
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.sampled_from("ab \n\t1é日🙂न्\u0301<|im_end|>.,'"), max_size=40))
+def test_offsets_that_are_counted_are_those_of_the_library(name: str, text: str) -> None:
+    """Byte-level tokenizers: bytes of tokens added up tell the same places, whatever characters tokens are torn in."""
+    found = model_templates.tokenizer(name)
+    backend = found.hf.backend_tokenizer
+    (encoded,) = found.encode_batch([text])
+    whole = backend.encode(text, add_special_tokens=False)
+    assert encoded.ids[encoded.added :] == whole.ids
+    assert encoded.raw.offsets == whole.offsets
+    for character in range(len(text) + 1):
+        assert encoded.raw.char_to_token(character) == whole.char_to_token(character)
+
+
+def test_which_tokenizers_count_their_bytes() -> None:
+    """Byte-level ones do; SentencePiece's, which spell words with `▁`, leave it to the library."""
+    counting = {name for name in model_templates.MODELS if model_templates.tokenizer(name)._widths is not None}
+    assert {"llama-3.1", "qwen-3", "phi-4", "smollm-2"} <= counting
+    assert not {"llama-2", "gemma-3", "mistral-v0.1"} & counting

@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from tiny_tokenizer import DATE, MARKERS, tiny
 
-from job import roles
+from job import roles, rules
 from job.arrow import prepare
 from job.config import SETTINGS, Config
 from job.errors import DataError
@@ -85,7 +85,7 @@ def test_weights_are_read(text: str, weights: dict[str, float]) -> None:
     kind = next(setting.kind for setting in SETTINGS if setting.name == "role_weights")
     pairs = kind.field.deserialize(text)
     assert roles.by_role(pairs) == weights
-    assert config(role_weights=pairs).problems() == []
+    assert rules.problems(config(role_weights=pairs)) == []
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_other_words_are_refused(text: str) -> None:
 )
 def test_contradictions_are_refused(values: dict[str, Any], says: str) -> None:
     """Weights that leave something open, or that another variable contradicts, are one problem that says which."""
-    (problem,) = config(**values).problems()
+    (problem,) = rules.problems(config(**values))
     assert says in problem
 
 
