@@ -1,7 +1,7 @@
 """What a run learns from and how it went -> one HTML file that needs nothing else: no network, no scripts.
 
-Everything shown is data of others: all of it is escaped, what cannot be seen is made visible, and secrets of the
-environment are masked. A policy inside the file forbids it to load or run anything.
+Everything shown is data of others: all of it is escaped, what cannot be seen is made visible, and secrets and e-mail
+addresses are masked. A policy inside the file forbids it to load or run anything.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from job import charts, logs
 from job.charts import Bin
 from job.estimate import Estimate
 from job.findings import Finding
+from job.suspects import masked
 
 SHADES = 5
 """Steps between a token that counts little and one that counts most."""
@@ -179,7 +180,7 @@ def _safe(value: Any) -> Any:
     """What every value passes on its way into the page, before it is escaped."""
     if not isinstance(value, str) or hasattr(value, "__html__"):  # the second is the page's own, escaped already
         return value
-    return _HIDDEN.sub(lambda found: _mark(found[0]), logs.redact(value))
+    return _HIDDEN.sub(lambda found: _mark(found[0]), masked(logs.redact(value)))
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The page: whole in itself, harmless whatever the data, and true about what is learned."""
 
+import dataclasses
 import html
 import re
 from html.parser import HTMLParser
@@ -251,6 +252,21 @@ def test_a_sample_with_a_secret_is_not_shown(monkeypatch):
     page = Report(title="planted-secret-value", state="check", summary=(), samples=(shown,)).html()
     assert "planted" not in page
     assert "holds a secret" in page
+
+
+@pytest.mark.parametrize("words", [1, 2000], ids=["whole", "with a part left out"])
+def test_suspicious_tokens_of_a_sample_are_masked(tmp_path, words):
+    """Keys, passwords and addresses that stand in the data are masked wherever the page shows them, and only they."""
+    key, password, address = "ghp_" + "a1B2c3D4e5" * 4, "Xk9fQ2" + "mZ7pL3", "bob.smith@" + "corp-mail.com"
+    said = f"my key is {key} and mail {address}, please"
+    data = rendered(tmp_path, [chat(said + " word" * words, f"ok, password={password} noted")], max_length=8192)
+    (shown,) = samples(data)
+    assert "".join(token.text for token in shown.tokens if token.learned) == "ok, password=[masked] noted<|im_end|>"
+    answer = Answer(prompt=said, reference=password, before=f"password={password}", after=address)
+    made = report(settings(), state="check", data=data)
+    page = Page(dataclasses.replace(made, answers=(answer,), summary=((address, key),)).html()).text
+    assert "my key is [masked] and mail [masked], please" in page
+    assert [hidden for hidden in (key, key[:10], address, "bob.smith", f"={password}") if hidden in page] == []
 
 
 def test_what_a_limit_cuts(tmp_path):
