@@ -243,7 +243,7 @@ def _facts(checked: Checked) -> dict[str, Any]:
         "files": [dataclasses.asdict(facts) for facts in checked.examples.files] if checked.examples else [],
         "skipped_files": list(checked.examples.skipped) if checked.examples else [],
         "train": dataclasses.asdict(data.train.counts) if data else None,
-        "evaluation": dataclasses.asdict(data.evaluation.counts) if data and data.evaluation else None,
+        "evaluation": dataclasses.asdict(data.held_out) if data and data.held_out else None,
         "eval_note": checked.examples.split.note if checked.examples else "",
         "lengths": dataclasses.asdict(reporting.lengths(data, config)) if data and config else None,
         "chat_template": data.tokenizer.name if data else None,

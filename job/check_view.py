@@ -45,14 +45,19 @@ def _data(facts: Facts, console: Console) -> None:
         f"training    {train['rows']:,} rows, {train['sequences']:,} sequences, {train['tokens']:,} tokens, "
         f"{learned:.1%} of them learned; template {escape(facts['chat_template'])}"
     )
-    held_out = f"{facts['evaluation']['rows']:,} rows" if facts["evaluation"] else facts["eval_note"] or "none"
-    console.print(f"evaluation  {escape(held_out)}")
+    console.print(f"evaluation  {escape(_held_out(facts))}")
     console.print(
         f"lengths     half up to {lengths['p50']:,} tokens, 99 % up to {lengths['p99']:,}, longest "
         f"{lengths['longest']:,}; TUNE_MAX_LENGTH={lengths['limit']}"
     )
     for note in facts["tokenizer_notes"]:
         console.print(f"[yellow]tokenizer[/]   {escape(note)}")
+
+
+def _held_out(facts: Facts) -> str:
+    if (found := facts["evaluation"]) is None:
+        return facts["eval_note"] or "none"
+    return f"{found['rows']:,} rows" if found["sequences"] else f"none: nothing is left of {found['rows']:,} rows"
 
 
 def _estimate(facts: Facts, console: Console) -> None:
