@@ -239,6 +239,18 @@ def test_rows_that_are_nearly_the_same_are_on_one_side() -> None:
     assert 0.2 < sum(side.values()) / len(side) < 0.4
 
 
+def test_short_rows_of_the_same_words_are_on_one_side() -> None:
+    """Rows of a few words that differ in case, punctuation and space alone are near duplicates, and no leak."""
+    pairs = [
+        [talk(f"Capital of land{n}?", "Paris"), talk(f"capital of land{n} ?", "paris.", line=2)] for n in range(200)
+    ]
+    rows = [row for pair in pairs for row in pair]
+    side = sides(rows)
+    assert {len({side[content_key(row)] for row in pair}) for pair in pairs} == {1}
+    assert found(rows)["near_duplicates"][0] == 200
+    assert found([one for one, _ in pairs], [other for _, other in pairs])["eval_leakage"][0] == 200
+
+
 @settings(max_examples=25, deadline=None)
 @forall(
     seeds=st.lists(st.integers(0, 400), min_size=1, max_size=12, unique=True),
