@@ -267,6 +267,17 @@ def test_no_order_and_no_unlike_row_moves_another(seeds: list[int], others: list
     assert {key: after[key] for key in before} == before
 
 
+@pytest.mark.parametrize("size", [30, 60])
+def test_a_large_group_is_judged_by_its_own_size(size: int) -> None:
+    """Unlike rows, however many, neither dissolve a group nor bring it together."""
+    shared = sentence(1, 80)
+    rows = [talk(shared, f"It is number {n}", line=n) for n in range(size)]
+    unlike = [talk(sentence(n, 20), sentence(n + 1, 20)) for n in range(1000, 3000, 2)]
+    small, large = sides([*rows, *unlike[:100]]), sides([*rows, *unlike])
+    assert {key: large[key] for key in small} == small
+    assert len({small[content_key(row)] for row in rows}) == (1 if size == 30 else 2)
+
+
 def test_off_does_not_change_the_split() -> None:
     """What is not looked for has no say in who is trained on: the setting is not part of the fingerprint."""
     rows = [*normal(), *family(0, 5), *family(50, 5)]
