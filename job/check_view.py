@@ -24,7 +24,8 @@ def show(facts: Facts, stdout: TextIO) -> None:
         part(facts, console)
     if facts["report"]:
         console.print(f"Report: {escape(facts['report'])}")
-    verdict = "[green]A run would begin.[/]" if facts["ok"] else f"[red]A run would end with {facts['exit_code']}.[/]"
+    begins = "The run is finished, and nothing would be done." if facts["finished"] else "A run would begin."
+    verdict = f"[green]{begins}[/]" if facts["ok"] else f"[red]A run would end with {facts['exit_code']}.[/]"
     console.print(f"{verdict} Checked in {facts['seconds']:.1f} s.")
 
 

@@ -12,6 +12,7 @@ import boto3
 import pytest
 
 from job.config import Config
+from job.inputs import listing
 from tests.hub_server import serve_hub
 from tests.jobs import ROOT
 
@@ -202,6 +203,41 @@ def test_a_run_begun_with_other_settings(place, tmp_path):
     checked = check(tmp_path, **uri, run_id="old")
     assert checked.code == 78
     assert "other settings" in checked.problem("output")["message"]
+
+
+def test_what_a_run_would_refuse_of_what_is_there(tiny_model, rows, tmp_path):
+    """A run that must resume and cannot, and a finished run whose dataset grew, end with 78; finished on the same
+    inputs, nothing is left to do."""
+    data, output = tmp_path / "data", tmp_path / "runs" / "r"
+    data.mkdir()
+    (data / "a.jsonl").write_bytes(rows.read_bytes())
+    named = {"model": tiny_model, "dataset": f"{data}/", "output": tmp_path / "runs", "run_id": "r", "max_length": 256}
+    checked = check(tmp_path, **named, resume="require")
+    assert checked.code == 78
+    assert "holds no checkpoint" in checked.problem("output")["message"]
+
+    asked = Config(model=str(tiny_model), dataset=(f"{data}/",), output=str(tmp_path / "runs"), max_length=256)
+    body = {"fingerprint": asked.fingerprint_fields()}
+    output.mkdir(parents=True)
+    (output / "inputs.json").write_text(json.dumps(listing(asked, pinned={"date": "2026-01-01"})))
+    for name in ("run.json", "done.json"):
+        (output / name).write_text(json.dumps(body))
+    checked = check(tmp_path, **named)
+    assert (checked.code, checked.found["finished"]) == (0, True), checked.found["problems"]
+    (data / "b.jsonl").write_bytes(rows.read_bytes())
+    checked = check(tmp_path, **named)
+    assert checked.code == 78
+    assert "b.jsonl" in checked.problem("output")["message"]
+
+
+def test_required_fencing_is_judged(s3_env, rclone, tiny_model, rows, tmp_path):
+    """Where the store does not honour conditional writes, required fencing ends the check as it ends the run."""
+    boto3.client("s3", endpoint_url=rclone.endpoint).create_bucket(Bucket="unfenced")
+    named = {"model": tiny_model, "dataset": rows, "output": "s3://unfenced/runs", "max_length": 256}
+    checked = check(tmp_path, **named, fencing="require", AWS_ENDPOINT_URL_S3=rclone.endpoint)
+    assert checked.found["output"]["conditional_writes"] is False
+    assert checked.code == 78
+    assert "TUNE_FENCING=require" in checked.problem("output")["message"]
 
 
 def test_a_local_model_and_directory(tiny_model, rows, tmp_path):
