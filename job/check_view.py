@@ -13,6 +13,8 @@ from job.report import shown_bytes
 
 Facts = Mapping[str, Any]
 VERDICTS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+SKIPPED = 5
+"""Files left out that are named."""
 WIDTH = 110
 """Where the output is no terminal."""
 
@@ -38,6 +40,10 @@ def _data(facts: Facts, console: Console) -> None:
         )
     for file in facts["files"]:
         console.print(f"data        {escape(file['name'])}: {file['rows']:,} rows, {file['format'] or 'empty'}")
+    if skipped := facts["skipped_files"]:
+        more = f" and {len(skipped) - SKIPPED:,} more" if len(skipped) > SKIPPED else ""
+        names = escape(", ".join(skipped[:SKIPPED]) + more)
+        console.print(f"[yellow]left out[/]    {names}: the names say no known type")
     if (train := facts["train"]) is None:
         return
     lengths = facts["lengths"]

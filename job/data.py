@@ -52,6 +52,8 @@ class Data:
     prompts: tuple[Prompt, ...]
     held_out: Counts | None = None
     """What rendering did to the rows that were held out, also where nothing is left of them."""
+    skipped: tuple[str, ...] = ()
+    """Files under a prefix that are no data, by their suffix."""
 
 
 def glance(config: Config, pulled: Inputs) -> None:
@@ -211,6 +213,7 @@ def _rendered(
         findings=surveyed.findings,
         prompts=_prompts(config, renderer, _shown(files, split)),
         held_out=held_out.counts if held_out.counts.rows else None,
+        skipped=found.skipped,
     )
 
 

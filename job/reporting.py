@@ -149,6 +149,7 @@ def report(
         samples=samples(data) if data else (),
         lengths=lengths(data, config) if data else None,
         files=tuple(asdict(facts) for facts in data.files) if data else (),
+        skipped=data.skipped if data else (),
         estimate=expected,
         measured=_measured(measured or {}),
         curves=_curves(record) if record else (),

@@ -247,6 +247,20 @@ def test_a_local_model_and_directory(tiny_model, rows, tmp_path):
     assert list((tmp_path / "runs").glob("**/*")) == []
 
 
+def test_files_left_out_are_named(tiny_model, rows, tmp_path):
+    """Files under a prefix that are no data are named in words and on the page."""
+    data, page = tmp_path / "data", tmp_path / "page.html"
+    data.mkdir()
+    (data / "a.jsonl").write_bytes(rows.read_bytes())
+    (data / "notes.docx").write_bytes(b"1")
+    named = {"model": tiny_model, "dataset": f"{data}/", "output": tmp_path / "runs", "max_length": 256}
+    done = execute(tmp_path, "--report", str(page), **named)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("left out")]
+    assert "notes.docx" in line
+    assert "notes.docx" in page.read_text()
+
+
 def test_a_model_on_the_hub(tiny_model, rows, tmp_path, monkeypatch):
     """Of a model on the hub, configuration and tokenizer are downloaded, and of its weights the headers."""
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY"):
