@@ -130,9 +130,10 @@ def command(*, as_json: bool, report: Path | None) -> int:
     checked = Checked()
     with contextlib.suppress(Stop):
         check(checked)
+    written = None
     with checked.collecting("report"):
-        _write(checked, report)
-    facts = {**_facts(checked), "report": str(report) if report else None, "seconds": time.monotonic() - started}
+        written = _write(checked, report)
+    facts = {**_facts(checked), "report": str(written) if written else None, "seconds": time.monotonic() - started}
     said = logs.redact(json.dumps(facts, ensure_ascii=False, default=str)) + "\n"
     with os.fdopen(result, "w", encoding="utf-8", errors="replace") as stdout:
         if as_json:
@@ -259,10 +260,23 @@ def _pull(checked: Checked, config: Config, scratch: Path, began: dict[str, Any]
     return pulled
 
 
-def _write(checked: Checked, path: Path | None) -> None:
+def _write(checked: Checked, path: Path | None) -> Path | None:
+    """Write the page, if one is asked for and anything is known; returns where it is.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
     page = checked.report() if path else None
-    if path and page:
+    if path is None or page is None:
+        return None
+    try:
         path.write_bytes(page.encoded())
+    except OSError as error:
+        raise ConfigError(
+            f"The report cannot be written to {path}: {error.strerror}.",
+            remedy="Give --report a file in a directory that is there and may be written.",
+        ) from None
+    return path
 
 
 def _facts(checked: Checked) -> dict[str, Any]:

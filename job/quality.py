@@ -262,6 +262,11 @@ def _of_texts(rows: Survey) -> Iterator[Finding]:
     yield from _found(rows, "email_addresses", flags & EMAIL > 0)
 
 
+def _percent(share: float) -> str:
+    """With two digits, or three for all."""
+    return f"{100 * share:.0f}%" if share >= 0.1 else f"{max(100 * share, 0.001):.2g}%"  # noqa: PLR2004 - two digits
+
+
 def _found(rows: Survey, code: str, where: Flags, *, total: int = 0, **words: str) -> Iterator[Finding]:
     """The finding, if it is in any row; `where` may end before the rows do, `total` is what the count is a part of."""
     count, total = int(where.sum()), total or len(where)
@@ -271,6 +276,6 @@ def _found(rows: Survey, code: str, where: Flags, *, total: int = 0, **words: st
             code=code,
             count=count,
             first=rows.places(np.flatnonzero(where)),
-            message=message.format(rows=f"{count:,} of {total:,} rows ({100 * count / total:.2g}%)", **words),
+            message=message.format(rows=f"{count:,} of {total:,} rows ({_percent(count / total)})", **words),
             remedy=remedy,
         )

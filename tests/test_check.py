@@ -299,4 +299,6 @@ def test_a_page_that_cannot_be_written(rows, tmp_path):
     nowhere = tmp_path / "nowhere"
     checked = check(tmp_path, "--report", str(nowhere / "r"), model=nowhere, dataset=rows, output=tmp_path / "o")
     assert checked.code == 65
-    assert checked.problem("report")
+    problem = checked.problem("report")
+    assert (problem["exit_code"], checked.found["report"]) == (78, None)
+    assert f"cannot be written to {nowhere / 'r'}: No such file or directory" in problem["message"]

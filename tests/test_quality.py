@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from job import data, dataset, suspects, verdicts
+from job import data, dataset, quality, suspects, verdicts
 from job.config import Config
 from job.errors import DataError
 from job.examples import Example, Turn, content_key
@@ -265,6 +265,14 @@ def test_no_order_and_no_unlike_row_moves_another(seeds: list[int], others: list
     order.shuffle(more)
     after = sides(more)
     assert {key: after[key] for key in before} == before
+
+
+@pytest.mark.parametrize(
+    ("share", "told"), [(1, "100%"), (0.5, "50%"), (1 / 3, "33%"), (0.012, "1.2%"), (0.0005, "0.05%"), (1e-9, "0.001%")]
+)
+def test_shares_as_a_person_writes_them(share: float, told: str) -> None:
+    """No share is told in powers of ten, and none as nothing."""
+    assert quality._percent(share) == told
 
 
 @pytest.mark.parametrize("size", [30, 60])
