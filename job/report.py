@@ -27,7 +27,12 @@ SHADES = 5
 WIDE, HIGH = 720, 220
 """Of a chart, in its own units."""
 LEFT, BELOW, RIGHT, ABOVE = 56, 26, 26, 12
-_HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+_HIDDEN = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    "\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+"""Controls, what Unicode calls default ignorable (DerivedCoreProperties.txt), and the blank Braille pattern."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from job.pace import pace
 from job.places import Places
 from job.record import Record
 from job.rendering import Renderer
-from job.report import Answer, Curve, Report
+from job.report import Answer, Curve, Report, visible
 from job.reporting import all_findings, lengths, publish, report
 from job.samples import sample, samples
 from job.storage.store import open_store
@@ -142,6 +142,14 @@ def test_hostile_data_stays_text(tmp_path):
     assert "⟨U+202E⟩" in page.text
     assert "\0" not in page.text
     assert "\x1b" not in page.text
+
+
+@pytest.mark.parametrize("number", [0xAD, 0x34F, 0x115F, 0x2800, 0x3164, 0xFE0F, 0xFFA0, 0xE0001, 0xE0041, 0xE01EF])
+def test_characters_that_show_nothing_are_marked(number):
+    """Fillers, selectors and tags, in which text can hide, stand on the page as their numbers."""
+    assert visible(f"a{chr(number)}b") == f"a⟨U+{number:04X}⟩b"
+    page = Report(title=f"a{chr(number)}b", state="check", summary=()).html()
+    assert chr(number) not in page
 
 
 def test_the_page_needs_nothing_else(tmp_path):
