@@ -57,7 +57,7 @@ class Part:
     renderer: Renderer
     """One of those by which these rows were rendered."""
     may_be_empty: bool = False
-    """For an evaluation set."""
+    """For a split's evaluation set; of files of its own something must be left."""
 
 
 def prepare(
@@ -87,7 +87,7 @@ def parts(draft: Draft, wanted: Sequence[Part], *, directory: Path, micro_batch:
     Args:
         micro_batch: sequences in one pass of training, for the share of padding.
 
-    Raises DataError if nothing is left to train on in a set that may not be empty.
+    Raises DataError if nothing is left of a set that may not be empty.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(_File(part, directory)) for part in wanted]
@@ -141,26 +141,34 @@ class _File:
         self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
 
     def prepared(self, *, micro_batch: int) -> Prepared:
-        """Raises DataError if nothing is left to train on and that may not be."""
+        """Raises DataError if nothing is left and that may not be."""
         from datasets import Dataset  # noqa: PLC0415 - in a run it is imported after job.tuning
 
-        counts = self._tally.counts()
+        counts, lengths = self._tally.counts(), self._tally.gathered.lengths(micro_batch=micro_batch)
         if not (counts.sequences or self._part.may_be_empty):
-            raise _nothing_left(counts, self._part.renderer)
+            raise _nothing_left(self._part, counts, longest=lengths.max)
         return Prepared(
             dataset=Dataset.from_file(str(self._path)),
             counts=counts,
-            lengths=self._tally.gathered.lengths(micro_batch=micro_batch),
+            lengths=lengths,
             places=self._tally.places,
             digest=hashlib.sha256(b"".join(digest.digest() for digest in self._digests)).hexdigest(),
         )
 
 
-def _nothing_left(counts: Counts, renderer: Renderer) -> DataError:
-    masked, overlong = counts.fully_masked, counts.dropped_overlong
-    places = ", ".join((masked.first + overlong.first)[:SHOWN])
+def _nothing_left(part: Part, counts: Counts, *, longest: int) -> DataError:
+    masked, overlong, limit = counts.fully_masked, counts.dropped_overlong, part.renderer.max_length
+    places = ", ".join((masked.first + overlong.first)[:SHOWN]) or "no rows"
+    wanted = "train on" if part.name == "train" else "evaluate"
+    if longest <= limit:
+        return DataError(
+            f"Nothing to {wanted}: of {counts.rows:,} rows, {masked.count:,} sequences have no token that is learned "
+            f"({places}), and none is longer than TUNE_MAX_LENGTH={limit}.",
+            remedy="Check TUNE_ROLE_WEIGHTS, TUNE_TRAIN_ON and TUNE_CHAT_TEMPLATE: no row has a turn that they learn.",
+        )
+    other = "" if part.name == "train" else ", or set no TUNE_EVAL_DATASET"
     return DataError(
-        f"Nothing to train on: of {counts.rows:,} rows, {masked.count:,} sequences have no label left within "
-        f"TUNE_MAX_LENGTH={renderer.max_length}, {overlong.count:,} were dropped as too long ({places or 'no rows'}).",
-        remedy="Raise TUNE_MAX_LENGTH; if the answers are short, check TUNE_CHAT_TEMPLATE and TUNE_TRAIN_ON.",
+        f"Nothing to {wanted}: of {counts.rows:,} rows, {masked.count:,} sequences have no label left within "
+        f"TUNE_MAX_LENGTH={limit}, {overlong.count:,} were dropped as too long ({places}).",
+        remedy=f"Raise TUNE_MAX_LENGTH{other}; if the answers are short, check TUNE_CHAT_TEMPLATE and TUNE_TRAIN_ON.",
     )

@@ -81,10 +81,7 @@ class Attempts:
             return
         self.store.write(key, claim)
         if fencing == "require":
-            raise ConfigError(
-                f"TUNE_FENCING=require, but {self.store.uri} does not honour conditional writes (If-None-Match).",
-                remedy="Use a store that does, or TUNE_FENCING=auto and never run one run id twice at the same time.",
-            )
+            raise unfenced(self.store.uri)
         log.warning(
             "fencing_weak",
             reason="the store ignores If-None-Match: two attempts at the same moment may both believe to own the run",
@@ -204,6 +201,14 @@ class Attempts:
 
     def _key(self, number: int, what: str = "") -> str:
         return f"{self.run_id}/attempts/{number:04d}.{what}json"
+
+
+def unfenced(uri: str) -> ConfigError:
+    """The error for a store that cannot keep two attempts at one run apart, where that is required."""
+    return ConfigError(
+        f"TUNE_FENCING=require, but {uri} does not honour conditional writes (If-None-Match).",
+        remedy="Use a store that does, or TUNE_FENCING=auto and never run one run id twice at the same time.",
+    )
 
 
 def now() -> str:

@@ -20,14 +20,30 @@ from typing import Any
 
 import structlog
 
-from job import base_model, env, errors, fingerprint, inputs, logs, preflight, reporting, shape, termination, tokenizer
+from job import (
+    attempts,
+    base_model,
+    checkpoints,
+    env,
+    errors,
+    fingerprint,
+    inputs,
+    logs,
+    preflight,
+    reporting,
+    shape,
+    termination,
+    tokenizer,
+)
 from job.base_model import BaseModel
 from job.check_view import show
 from job.config import Config
 from job.data import Data, Examples, judge, read, render
 from job.errors import ConfigError, DeniedError, InterruptedError, JobError, Stop, StorageError  # noqa: A004
 from job.estimate import Estimate
+from job.gathering import finished
 from job.inputs import Inputs, Puller
+from job.ledger import Ledger
 from job.record import Record
 from job.report import Report
 from job.storage.store import open_store
@@ -63,6 +79,8 @@ class Checked:
     examples: Examples | None = None
     data: Data | None = None
     expected: Estimate | None = None
+    finished: bool = False
+    """Whether the run was finished before, so that nothing is left to do."""
 
     @contextlib.contextmanager
     def collecting(self, check: str) -> Iterator[None]:
@@ -112,9 +130,10 @@ def command(*, as_json: bool, report: Path | None) -> int:
     checked = Checked()
     with contextlib.suppress(Stop):
         check(checked)
+    written = None
     with checked.collecting("report"):
-        _write(checked, report)
-    facts = {**_facts(checked), "report": str(report) if report else None, "seconds": time.monotonic() - started}
+        written = _write(checked, report)
+    facts = {**_facts(checked), "report": str(written) if written else None, "seconds": time.monotonic() - started}
     said = logs.redact(json.dumps(facts, ensure_ascii=False, default=str)) + "\n"
     with os.fdopen(result, "w", encoding="utf-8", errors="replace") as stdout:
         if as_json:
@@ -142,13 +161,18 @@ def check(checked: Checked) -> None:
 
 
 def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None:
-    began = None
+    store = open_store(config.output, patience_seconds=PATIENCE_SECONDS)
+    record, began = Record(store=store, run_id=config.identity()), None
     with checked.collecting("output"):
         checked.conditional_writes = preflight.probe_output(config.output)
-        began = _begun(config)
+        began = _begun(checked, config, record)
     if any(isinstance(problem.error, DeniedError | StorageError) for problem in checked.problems):
         config = dataclasses.replace(config, storage_patience_minutes=PATIENCE_SPENT_SECONDS / 60)
+    before = len(checked.problems)
     pulled = _pull(checked, config, scratch, began)
+    if began and len(checked.problems) == before and not fingerprint.contents_may_change(config):
+        with checked.collecting("inputs"):
+            record.check_inputs(began, pulled.as_json())
     with checked.collecting("dataset"):
         if pulled.dataset:
             checked.examples = read(config, pulled)
@@ -177,19 +201,32 @@ def _read_evaluation(checked: Checked, config: Config, pulled: Inputs) -> None:
                 raise
 
 
-def _begun(config: Config) -> dict[str, Any] | None:
+def _begun(checked: Checked, config: Config, record: Record) -> dict[str, Any] | None:
     """What an earlier attempt at this run read; None if there was none, or it may be another now.
 
     Raises:
-        ConfigError: it had other settings.
+        ConfigError: it had other settings, was finished on other inputs, or has no checkpoint where one is required; or
+            the store cannot do what is required of it.
     """
-    store = open_store(config.output, patience_seconds=PATIENCE_SECONDS)
-    record = Record(store=store, run_id=config.identity())
-    first = record.first()
-    if config.resume == "fresh" or first is None:
+    checked.finished = config.resume != "fresh" and finished(config, record) is not None
+    if checked.finished:
+        return record.inputs()
+    if config.fencing == "require" and not checked.conditional_writes:
+        raise attempts.unfenced(config.output)
+    if config.resume == "fresh":
         return None
-    fingerprint.check(record.run_id, first["fingerprint"], fingerprint.settings(config), allowed=config.allow_change)
-    return record.inputs()
+    if first := record.first():
+        settings = fingerprint.settings(config)
+        fingerprint.check(record.run_id, first["fingerprint"], settings, allowed=config.allow_change)
+    if config.resume == "require" and not _may_resume(record):
+        raise checkpoints.none_there(record.uri)
+    return record.inputs() if first else None
+
+
+def _may_resume(record: Record) -> bool:
+    """Whether there is a checkpoint; whether it is whole is not looked at."""
+    ledger = Ledger(store=record.store, run_id=record.run_id)
+    return any(entry.kind in {"checkpoint", None} for entry in ledger.newest_first())
 
 
 def _pull(checked: Checked, config: Config, scratch: Path, began: dict[str, Any] | None) -> Inputs:
@@ -223,10 +260,23 @@ def _pull(checked: Checked, config: Config, scratch: Path, began: dict[str, Any]
     return pulled
 
 
-def _write(checked: Checked, path: Path | None) -> None:
+def _write(checked: Checked, path: Path | None) -> Path | None:
+    """Write the page, if one is asked for and anything is known; returns where it is.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
     page = checked.report() if path else None
-    if path and page:
+    if path is None or page is None:
+        return None
+    try:
         path.write_bytes(page.encoded())
+    except OSError as error:
+        raise ConfigError(
+            f"The report cannot be written to {path}: {error.strerror}.",
+            remedy="Give --report a file in a directory that is there and may be written.",
+        ) from None
+    return path
 
 
 def _facts(checked: Checked) -> dict[str, Any]:
@@ -234,6 +284,7 @@ def _facts(checked: Checked) -> dict[str, Any]:
     config, data, base = checked.config, checked.data, checked.base
     return {
         "ok": not checked.problems,
+        "finished": checked.finished,
         "exit_code": checked.exit_code,
         "run_id": config.identity() if config else None,
         "problems": [problem.as_json() for problem in checked.problems],
@@ -243,7 +294,7 @@ def _facts(checked: Checked) -> dict[str, Any]:
         "files": [dataclasses.asdict(facts) for facts in checked.examples.files] if checked.examples else [],
         "skipped_files": list(checked.examples.skipped) if checked.examples else [],
         "train": dataclasses.asdict(data.train.counts) if data else None,
-        "evaluation": dataclasses.asdict(data.evaluation.counts) if data and data.evaluation else None,
+        "evaluation": dataclasses.asdict(data.held_out) if data and data.held_out else None,
         "eval_note": checked.examples.split.note if checked.examples else "",
         "lengths": dataclasses.asdict(reporting.lengths(data, config)) if data and config else None,
         "chat_template": data.tokenizer.name if data else None,

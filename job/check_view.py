@@ -13,6 +13,8 @@ from job.report import shown_bytes
 
 Facts = Mapping[str, Any]
 VERDICTS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+SKIPPED = 5
+"""Files left out that are named."""
 WIDTH = 110
 """Where the output is no terminal."""
 
@@ -24,7 +26,8 @@ def show(facts: Facts, stdout: TextIO) -> None:
         part(facts, console)
     if facts["report"]:
         console.print(f"Report: {escape(facts['report'])}")
-    verdict = "[green]A run would begin.[/]" if facts["ok"] else f"[red]A run would end with {facts['exit_code']}.[/]"
+    begins = "The run is finished, and nothing would be done." if facts["finished"] else "A run would begin."
+    verdict = f"[green]{begins}[/]" if facts["ok"] else f"[red]A run would end with {facts['exit_code']}.[/]"
     console.print(f"{verdict} Checked in {facts['seconds']:.1f} s.")
 
 
@@ -37,6 +40,10 @@ def _data(facts: Facts, console: Console) -> None:
         )
     for file in facts["files"]:
         console.print(f"data        {escape(file['name'])}: {file['rows']:,} rows, {file['format'] or 'empty'}")
+    if skipped := facts["skipped_files"]:
+        more = f" and {len(skipped) - SKIPPED:,} more" if len(skipped) > SKIPPED else ""
+        names = escape(", ".join(skipped[:SKIPPED]) + more)
+        console.print(f"[yellow]left out[/]    {names}: the names say no known type")
     if (train := facts["train"]) is None:
         return
     lengths = facts["lengths"]
@@ -45,14 +52,19 @@ def _data(facts: Facts, console: Console) -> None:
         f"training    {train['rows']:,} rows, {train['sequences']:,} sequences, {train['tokens']:,} tokens, "
         f"{learned:.1%} of them learned; template {escape(facts['chat_template'])}"
     )
-    held_out = f"{facts['evaluation']['rows']:,} rows" if facts["evaluation"] else facts["eval_note"] or "none"
-    console.print(f"evaluation  {escape(held_out)}")
+    console.print(f"evaluation  {escape(_held_out(facts))}")
     console.print(
         f"lengths     half up to {lengths['p50']:,} tokens, 99 % up to {lengths['p99']:,}, longest "
         f"{lengths['longest']:,}; TUNE_MAX_LENGTH={lengths['limit']}"
     )
     for note in facts["tokenizer_notes"]:
         console.print(f"[yellow]tokenizer[/]   {escape(note)}")
+
+
+def _held_out(facts: Facts) -> str:
+    if (found := facts["evaluation"]) is None:
+        return facts["eval_note"] or "none"
+    return f"{found['rows']:,} rows" if found["sequences"] else f"none: nothing is left of {found['rows']:,} rows"
 
 
 def _estimate(facts: Facts, console: Console) -> None:

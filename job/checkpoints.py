@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 
 from job.digests import hashes
-from job.errors import DataError, HopelessError, JobError
+from job.errors import ConfigError, DataError, HopelessError, JobError
 from job.ledger import Entry, Ledger
 from job.storage.faults import ChangedError, DamagedError, MissingError
 from job.storage.store import Store
@@ -92,6 +92,14 @@ def restore(ledger: Ledger, directory: Path, *, check: Callable[[Path, int], Non
             remedy="Restore the objects from the bucket's versions or a backup, or start over with TUNE_RESUME=fresh.",
         )
     return None
+
+
+def none_there(uri: str) -> ConfigError:
+    """The error for a run that may only be resumed, and cannot be."""
+    return ConfigError(
+        f"TUNE_RESUME=require, but {uri} holds no checkpoint.",
+        remedy="Correct TUNE_OUTPUT and TUNE_RUN_ID, or set TUNE_RESUME=auto to begin from the base model.",
+    )
 
 
 def _bring(ledger: Ledger, entry: Entry, directory: Path, check: Callable[[Path, int], None]) -> Restored:

@@ -14,6 +14,7 @@ from job import columns, dataset, roles
 from job import tokenizer as tokenizers
 from job.arrow import Part, Prepared, parts
 from job.config import Config
+from job.counts import Counts
 from job.draft import Draft
 from job.errors import DataError
 from job.examples import Example, RowError
@@ -45,9 +46,14 @@ class Data:
     tokenizer: Tokenizer
     train: Prepared
     evaluation: Prepared | None
+    """None where no row was held out, or nothing is left of those that were."""
     files: tuple[dataset.FileFacts, ...]
     findings: tuple[Finding, ...]
     prompts: tuple[Prompt, ...]
+    held_out: Counts | None = None
+    """What rendering did to the rows that were held out, also where nothing is left of them."""
+    skipped: tuple[str, ...] = ()
+    """Files under a prefix that are no data, by their suffix."""
 
 
 def glance(config: Config, pulled: Inputs) -> None:
@@ -179,10 +185,12 @@ def _rendered(
         split = found.split
         wanted = (
             Part(name="train", rows=split.train, renderer=renderer),
-            Part(name="evaluation", rows=split.held_out, renderer=held_out_renderer, may_be_empty=True),
+            Part(name="evaluation", rows=split.held_out, renderer=held_out_renderer, may_be_empty=not files.held_out),
         )
         train, held_out = parts(draft, wanted, directory=directory, micro_batch=config.rows_in_pass)
     surveyed = found.surveyed
+    if held_out.counts.rows and not held_out.counts.sequences:
+        log.warning("evaluation_off", reason=f"nothing is left to learn of the {held_out.counts.rows:,} held-out rows")
     log.info(
         "dataset_ready",
         **asdict(train.counts),
@@ -204,6 +212,8 @@ def _rendered(
         files=found.files,
         findings=surveyed.findings,
         prompts=_prompts(config, renderer, _shown(files, split)),
+        held_out=held_out.counts if held_out.counts.rows else None,
+        skipped=found.skipped,
     )
 
 

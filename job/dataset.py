@@ -208,8 +208,9 @@ def split(keys: Iterable[str], *, fraction: float) -> Split:
     """Put a row on the evaluation side if and only if its key's hash, as a number in [0, 1), is below `fraction`.
 
     `keys` has one for each row; where it is the smallest content key of the rows that are nearly the same, those are
-    all on one side, and a row stays where it is when others, unlike it, are added. If one side came out empty, all rows
-    are trained on and the note says so.
+    all on one side, and a row stays where it is when rows that are unlike it are added. One that is nearly the same may
+    have the smaller key, and then moves its whole group. If one side came out empty, all rows are trained on and the
+    note says so.
     """
     held_out = bytes(is_evaluation(key, fraction) for key in keys)
     if fraction > 0 and len(set(held_out)) < 2:  # noqa: PLR2004 - the sides

@@ -6,11 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from job import base_model, fingerprint, shape
+from job import base_model, fingerprint, inputs, shape
 from job.background import Background
 from job.base_model import BaseModel
 from job.config import Config
 from job.inputs import Inputs, ModelFiles, Puller
+from job.record import Record
 from job.training import Life
 
 
@@ -30,6 +31,22 @@ class Coming:
     model: Background[Model]
     pinned: dict[str, Any] | None
     """What the run's first attempt read."""
+
+
+def finished(config: Config, record: Record) -> dict[str, Any] | None:
+    """`done.json` of a run that was finished on what it would read now; None while it is not finished.
+
+    Raises:
+        ConfigError: it was finished, but with other settings, or the inputs changed since.
+    """
+    done = record.finished()
+    if done is None:
+        return None
+    fingerprint.check(record.run_id, done["fingerprint"], fingerprint.settings(config), allowed=(), finished=True)
+    if not fingerprint.contents_may_change(config):
+        pinned = record.inputs() or {}
+        record.check_inputs(pinned, inputs.listing(config, pinned=pinned), added_too=True)
+    return done
 
 
 def gather(life: Life) -> tuple[Inputs, Coming]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 ALIKE = 0.8
 """From this estimated likeness on two texts are nearly the same."""
 LEAST_WORDS = 8
-"""Shorter texts are never nearly the same: one other word makes another text of them."""
+"""Shorter texts are nearly the same only if their words are: one other word makes another text of them."""
 LONGEST = 1 << 17
 """Bytes of a text that are looked at."""
 SLOTS, BANDS = 128, 16
@@ -90,7 +90,7 @@ class Signatures:
             self._flush()
 
     def all(self) -> Signature:
-        """One row of 128 numbers for each text, all zero for a text that is too short to be compared."""
+        """One row of 128 numbers for each text, all zero for a text without words."""
         if self._waiting:
             self._flush()
         return np.concatenate(self._done) if self._done else np.zeros((0, SLOTS), dtype=np.uint16)
@@ -103,13 +103,16 @@ class Signatures:
 
     def _sketched(self, data: NDArray[np.uint8], ends: NDArray[np.int64]) -> Signature:
         words, rows = self._words(data, ends)
+        counts = np.bincount(rows, minlength=len(ends))
+        short = (counts > 0) & (counts < LEAST_WORDS)
         inside = rows[1:] == rows[:-1]
         pairs, rows = _mixed(words[:-1] * np.uint64(3) + words[1:])[inside], rows[:-1][inside]
         smallest = np.full(len(ends) * SLOTS, NONE, dtype=np.uint32)
         slots = rows * SLOTS + (pairs >> np.uint64(57)).astype(np.int64)
         np.minimum.at(smallest, slots, (pairs & np.uint64(NONE >> 1)).astype(np.uint32))
-        long_enough = np.bincount(rows, minlength=len(ends)) >= LEAST_WORDS - 1
-        return self._filled(smallest.reshape(-1, SLOTS), long_enough)
+        found = self._filled(smallest.reshape(-1, SLOTS), counts >= LEAST_WORDS)
+        found[short] = _of_all_words(words, counts)[short]
+        return found
 
     def _words(self, data: NDArray[np.uint8], ends: NDArray[np.int64]) -> tuple[Hashes, NDArray[np.int64]]:
         """A hash of each word, and the text that it is of."""
@@ -135,6 +138,15 @@ class Signatures:
             rows, slots = rows[taken == NONE], slots[taken == NONE]
         found[~long_enough] = 0
         return (found & np.uint32(0xFFFF)).astype(np.uint16)
+
+
+def _of_all_words(words: Hashes, counts: NDArray[np.int64]) -> Signature:
+    """For each text 128 numbers that only a text of the same words in the same order has."""
+    place = np.arange(len(words)) - np.repeat(np.cumsum(counts) - counts, counts)
+    sums = np.zeros(len(counts), dtype=np.uint64)
+    np.add.at(sums, np.repeat(np.arange(len(counts)), counts), _mixed(words + place.astype(np.uint64)))
+    numbers = _mixed(sums[:, None] + np.arange(1, SLOTS + 1, dtype=np.uint64) * np.uint64(BASE))
+    return (numbers & np.uint64(0xFFFF)).astype(np.uint16)
 
 
 def groups(signatures: Signature) -> NDArray[np.int64]:

@@ -27,9 +27,10 @@ Flags = NDArray[np.bool_]
 Numbers = NDArray[np.int64]
 Level = Literal["all", "alike", "exact"]
 
-LEAST_SHARED, SHARED_SHARE = 20, 0.05
-"""A group of more contents than both is no group of near duplicates: its rows share a long text, as every row does that
-begins with the same instructions. Holding it together would empty a side of the split."""
+MOST_ALIKE = 50
+"""A group of more contents is no group of near duplicates: its rows share a long text, as every row does that begins
+with the same instructions. Holding it together would empty a side of a small split. It is no share of the rows, so that
+no row that is unlike the group changes what becomes of it."""
 NOTED_SHARE = 0.01
 """One-word answers are worth a word from this share of the rows on."""
 SHORT_ANSWERS = 5
@@ -199,7 +200,7 @@ def _alike(rows: Survey) -> _Alike:
     own = np.arange(len(distinct))
     group = own if rows.level == "exact" else groups(rows.signatures.all()[distinct])
     sizes = np.bincount(group, minlength=len(distinct))
-    many = sizes[group] > max(LEAST_SHARED, SHARED_SHARE * len(distinct))
+    many = sizes[group] > MOST_ALIKE
     group = np.where(many, own, group)
     return _Alike(
         content=content, group=group[content], boilerplate=many[content], leaders=keys[distinct][group[content]]
@@ -261,6 +262,11 @@ def _of_texts(rows: Survey) -> Iterator[Finding]:
     yield from _found(rows, "email_addresses", flags & EMAIL > 0)
 
 
+def _percent(share: float) -> str:
+    """With two digits, or three for all."""
+    return f"{100 * share:.0f}%" if share >= 0.1 else f"{max(100 * share, 0.001):.2g}%"  # noqa: PLR2004 - two digits
+
+
 def _found(rows: Survey, code: str, where: Flags, *, total: int = 0, **words: str) -> Iterator[Finding]:
     """The finding, if it is in any row; `where` may end before the rows do, `total` is what the count is a part of."""
     count, total = int(where.sum()), total or len(where)
@@ -270,6 +276,6 @@ def _found(rows: Survey, code: str, where: Flags, *, total: int = 0, **words: st
             code=code,
             count=count,
             first=rows.places(np.flatnonzero(where)),
-            message=message.format(rows=f"{count:,} of {total:,} rows ({100 * count / total:.2g}%)", **words),
+            message=message.format(rows=f"{count:,} of {total:,} rows ({_percent(count / total)})", **words),
             remedy=remedy,
         )

@@ -33,6 +33,9 @@ from job.weights import add_roles
 
 TrainOn = Literal["responses", "last_response", "all"]
 Overlong = Literal["truncate", "drop", "fail"]
+MOST_CHARACTERS = 8_000_000
+"""Of one text, which is tokenised whole, also where most of it is cut off: lengths and what a limit loses are told of
+whole sequences. While it is tokenised a character takes some 350 bytes."""
 MARKED = ("messages", "sharegpt")
 """Formats whose untrained turns were marked so one by one; those of a conversational `prompt` are by its column."""
 
@@ -104,7 +107,19 @@ class Renderer:
         return Prompt(input_ids=encoding.ids[:half], text=text[:cut], reference=text[cut:])
 
     def text(self, example: Example, train_on: TrainOn | None = None) -> Text:
-        """Apply the template. Raises RowError if it refuses the row."""
+        """Apply the template. Raises RowError if it refuses the row, or a text of it is too large to be tokenised."""
+        text = self._text(example, train_on)
+        characters = max((len(piece.text) for piece in text.pieces), default=0)
+        if characters > MOST_CHARACTERS:
+            raise RowError(
+                source=example.source,
+                line=example.line,
+                reason=f"a text of {characters:,} characters, and more than {MOST_CHARACTERS:,} are not tokenised",
+                remedy="Split it into several rows: of one, no more than TUNE_MAX_LENGTH tokens are learned.",
+            )
+        return text
+
+    def _text(self, example: Example, train_on: TrainOn | None) -> Text:
         if example.text is not None:
             self._needs_roles(example)
             piece = Piece(text=example.text, spans=(Span(start=0, end=len(example.text)),))

@@ -1,7 +1,7 @@
 """What a run learns from and how it went -> one HTML file that needs nothing else: no network, no scripts.
 
-Everything shown is data of others: all of it is escaped, what cannot be seen is made visible, and secrets of the
-environment are masked. A policy inside the file forbids it to load or run anything.
+Everything shown is data of others: all of it is escaped, what cannot be seen is made visible, and secrets and e-mail
+addresses are masked. A policy inside the file forbids it to load or run anything.
 """
 
 from __future__ import annotations
@@ -20,13 +20,19 @@ from job import charts, logs
 from job.charts import Bin
 from job.estimate import Estimate
 from job.findings import Finding
+from job.suspects import masked
 
 SHADES = 5
 """Steps between a token that counts little and one that counts most."""
 WIDE, HIGH = 720, 220
 """Of a chart, in its own units."""
 LEFT, BELOW, RIGHT, ABOVE = 56, 26, 26, 12
-_HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+_HIDDEN = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    "\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+"""Controls, what Unicode calls default ignorable (DerivedCoreProperties.txt), and the blank Braille pattern."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,7 +185,7 @@ def _safe(value: Any) -> Any:
     """What every value passes on its way into the page, before it is escaped."""
     if not isinstance(value, str) or hasattr(value, "__html__"):  # the second is the page's own, escaped already
         return value
-    return _HIDDEN.sub(lambda found: _mark(found[0]), logs.redact(value))
+    return _HIDDEN.sub(lambda found: _mark(found[0]), masked(logs.redact(value)))
 
 
 @functools.cache

@@ -65,7 +65,7 @@ def rendering_findings(counts: Counts, *, of: str = "training") -> tuple[Finding
         "fully_masked": (
             counts.fully_masked,
             f"{counts.fully_masked.count:,} {of} sequences have nothing left to learn and are dropped.",
-            "Raise TUNE_MAX_LENGTH so that the answers fit behind their prompts.",
+            "Raise TUNE_MAX_LENGTH so that answers fit behind their prompts; for short rows, check TUNE_ROLE_WEIGHTS.",
         ),
         "split_by_template": (
             counts.split,
@@ -97,7 +97,7 @@ def _finding(code: str, noted: Noted, message: str, remedy: str) -> Finding:
 
 def all_findings(data: Data) -> tuple[Finding, ...]:
     """What was found in the rows and in rendering them."""
-    held_out = rendering_findings(data.evaluation.counts, of="evaluation") if data.evaluation else ()
+    held_out = rendering_findings(data.held_out, of="evaluation") if data.held_out else ()
     return (*data.findings, *rendering_findings(data.train.counts), *held_out)
 
 
@@ -149,6 +149,7 @@ def report(
         samples=samples(data) if data else (),
         lengths=lengths(data, config) if data else None,
         files=tuple(asdict(facts) for facts in data.files) if data else (),
+        skipped=data.skipped if data else (),
         estimate=expected,
         measured=_measured(measured or {}),
         curves=_curves(record) if record else (),

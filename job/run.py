@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from job import checkpoints, env, fingerprint, inputs, logs, metrics, preflight, reporting, signals
+from job import checkpoints, env, fingerprint, logs, metrics, preflight, reporting, signals
 from job.artifacts import Artifact, publish
 from job.attempts import Attempts
 from job.base_model import BaseModel
@@ -21,7 +21,7 @@ from job.compile_cache import CompileCache
 from job.config import Config
 from job.data import Data, glance, prepare
 from job.errors import ConfigError, FencedError, JobError, Stop, known
-from job.gathering import arrived, gather
+from job.gathering import arrived, finished, gather
 from job.inputs import Inputs
 from job.ledger import Ledger
 from job.record import Record, versions
@@ -95,17 +95,13 @@ def already_complete(config: Config, record: Record, attempts: Attempts) -> bool
     Raises:
         ConfigError: it was finished, but with other settings, or the inputs changed since.
     """
-    done = record.finished()
+    done = finished(config, record)
     if done is None:
         return False
-    fingerprint.check(record.run_id, done["fingerprint"], fingerprint.settings(config), allowed=(), finished=True)
-    if not fingerprint.contents_may_change(config):
-        pinned = record.inputs() or {}
-        record.check_inputs(pinned, inputs.listing(config, pinned=pinned), added_too=True)
-    finished = attempts.completed()
-    if not finished or not record.latest_is_whole():
+    completed = attempts.completed()
+    if not completed or not record.latest_is_whole():
         record.write_latest(done)  # a crash may have lost it after done.json was written
-    if not finished:
+    if not completed:
         attempts.complete_late()
     log.info("already_complete", uri=record.uri, artifacts=len(done["artifacts"]))
     return True
@@ -225,10 +221,7 @@ def restore(life: Life, mark: dict[str, Any], *, check: Callable[[Path, int], No
     restored = checkpoints.restore(life.ledger, life.work / "restored", check=check)
     if restored is None:
         if config.resume == "require":
-            raise ConfigError(
-                f"TUNE_RESUME=require, but {record.uri} holds no checkpoint.",
-                remedy="Correct TUNE_OUTPUT and TUNE_RUN_ID, or set TUNE_RESUME=auto to begin from the base model.",
-            )
+            raise checkpoints.none_there(record.uri)
         return None
     changed = fingerprint.check(record.run_id, restored.body["fingerprint"], mark, allowed=config.allow_change)
     if changed:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ from job import logs
 from job.data import Data
 from job.labels import IGNORED
 from job.report import Sample, Token
+from job.suspects import MASK, suspicious
 from job.tokenizer import Tokenizer
 
 SHOWN_FIRST, SHOWN_LAST = 900, 300
@@ -37,6 +41,7 @@ def samples(data: Data) -> tuple[Sample, ...]:
 
 def sample(tokenizer: Tokenizer, row: Mapping[str, Any], *, name: str, place: str) -> Sample:
     """One sequence. One that holds a secret of this environment is not shown: masked in pieces it could be read.
+    Tokens that touch what looks like another secret, or an e-mail address, are masked.
 
     Args:
         row: `input_ids`, `labels`, and `weights` where tokens do not all count the same; as long as each other.
@@ -50,9 +55,12 @@ def sample(tokenizer: Tokenizer, row: Mapping[str, Any], *, name: str, place: st
         return Sample(name=name, place=place, tokens=(), left_out=0, left_out_after=0, **counts, note=note)
     left_out = max(len(ids) - SHOWN_FIRST - SHOWN_LAST, 0)
     last = SHOWN_FIRST + left_out
-    tokens = _tokens(tokenizer.hf, ids, learned, 0, SHOWN_FIRST if left_out else len(ids))
-    if left_out:
-        tokens += _tokens(tokenizer.hf, ids, learned, last, len(ids))
+    if suspicious(text):  # all tokens are looked at, also those left out: what is suspicious may begin among them
+        tokens = _masked(_tokens(tokenizer.hf, ids, learned, 0, len(ids)))
+        tokens = tokens[:SHOWN_FIRST] + tokens[last:] if left_out else tokens
+    else:
+        tokens = _tokens(tokenizer.hf, ids, learned, 0, SHOWN_FIRST if left_out else len(ids))
+        tokens += _tokens(tokenizer.hf, ids, learned, last, len(ids)) if left_out else []
     return Sample(
         name=name,
         place=place,
@@ -94,6 +102,17 @@ def _tokens(hf: Any, ids: Sequence[int], learned: Mapping[int, float | None], st
             for number in range(at, upto)
         ]
         at = upto
+    return found
+
+
+def _masked(tokens: list[Token]) -> list[Token]:
+    """The same with a mask in place of the first token that touches something suspicious, and nothing for the rest."""
+    ends = list(accumulate(len(token.text) for token in tokens))
+    found = list(tokens)
+    for start, end in suspicious("".join(token.text for token in tokens)):
+        first, stop = bisect_right(ends, start), bisect_left(ends, end) + 1
+        masks = [MASK, *[""] * (stop - first - 1)]
+        found[first:stop] = [replace(token, text=mask) for token, mask in zip(tokens[first:stop], masks, strict=True)]
     return found
 
 

@@ -122,11 +122,16 @@ def _controls(text: str) -> bool:
 def masked(text: str) -> str:
     """The text as it may be shown: without what looks like a secret or an e-mail address."""
     shown, at = [], 0
-    for start, end in sorted((*_secrets(text), *_emails(text))):
+    for start, end in suspicious(text):
         if start >= at:
             shown += [text[at:start], MASK]
         at = max(at, end)
     return "".join([*shown, text[at:]])
+
+
+def suspicious(text: str) -> list[tuple[int, int]]:
+    """The characters [start, end) of what looks like a secret or an e-mail address, in order; some may overlap."""
+    return sorted((*_secrets(text), *_emails(text)))
 
 
 def shown(value: object) -> str:

@@ -15,7 +15,7 @@ WORDS = {
         "Remove them, unless they are meant to count double: what stands twice is learned twice as often.",
     ),
     "near_duplicates": (
-        "{rows} are nearly the same as an earlier row: they share four fifths of their word pairs or more.",
+        "{rows} are nearly the same as an earlier row: the same words, or four fifths of the word pairs or more.",
         "Keep one of each, unless the variants are meant; the split holds them on one side.",
     ),
     "eval_leakage": (
@@ -23,7 +23,7 @@ WORDS = {
         "Remove them from one of both, or the evaluation measures what was learned by heart.",
     ),
     "shared_text": (
-        "{rows} share so long a text with so many others that near duplicates cannot be told among them.",
+        "{rows} share so much of their text with so many others that near duplicates cannot be told among them.",
         "Move instructions that every row repeats into a system prompt, which is not compared.",
     ),
     "empty_answers": (

@@ -12,6 +12,7 @@ import boto3
 import pytest
 
 from job.config import Config
+from job.inputs import listing
 from tests.hub_server import serve_hub
 from tests.jobs import ROOT
 
@@ -204,11 +205,60 @@ def test_a_run_begun_with_other_settings(place, tmp_path):
     assert "other settings" in checked.problem("output")["message"]
 
 
+def test_what_a_run_would_refuse_of_what_is_there(tiny_model, rows, tmp_path):
+    """A run that must resume and cannot, and a finished run whose dataset grew, end with 78; finished on the same
+    inputs, nothing is left to do."""
+    data, output = tmp_path / "data", tmp_path / "runs" / "r"
+    data.mkdir()
+    (data / "a.jsonl").write_bytes(rows.read_bytes())
+    named = {"model": tiny_model, "dataset": f"{data}/", "output": tmp_path / "runs", "run_id": "r", "max_length": 256}
+    checked = check(tmp_path, **named, resume="require")
+    assert checked.code == 78
+    assert "holds no checkpoint" in checked.problem("output")["message"]
+
+    asked = Config(model=str(tiny_model), dataset=(f"{data}/",), output=str(tmp_path / "runs"), max_length=256)
+    body = {"fingerprint": asked.fingerprint_fields()}
+    output.mkdir(parents=True)
+    (output / "inputs.json").write_text(json.dumps(listing(asked, pinned={"date": "2026-01-01"})))
+    for name in ("run.json", "done.json"):
+        (output / name).write_text(json.dumps(body))
+    checked = check(tmp_path, **named)
+    assert (checked.code, checked.found["finished"]) == (0, True), checked.found["problems"]
+    (data / "b.jsonl").write_bytes(rows.read_bytes())
+    checked = check(tmp_path, **named)
+    assert checked.code == 78
+    assert "b.jsonl" in checked.problem("output")["message"]
+
+
+def test_required_fencing_is_judged(s3_env, rclone, tiny_model, rows, tmp_path):
+    """Where the store does not honour conditional writes, required fencing ends the check as it ends the run."""
+    boto3.client("s3", endpoint_url=rclone.endpoint).create_bucket(Bucket="unfenced")
+    named = {"model": tiny_model, "dataset": rows, "output": "s3://unfenced/runs", "max_length": 256}
+    checked = check(tmp_path, **named, fencing="require", AWS_ENDPOINT_URL_S3=rclone.endpoint)
+    assert checked.found["output"]["conditional_writes"] is False
+    assert checked.code == 78
+    assert "TUNE_FENCING=require" in checked.problem("output")["message"]
+
+
 def test_a_local_model_and_directory(tiny_model, rows, tmp_path):
     """A model and data on this disk are read in place, and the output may be a directory that is not there yet."""
     checked = check(tmp_path, model=tiny_model, dataset=rows, output=tmp_path / "runs", max_length=256)
     assert checked.code == 0, checked.found["problems"]
     assert list((tmp_path / "runs").glob("**/*")) == []
+
+
+def test_files_left_out_are_named(tiny_model, rows, tmp_path):
+    """Files under a prefix that are no data are named in words and on the page."""
+    data, page = tmp_path / "data", tmp_path / "page.html"
+    data.mkdir()
+    (data / "a.jsonl").write_bytes(rows.read_bytes())
+    (data / "notes.docx").write_bytes(b"1")
+    named = {"model": tiny_model, "dataset": f"{data}/", "output": tmp_path / "runs", "max_length": 256}
+    done = execute(tmp_path, "--report", str(page), **named)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("left out")]
+    assert "notes.docx" in line
+    assert "notes.docx" in page.read_text()
 
 
 def test_a_model_on_the_hub(tiny_model, rows, tmp_path, monkeypatch):
@@ -249,4 +299,6 @@ def test_a_page_that_cannot_be_written(rows, tmp_path):
     nowhere = tmp_path / "nowhere"
     checked = check(tmp_path, "--report", str(nowhere / "r"), model=nowhere, dataset=rows, output=tmp_path / "o")
     assert checked.code == 65
-    assert checked.problem("report")
+    problem = checked.problem("report")
+    assert (problem["exit_code"], checked.found["report"]) == (78, None)
+    assert f"cannot be written to {nowhere / 'r'}: No such file or directory" in problem["message"]

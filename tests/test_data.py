@@ -19,6 +19,7 @@ from job.errors import ConfigError, DataError
 from job.examples import Example
 from job.inputs import Inputs
 from job.rendering import Renderer
+from job.reporting import all_findings
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,39 @@ def test_a_draft_holds_no_texts_in_memory(model: Path, tmp_path: Path, monkeypat
 
     peak(50)
     assert peak(200) - peak(50) < 150 * 1000  # of some 20,000 each
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "drop"])
+def test_an_evaluation_of_which_nothing_is_left(model: Path, tmp_path: Path, overlong: str) -> None:
+    """Files of its own are refused; of a split, the counts and a finding stay, and the log says that nothing is
+    evaluated."""
+    short = [[("user", f"Count to {number}."), ("assistant", f"{number}")] for number in range(40)]
+    long = [("user", "word " * 300), ("assistant", "ok")]
+    asked = config(eval_fraction=0.2, max_length=100, overlong=overlong)
+    held_out = write(tmp_path / "b.jsonl", [long])
+    with pytest.raises(DataError, match="Nothing to evaluate: of 1 rows") as caught:
+        data.prepare(asked, given(model, write(tmp_path / "a.jsonl", short), held_out), directory=tmp_path / "own")
+    assert "TUNE_EVAL_DATASET" in caught.value.remedy
+
+    train = write(tmp_path / "c.jsonl", short)
+    sides = data.read(asked, given(model, train)).split.held_out
+    grown = [
+        [("user", "word " * 300 + one[0][1]), one[1]] if side else one for one, side in zip(short, sides, strict=True)
+    ]
+    inputs = given(model, write(tmp_path / "c.jsonl", grown))
+    read = data.read(asked, inputs)
+    read = replace(read, split=dataset.Split(held_out=sides, note=""))
+    with structlog.testing.capture_logs() as said:
+        found = data.render(asked, inputs, read, directory=tmp_path / "split")
+    assert found.evaluation is None
+    assert found.held_out is not None
+    assert found.held_out.rows == sum(sides)
+    code = {"truncate": "fully_masked", "drop": "dropped_overlong"}[overlong]
+    (finding,) = [one for one in all_findings(found) if "evaluation" in one.message]
+    assert (finding.code, finding.count) == (code, sum(sides))
+    assert [line["reason"] for line in said if line["event"] == "evaluation_off"] == [
+        f"nothing is left to learn of the {sum(sides)} held-out rows"
+    ]
 
 
 def test_log_lines_of_the_pass(model: Path, tmp_path: Path) -> None:

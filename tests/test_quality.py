@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from job import data, dataset, suspects, verdicts
+from job import data, dataset, quality, suspects, verdicts
 from job.config import Config
 from job.errors import DataError
 from job.examples import Example, Turn, content_key
@@ -239,6 +239,18 @@ def test_rows_that_are_nearly_the_same_are_on_one_side() -> None:
     assert 0.2 < sum(side.values()) / len(side) < 0.4
 
 
+def test_short_rows_of_the_same_words_are_on_one_side() -> None:
+    """Rows of a few words that differ in case, punctuation and space alone are near duplicates, and no leak."""
+    pairs = [
+        [talk(f"Capital of land{n}?", "Paris"), talk(f"capital of land{n} ?", "paris.", line=2)] for n in range(200)
+    ]
+    rows = [row for pair in pairs for row in pair]
+    side = sides(rows)
+    assert {len({side[content_key(row)] for row in pair}) for pair in pairs} == {1}
+    assert found(rows)["near_duplicates"][0] == 200
+    assert found([one for one, _ in pairs], [other for _, other in pairs])["eval_leakage"][0] == 200
+
+
 @settings(max_examples=25, deadline=None)
 @forall(
     seeds=st.lists(st.integers(0, 400), min_size=1, max_size=12, unique=True),
@@ -253,6 +265,25 @@ def test_no_order_and_no_unlike_row_moves_another(seeds: list[int], others: list
     order.shuffle(more)
     after = sides(more)
     assert {key: after[key] for key in before} == before
+
+
+@pytest.mark.parametrize(
+    ("share", "told"), [(1, "100%"), (0.5, "50%"), (1 / 3, "33%"), (0.012, "1.2%"), (0.0005, "0.05%"), (1e-9, "0.001%")]
+)
+def test_shares_as_a_person_writes_them(share: float, told: str) -> None:
+    """No share is told in powers of ten, and none as nothing."""
+    assert quality._percent(share) == told
+
+
+@pytest.mark.parametrize("size", [30, 60])
+def test_a_large_group_is_judged_by_its_own_size(size: int) -> None:
+    """Unlike rows, however many, neither dissolve a group nor bring it together."""
+    shared = sentence(1, 80)
+    rows = [talk(shared, f"It is number {n}", line=n) for n in range(size)]
+    unlike = [talk(sentence(n, 20), sentence(n + 1, 20)) for n in range(1000, 3000, 2)]
+    small, large = sides([*rows, *unlike[:100]]), sides([*rows, *unlike])
+    assert {key: large[key] for key in small} == small
+    assert len({small[content_key(row)] for row in rows}) == (1 if size == 30 else 2)
 
 
 def test_off_does_not_change_the_split() -> None:

@@ -18,7 +18,7 @@ from job.arrow import prepare
 from job.errors import DataError
 from job.examples import Example, RowError, Turn
 from job.labels import IGNORED, Rendered
-from job.rendering import Renderer
+from job.rendering import MOST_CHARACTERS, Renderer
 from job.template import named
 from job.tokenizer import Tokenizer, wrap
 
@@ -372,6 +372,16 @@ def test_overlong_rows_fail_the_run_when_asked_to(tmp_path: Path) -> None:
     renderer = Renderer(tokenizer=tokenizer("chatml"), max_length=40, overlong="fail")
     with pytest.raises(DataError, match=r"2 of 2 rows are invalid:\na\.jsonl:1: .* more than TUNE_MAX_LENGTH=40"):
         prepare(rows, renderer=renderer, directory=tmp_path)
+
+
+@pytest.mark.parametrize("ready", [False, True], ids=["conversation", "ready text"])
+def test_a_text_too_large_to_tokenise_is_refused(ready: bool) -> None:
+    """It would take gigabytes of memory, and all but its beginning would be cut off."""
+    large = "word " * (MOST_CHARACTERS // 5) + "!"
+    row = conversation(("user", "a"), ("assistant", large), line=7)
+    read = replace(row, format="text", text=large, turns=()) if ready else row
+    with pytest.raises(RowError, match=r"a\.jsonl:7: .* more than 8,000,000 are not tokenised"):
+        Renderer(tokenizer=tokenizer("chatml")).text(read)
 
 
 def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The page: whole in itself, harmless whatever the data, and true about what is learned."""
 
+import dataclasses
 import html
 import re
 from html.parser import HTMLParser
@@ -19,7 +20,7 @@ from job.pace import pace
 from job.places import Places
 from job.record import Record
 from job.rendering import Renderer
-from job.report import Answer, Curve, Report
+from job.report import Answer, Curve, Report, visible
 from job.reporting import all_findings, lengths, publish, report
 from job.samples import sample, samples
 from job.storage.store import open_store
@@ -143,6 +144,14 @@ def test_hostile_data_stays_text(tmp_path):
     assert "\x1b" not in page.text
 
 
+@pytest.mark.parametrize("number", [0xAD, 0x34F, 0x115F, 0x2800, 0x3164, 0xFE0F, 0xFFA0, 0xE0001, 0xE0041, 0xE01EF])
+def test_characters_that_show_nothing_are_marked(number):
+    """Fillers, selectors and tags, in which text can hide, stand on the page as their numbers."""
+    assert visible(f"a{chr(number)}b") == f"a⟨U+{number:04X}⟩b"
+    page = Report(title=f"a{chr(number)}b", state="check", summary=()).html()
+    assert chr(number) not in page
+
+
 def test_the_page_needs_nothing_else(tmp_path):
     """No element refers to anything outside the page, there is no script, and a policy forbids both."""
     text = full(tmp_path, list(HOSTILE)).html()
@@ -251,6 +260,21 @@ def test_a_sample_with_a_secret_is_not_shown(monkeypatch):
     page = Report(title="planted-secret-value", state="check", summary=(), samples=(shown,)).html()
     assert "planted" not in page
     assert "holds a secret" in page
+
+
+@pytest.mark.parametrize("words", [1, 2000], ids=["whole", "with a part left out"])
+def test_suspicious_tokens_of_a_sample_are_masked(tmp_path, words):
+    """Keys, passwords and addresses that stand in the data are masked wherever the page shows them, and only they."""
+    key, password, address = "ghp_" + "a1B2c3D4e5" * 4, "Xk9fQ2" + "mZ7pL3", "bob.smith@" + "corp-mail.com"
+    said = f"my key is {key} and mail {address}, please"
+    data = rendered(tmp_path, [chat(said + " word" * words, f"ok, password={password} noted")], max_length=8192)
+    (shown,) = samples(data)
+    assert "".join(token.text for token in shown.tokens if token.learned) == "ok, password=[masked] noted<|im_end|>"
+    answer = Answer(prompt=said, reference=password, before=f"password={password}", after=address)
+    made = report(settings(), state="check", data=data)
+    page = Page(dataclasses.replace(made, answers=(answer,), summary=((address, key),)).html()).text
+    assert "my key is [masked] and mail [masked], please" in page
+    assert [hidden for hidden in (key, key[:10], address, "bob.smith", f"={password}") if hidden in page] == []
 
 
 def test_what_a_limit_cuts(tmp_path):

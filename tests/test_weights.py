@@ -238,8 +238,10 @@ def test_a_mask_writes_the_very_file_of_one(tmp_path: Path) -> None:
 def test_nothing_to_learn_is_an_error(tmp_path: Path) -> None:
     """Rows in which no role that weighs anything speaks leave nothing to train on."""
     renderer = Renderer(tokenizer=tokenizer("chatml"), weights={"tool": 1.0})
-    with pytest.raises(DataError, match="Nothing to train on"):
+    with pytest.raises(DataError, match=r"Nothing to train on: .* none is longer than") as caught:
         prepare([conversation(*TALK)], renderer=renderer, directory=tmp_path)
+    assert "TUNE_ROLE_WEIGHTS" in caught.value.remedy
+    assert "Raise" not in caught.value.remedy
 
 
 def test_loss_and_gradients_are_those_by_hand(tiny_model: Path, tmp_path: Path) -> None:
