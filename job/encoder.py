@@ -62,7 +62,7 @@ class Encoder:
         return encoding(whole, bos_ids=self.bos_ids)
 
     @functools.cached_property
-    def _widths(self) -> NDArray[np.int64] | None:
+    def _widths(self) -> NDArray[np.int32] | None:
         """How many bytes of text each token stands for, of a byte-level tokenizer; None of others.
 
         Its tokens are spelt in an alphabet of one character for each byte (Radford et al. 2019, GPT-2's encoder), so
@@ -71,7 +71,7 @@ class Encoder:
         backend = self.hf.backend_tokenizer
         spelt = backend.get_vocab(with_added_tokens=False)
         added = {number: len(token.content.encode()) for number, token in self.hf.added_tokens_decoder.items()}
-        widths = np.zeros(max(*spelt.values(), *added, 0) + 1, dtype=np.int64)
+        widths = np.zeros(max(*spelt.values(), *added, 0) + 1, dtype=np.int32)
         widths[list(spelt.values())] = [len(token) for token in spelt]
         widths[list(added)] = list(added.values())
         for text in (*SAMPLES, "".join(f"a {token} b" for token in self._special)):

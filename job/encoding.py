@@ -75,7 +75,7 @@ class Encoding:
 class Counted:
     """What `tokenizers.Encoding` says of characters, told from how many bytes each token stands for."""
 
-    def __init__(self, ids: list[int], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+    def __init__(self, ids: list[int], starts: NDArray[np.int32], ends: NDArray[np.int32]) -> None:
         self.ids = ids
         self._starts, self._ends = starts, ends
 
@@ -94,20 +94,20 @@ class Counted:
         return int(self._starts[token]), int(self._ends[token])
 
 
-def counted(text: str, ids: list[int], widths: NDArray[np.int64]) -> Counted | None:
+def counted(text: str, ids: list[int], widths: NDArray[np.int32]) -> Counted | None:
     """Where the tokens of a text lie; None if their bytes are not those of the text.
 
     Args:
         widths: bytes of each token of the vocabulary.
     """
-    ends = np.cumsum(widths[ids])
+    ends = np.cumsum(widths[ids], dtype=np.int32)
     size = int(ends[-1]) if ids else 0
     if text.isascii():
         return Counted(ids, ends - widths[ids], ends) if size == len(text) else None
     encoded = np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)
     if size != len(encoded):
         return None
-    characters = np.cumsum((encoded & TWO_BITS) != GOES_ON) - 1  # of each byte
+    characters = np.cumsum((encoded & TWO_BITS) != GOES_ON, dtype=np.int32) - 1  # of each byte
     return Counted(ids, characters[ends - widths[ids]], characters[ends - 1] + 1)
 
 

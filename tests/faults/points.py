@@ -161,11 +161,12 @@ def full_disk(from_step: int, to_step: int) -> None:
     ballast = Path(os.environ["TMPDIR"], "ballast")
 
     def fill():
-        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
 
-    _at_step(from_step, fill)
+    for step in range(from_step, to_step):  # again and again: an upload that ends gives room back
+        _at_step(step, fill)
     _at_step(to_step, ballast.unlink)
 
 

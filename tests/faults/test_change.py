@@ -444,7 +444,7 @@ def test_another_micro_batch(bench, run_id):
 def test_deterministic(bench, run_id):
     """TUNE_DETERMINISTIC is recorded, is no other run, and refuses by name an operation that may not repeat itself."""
     job = bench.start(run_id, deterministic=True, hooks=[["unrepeatable_kernel", 9]]).ends(CONFIG)
-    assert job.event("model_loaded")["plan"]["deterministic"] is True
+    assert job.event("plan_made")["plan"]["deterministic"] is True
     assert job.event("bitwise_equality_ended")["plan"]["was"]["deterministic"] is False
     failed = job.event("run_failed")
     assert failed["message"].startswith("TUNE_DETERMINISTIC=true cannot be had with these settings: put_ does not have")
