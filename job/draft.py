@@ -18,10 +18,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from operator import attrgetter
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -165,16 +164,20 @@ class _Chunk:
     """Texts whose tokens are being made."""
 
     texts: dict[int, Text]
-    plain: Future[list[Encoding]]
-    """For the pieces without stand-ins, in order."""
+    plain: Future[list[Any]]
+    """What the tokenizer found in the pieces without stand-ins, in order: understood here, so that the thread that
+    makes tokens seldom asks for Python's lock."""
 
     def encoded(self, renderer: Renderer) -> Iterator[tuple[int, Text, list[Encoding]]]:
         """Each row with the tokens of its pieces, once they are there."""
         plain = iter(self.plain.result())
         for row, text in self.texts.items():
-            yield row, text, renderer.encoded(text) if text.disarmed else list(islice(plain, len(text.pieces)))
+            if text.disarmed:
+                yield row, text, renderer.encoded(text)
+            else:
+                yield row, text, [renderer.tokenizer.understood(piece.text, next(plain)) for piece in text.pieces]
 
 
 def _chunk(texts: dict[int, Text], renderer: Renderer, thread: Executor) -> _Chunk:
     plain = [piece.text for text in texts.values() if not text.disarmed for piece in text.pieces]
-    return _Chunk(texts=texts, plain=thread.submit(renderer.tokenizer.encode_batch, plain))
+    return _Chunk(texts=texts, plain=thread.submit(renderer.tokenizer.found, plain))

@@ -47,19 +47,26 @@ class Encoder:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        """Many texts at once, on all cores and without holding Python's lock."""
-        if self._widths is None:
-            found = self.hf.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
-            return [encoding(one, bos_ids=self.bos_ids) for one in found]
-        quick = self.hf.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._counted(text, one.ids) for text, one in zip(texts, quick, strict=True)]
+        """Many texts at once."""
+        return [self.understood(text, one) for text, one in zip(texts, self.found(texts), strict=True)]
 
-    def _counted(self, text: str, ids: list[int]) -> Encoding:
+    def found(self, texts: Sequence[str]) -> list[Any]:
+        """What the library finds in many texts, on all cores and without holding Python's lock; for `understood`."""
+        backend = self.hf.backend_tokenizer
+        encode = backend.encode_batch if self._widths is None else backend.encode_batch_fast
+        result: list[Any] = encode(list(texts), add_special_tokens=False)
+        return result
+
+    def understood(self, text: str, found: Any) -> Encoding:
+        """The tokens of one text, of which `found` has this."""
+        if self._widths is None:
+            return encoding(found, bos_ids=self.bos_ids)
+        ids: list[int] = found.ids
         # A normaliser may change characters, but not those of ASCII: `SAMPLES` has them.
-        known = self.hf.backend_tokenizer.normalizer is None or text.isascii()
-        found = counted(text, ids, self._widths) if known and self._widths is not None else None
-        whole = found or self.hf.backend_tokenizer.encode(text, add_special_tokens=False)
-        return encoding(whole, bos_ids=self.bos_ids)
+        backend = self.hf.backend_tokenizer
+        known = backend.normalizer is None or text.isascii()
+        quick = counted(text, ids, self._widths) if known else None
+        return encoding(quick or backend.encode(text, add_special_tokens=False), bos_ids=self.bos_ids)
 
     @functools.cached_property
     def _widths(self) -> NDArray[np.int32] | None:
