@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import pydoc_data.topics
 import random
 import resource
@@ -30,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+from machine import describe
 from rich.console import Console
 from rich.table import Table
 
@@ -246,23 +245,12 @@ def record(measured: list[Measured], rows: int) -> Path:
     packages = ("datasets", "pyarrow", "tokenizers", "transformers", "trl")
     body = {
         "rows": rows,
-        "cpu": cpu(),
-        "cpu_count": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "load_average_at_end": os.getloadavg(),
+        **describe(packages),
         "medians": medians(measured),
         "measurements": [asdict(one) for one in measured],
     }
     path.write_text(json.dumps(body, indent=2) + "\n")
     return path
-
-
-def cpu() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":
