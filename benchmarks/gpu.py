@@ -15,6 +15,7 @@ optimizer. Each side is a process of its own with compile caches of its own. Par
 - batch32: steady tokens a second with batches of 32, tutorial (2 x 16) against job
 - tight: 16 GiB of the card and rows that are all as long as the longest: the tutorial's largest micro-batch that
   survives 3 steps, and the one that the job takes
+- squeezed: the job on such rows, alone on the card, and again with most of the card taken away in mid-run: its losses
 
 What was found is written to <output>/gpu-<size>.json after every process. Ends with 1 where a target is missed.
 
@@ -53,13 +54,14 @@ from benchmarks.machine import card, describe, utilisation  # noqa: E402
 
 SIDES = ("job", "tutorial", "collator-free", "plain")
 """In the order in which they run: what matters most comes first, should time run out."""
-PARTS = ("speed", "adapter", "batch32", "tight")
+PARTS = ("speed", "adapter", "batch32", "tight", "squeezed")
 PACKAGES = (
     *("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "unsloth_zoo", "datasets"),
     *("accelerate", "xformers"),
 )
 LARGE_BATCH, LARGE_SKIP = 32, 3
 TIGHT_GIB, TIGHT_STEPS = 16, 3
+SQUEEZED_GIB, SQUEEZED_STEPS, SQUEEZED_FROM = 8, 6, 3
 PROFILED = 2
 PADDING_FREE = {"tutorial": False, "plain": False}
 """What else a side does would make it another side."""
@@ -175,6 +177,7 @@ class Bench:
             "adapter": f"{asked.rows}:lognormal:1",
             "batch32": f"{LARGE_BATCH * (LARGE_SKIP + asked.large_steps)}:lognormal:2",
             "tight": f"{BATCH * TIGHT_STEPS}:longest:3",
+            "squeezed": f"{BATCH * SQUEEZED_STEPS}:longest:4",
         }
         imports = "import unsloth, trl, peft, bitsandbytes, datasets"
         scratch = self.sides.scratch
@@ -275,6 +278,28 @@ class Bench:
             }
             found[side] = record
             self.save()
+
+    def squeezed(self) -> None:
+        if "job" not in self.asked.sides or self.asked.device == "cpu":
+            self.sides.skipped.append("squeezed: it is about the job on a card")
+            return
+        squeeze = {"BENCH_GPU_SQUEEZE": f"{SQUEEZED_FROM}:{SQUEEZED_GIB}"}
+        free, tight = (
+            self.sides.run("squeezed", "job", steps=SQUEEZED_STEPS, batch=BATCH, name=name, outside=outside)
+            for name, outside in (("job-free", {}), ("job-squeezed", squeeze))
+        )
+        if free is None or tight is None or free.code or tight.code:
+            return
+        cuts = [line for line in tight.lines() if line.get("event") == "out_of_memory"]
+        self.result["squeezed"] = {
+            "limit_gib": SQUEEZED_GIB,
+            "from_step": SQUEEZED_FROM,
+            "cuts": [{key: line[key] for key in ("step", "was", "now")} for line in cuts],
+            "losses": {"free": free.losses(), "squeezed": tight.losses()},
+            **numbers.agreement({"job": free.losses(), "squeezed": tight.losses()})["squeezed"],
+            "memory_peak_bytes": free.memory_peak(),
+            **self.versions(),
+        }
 
     # -- one side ----------------------------------------------------------------------------------------------------
 

@@ -271,6 +271,11 @@ def problems(result: Mapping[str, Any]) -> list[str]:
                 f"losses of {side} and the job differ by {off['first']:.2%} at the first step and up to "
                 f"{off['largest']:.2%} later; the noise of bf16 is {FIRST_LOSS_OFF:.1%} and {LOSS_OFF:.0%}"
             )
+    if squeezed := result.get("squeezed"):
+        if not squeezed["cuts"]:
+            wrong.append("memory was taken away, and the job never noticed")
+        if squeezed["largest"] > LOSS_OFF:
+            wrong.append(f"losses differ by {squeezed['largest']:.2%} once passes are cut smaller")
     adapter = {side: one.get("seconds") for side, one in result.get("adapter", {}).items()}
     ours, theirs = adapter.get("job"), adapter.get("tutorial")
     if ours and theirs and result["size"] == "1b" and ours > theirs * ADAPTER_SHARE:

@@ -88,6 +88,12 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
         each = ", ".join(f"{NAMES[side]} {one['largest_micro_batch']}" for side, one in tight.items())
         limit, tokens = next((one["limit_gib"], one["row_tokens"]) for one in tight.values())
         found.append(f"Largest micro-batch of {tokens:,}-token rows in {limit} GiB: {each}.")
+    if squeezed := result.get("squeezed"):
+        found.append(
+            f"With all but {squeezed['limit_gib']} GiB taken away before step {squeezed['from_step']} the job cuts its "
+            f"passes smaller {len(squeezed['cuts'])} times and goes on; its losses differ by {squeezed['largest']:.2%} "
+            "at most."
+        )
     agree = result.get("agreement", {})
     if agree:
         each = ", ".join(f"{NAMES[side]} {off['first']:.3%} / {off['largest']:.2%}" for side, off in agree.items())

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -90,7 +89,7 @@ class Ended:
         for line in self.lines():
             found |= line["plan"] if isinstance(line.get("plan"), dict) else {}
             found |= {key: line[key] for key in SETTINGS if found and key in line}
-        return found
+        return {**found, "padding_free": found.get("batching") != "padded"}
 
     def was_fed(self, tokens: Sequence[int]) -> bool:
         """Whether it trained on so many tokens in each step, so that rows and order are those of the other sides. The
@@ -204,7 +203,9 @@ class Sides:
         if side == "job":
             scratch = caches
             if self.job_cache() == "TUNE_CACHE":
-                scratch = Path(tempfile.mkdtemp(dir=self.scratch))
+                scratch = self.scratch / "tmp"  # always the same, as on machines of one image, and always empty
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir()
             return kept | {"TMPDIR": str(scratch)}
         return kept | {
             "HF_HOME": str(caches / "huggingface"),

@@ -41,8 +41,8 @@ def cpu() -> str:
 
 
 def utilisation() -> Callable[[], float] | None:
-    """What reads the share of its last sampling period (a sixth of a second to one second) in which the first graphics
-    card ran at least one kernel, however small: NVML's `utilization.gpu`. None where there is no NVML."""
+    """What reads the share of its last sampling period (a sixth of a second to one second) in which the graphics card
+    ran at least one kernel, however small: NVML's `utilization.gpu`. None where there is no NVML."""
     for name in NVML:
         try:
             library = ctypes.CDLL(name)
@@ -52,7 +52,7 @@ def utilisation() -> Callable[[], float] | None:
     else:
         return None
     handle, rates = ctypes.c_void_p(), (ctypes.c_uint * 2)()  # of the card's kernels, of its memory
-    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle)):
+    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(_index(), ctypes.byref(handle)):
         return None
 
     def read() -> float:
@@ -66,8 +66,14 @@ def utilisation() -> Callable[[], float] | None:
 
 def card() -> str:
     """Name, driver and memory of the graphics card, or that there is none."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    query = ["nvidia-smi", f"--id={_index()}", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         return subprocess.check_output(query, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "none"
+
+
+def _index() -> int:
+    """The card that CUDA shows first."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0]
+    return int(first) if first.isdigit() else 0

@@ -67,7 +67,6 @@ class Draft:
         self._directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as entered:
             gc.freeze()  # to look through all that is there already, again and again, took as long as the templates
-            entered.callback(gc.unfreeze)
             self._tokens = entered.enter_context(self._file("draft.tokens", entered))
             self._outlines = entered.enter_context(self._file("draft.jsonl", entered))
             self._left = entered.pop_all()

@@ -48,6 +48,8 @@ class Fitting:
     state_bytes: int
     """What the optimizer will keep."""
     trainer: Any = None
+    collate: Any = None
+    """The trainer's own collator, which counts nothing."""
     graphed: GraphedDecoder | None = None
     seconds: float = 0.0
     """What `settle` took, most of it for kernels that the first step would have compiled."""
@@ -164,7 +166,7 @@ class Fitting:
         """The batch that needs most memory in one pass: the longest sequences there are."""
         order = sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row])[: cut.micro_batch]
         rows = [self.trainer.train_dataset[row] for row in order]
-        batch: dict[str, torch.Tensor] = self.trainer.data_collator(rows)
+        batch: dict[str, torch.Tensor] = self.collate(rows)
         return batch
 
     def _one(self, batch: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:

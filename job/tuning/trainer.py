@@ -150,7 +150,7 @@ def build(
         trainer.order = ShortFirst(dataset["length"][:], seed=config.seed)
     adapter.cast_trainable(trainer.model)
     trainer.fitting = fitting
-    fitting.trainer = trainer
+    fitting.trainer, fitting.collate = trainer, trainer.data_collator
     _check(trainer, plan, config)
     return trainer
 

@@ -1,6 +1,7 @@
 """Changes a Python process from outside when this directory is on PYTHONPATH, so that no program needs a switch for it.
 
 BENCH_GPU_LIMIT_GIB: the process gets that much of the card, and what it asks torch about memory says so.
+BENCH_GPU_SQUEEZE=<step>:<GiB>: from that optimizer step on, the process gets that much of the card.
 BENCH_GPU_PROFILE=<file>:<first>:<last>: the kernels of these optimizer steps are timed by torch's profiler, through a
 callback of whatever Trainer is built; their seconds go to the file as JSON.
 
@@ -75,12 +76,35 @@ def time_kernels(module: Any) -> None:
                 write_kernels(self.profiler, path, steps=int(last) - int(first) + 1)
                 self.profiler = None
 
+    add_callback(module, Kernels)
+
+
+def squeeze(module: Any) -> None:
+    """On transformers.trainer_callback: every trainer gets one callback more."""
+    step, _, gib = os.environ["BENCH_GPU_SQUEEZE"].partition(":")
+
+    class Squeeze(module.TrainerCallback):
+        """Gives what is not in use back to the card, and takes no more than the limit from then on."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            import torch  # noqa: PLC0415
+
+            if state.global_step + 1 == int(step):
+                torch.cuda.empty_cache()
+                total = torch.cuda.get_device_properties(0).total_memory
+                torch.cuda.set_per_process_memory_fraction(float(gib) * 2**30 / total, 0)
+
+    add_callback(module, Squeeze)
+
+
+def add_callback(module: Any, kind: Any) -> None:
+    """Give one to every trainer that will be built."""
     handler = module.CallbackHandler
     real = handler.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
-        self.add_callback(Kernels())
+        self.add_callback(kind())
 
     handler.__init__ = init
 
@@ -109,8 +133,8 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 CHANGES = {
-    "torch.cuda": ("BENCH_GPU_LIMIT_GIB", limit_memory),
-    "transformers.trainer_callback": ("BENCH_GPU_PROFILE", time_kernels),
+    "torch.cuda": {"BENCH_GPU_LIMIT_GIB": limit_memory},
+    "transformers.trainer_callback": {"BENCH_GPU_PROFILE": time_kernels, "BENCH_GPU_SQUEEZE": squeeze},
 }
 
 
@@ -118,8 +142,8 @@ class Finder(importlib.abc.MetaPathFinder):
     """Finds a module as ever, and has it changed after it was executed."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:  # noqa: ARG002
-        variable, change = CHANGES.get(name, (None, None))
-        if variable is None or not os.environ.get(variable):
+        changes = [change for variable, change in CHANGES.get(name, {}).items() if os.environ.get(variable)]
+        if not changes:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is None or spec.loader is None:
@@ -128,7 +152,8 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: Any) -> None:
             execute(module)
-            change(module)
+            for change in changes:
+                change(module)
 
         spec.loader.exec_module = exec_module
         return spec
