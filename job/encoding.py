@@ -86,7 +86,7 @@ class Counted:
 
     def char_to_token(self, character: int) -> int | None:
         """The first token that covers a character."""
-        token = int(np.searchsorted(self._ends, character, side="right"))
+        token = int(self._ends.searchsorted(character, side="right"))
         return token if token < len(self._ends) and self._starts[token] <= character else None
 
     def token_to_chars(self, token: int) -> Offsets:
@@ -100,15 +100,16 @@ def counted(text: str, ids: list[int], widths: NDArray[np.int32]) -> Counted | N
     Args:
         widths: bytes of each token of the vocabulary.
     """
-    ends = np.cumsum(widths[ids], dtype=np.int32)
+    each = widths[ids]
+    ends = each.cumsum(dtype=np.int32)
     size = int(ends[-1]) if ids else 0
     if text.isascii():
-        return Counted(ids, ends - widths[ids], ends) if size == len(text) else None
+        return Counted(ids, ends - each, ends) if size == len(text) else None
     encoded = np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)
     if size != len(encoded):
         return None
     characters = np.cumsum((encoded & TWO_BITS) != GOES_ON, dtype=np.int32) - 1  # of each byte
-    return Counted(ids, characters[ends - widths[ids]], characters[ends - 1] + 1)
+    return Counted(ids, characters[ends - each], characters[ends - 1] + 1)
 
 
 def encoding(raw: Any, *, bos_ids: Sequence[int]) -> Encoding:

@@ -93,8 +93,7 @@ class Fitting:
             return
         with _unchanged(self.trainer.model):
             rate = matrix_rate()
-        graphs = self.plan.batching != "padded" and config.lora_dropout == 0
-        found = candidates(self.plan, config, self.shape, lengths=self.lengths, rate=rate, graphs=graphs)
+        found = candidates(self.plan, config, self.shape, lengths=self.lengths, rate=rate, graphs=recordable(config))
         self._choose(found)
 
     def _settle_positions(self) -> None:
@@ -237,6 +236,12 @@ class Fitting:
         log.warning("out_of_memory", step=step, reason=error, was=_named(self.plan.cut), now=_named(cut), **report)
         self.apply(cut)
         self.plan = self.plan.recut(cut, f"{_named(cut)}: since memory ran out at step {step}")
+
+
+def recordable(config: Config) -> bool:
+    """Whether passes may be tried as CUDA graphs. Dropout would repeat its mask, and 8-bit products (Dettmers et al.
+    2022, LLM.int8()) ask the card for the outliers of every input, which a recording cannot."""
+    return config.batching != "padded" and config.lora_dropout == 0 and config.precision != "8bit"
 
 
 def set_checkpointing(model: Any, mode: str) -> None:

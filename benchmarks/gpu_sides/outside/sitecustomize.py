@@ -47,6 +47,7 @@ def limit_memory(cuda: Any) -> None:
 
     cuda.mem_get_info = cuda.memory.mem_get_info = mem_get_info
     cuda.get_device_properties = lambda device=None: Properties(real_properties(device))
+    cuda.get_per_process_memory_fraction = lambda _device=None: 1.0  # all of what the others say there is
     cuda._lazy_call(set_fraction)  # noqa: SLF001 - what torch's own seeds use
 
 
