@@ -103,7 +103,8 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The README's table, with what it was measured on."""
-    rows = [COLUMNS, ("---", *("---:" for _ in COLUMNS[1:])), *cells(result)]
+    measured = cells(result)
+    rows = [COLUMNS, ("---", *("---:" for _ in COLUMNS[1:])), *measured] if measured else []
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     head = f"Llama shape of {result['size'].upper()} on {result['card']} (torch {result['versions']['torch']}, "
     head += f"Unsloth {result['versions'].get('unsloth')}; {result['date']}):"
@@ -130,7 +131,7 @@ def show(result: Mapping[str, Any]) -> None:
 
 def draw(results: Sequence[Mapping[str, Any]], docs: Path) -> str:
     """Write the charts, and return the README's text."""
-    measured = [result for result in results if cells(result)]
+    measured = [result for result in results if len(cells(result)) > 1]
     docs.mkdir(exist_ok=True, parents=True)
     text = []
     (docs / "gpu-speed.svg").write_text(bars(measured))
@@ -139,7 +140,7 @@ def draw(results: Sequence[Mapping[str, Any]], docs: Path) -> str:
         name = f"gpu-losses-{result['size']}.svg"
         (docs / name).write_text(curves(result))
         text += [markdown(result), f"![Losses of the four sides by optimizer step](docs/{name})\n"]
-    text += [markdown(result) for result in results if not cells(result)]
+    text += [markdown(result) for result in results if result not in measured]
     return "\n".join(text)
 
 

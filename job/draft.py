@@ -36,6 +36,8 @@ CHUNK_CHARACTERS = 4 << 20
 """Text that is tokenised at once, but for the last row. A token takes about 100 bytes while it is in flight."""
 IN_FLIGHT = 2
 """Chunks that wait for their tokens while the next is rendered."""
+NEW_OBJECTS = 50_000
+"""Between two looks for garbage, instead of Python's 700: rows make hardly any that needs to be looked for."""
 FIELDS = tuple(Outline.__slots__)
 _values = attrgetter(*FIELDS)
 
@@ -67,6 +69,9 @@ class Draft:
         self._directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as entered:
             gc.freeze()  # to look through all that is there already, again and again, took as long as the templates
+            usual = gc.get_threshold()
+            gc.set_threshold(NEW_OBJECTS, *usual[1:])
+            entered.callback(gc.set_threshold, *usual)
             self._tokens = entered.enter_context(self._file("draft.tokens", entered))
             self._outlines = entered.enter_context(self._file("draft.jsonl", entered))
             self._left = entered.pop_all()

@@ -29,8 +29,8 @@ def find(template: Template, turns: Sequence[Turn]) -> tuple[str, list[tuple[int
     opening, ending = template.generation_prompt, template.end_of_turn
     if not (opening and ending and all(map(_plain, turns))):
         return None
-    tags = _tags(template.text)
-    if any(tag in turn.content for turn in turns for tag in tags):
+    said = "\n".join([turn.content for turn in turns])
+    if any(map(said.__contains__, _tags(template.text))):
         return None
     text = template.render(turns, add_generation_prompt=False)
     found: list[tuple[int, int, int]] = []
