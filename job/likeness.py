@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import re
+from unicodedata import ucd_3_2_0 as unicode
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,11 @@ Signature = NDArray[np.uint16]
 SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 NEVER_SPACELESS = bytes(byte for byte in range(256) if byte not in b"\xe0\xe1\xe3\xe4\xe5\xe6\xe7\xe8\xe9\xef")
 """Bytes of UTF-8 with which none of these characters begins."""
-IN_WORD = np.array([chr(byte).isalnum() if byte < 128 else True for byte in range(256)])  # noqa: PLR2004 - ASCII
+ASCII = 0x7F
+BETWEEN = b"\xc2\xc3\xca\xcb\xcd\xce\xcf\xd5\xd6\xd7\xd8\xd9\xdb\xdc\xe0\xe1\xe2\xe3\xef"
+"""Bytes with which begin, among others, the characters of `_between` that are not ASCII."""
+KINDS = bytes(2 if byte in BETWEEN else byte > ASCII or chr(byte).isalnum() for byte in range(256))
+"""For each byte 0 if it stands between words, 1 if it is of a word, 2 if what it begins must be looked at."""
 BASE = 0x9E3779B97F4A7C15
 """Odd, so that it has an inverse modulo 2**64."""
 
@@ -62,6 +67,32 @@ def _asks() -> NDArray[np.int64]:
     """For each slot the order in which it asks the others when it is empty."""
     drawn = _mixed(np.arange(1, SLOTS * SLOTS + 1, dtype=np.uint64)).reshape(SLOTS, SLOTS)
     return np.argsort(drawn, axis=1, kind="stable")
+
+
+@functools.cache
+def _between() -> NDArray[np.bool_]:
+    """For each character up to U+FFFF whether it stands between words: those of the categories that ASCII has there.
+
+    So letters, digits and emoji are of words. Categories are those of Unicode 3.2, alike in every version of Python.
+    """
+    kinds = [unicode.category(chr(code)) for code in range(0x10000)]
+    return np.array([kind[0] in "PZ" or kind in {"Cc", "Sc", "Sk", "Sm"} for kind in kinds])
+
+
+def _in_word(data: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """For each byte of UTF-8 whether it is of a word. The last byte is a line end."""
+    kinds = np.frombuffer(data.tobytes().translate(KINDS), dtype=np.uint8)
+    inside, at = kinds > 0, np.flatnonzero(kinds == 2)  # noqa: PLR2004 - see KINDS
+    if not len(at):
+        return inside
+    one, two, three = (data.take(at + more, mode="clip").astype(np.intp) for more in range(3))
+    long = one >= 0xE0  # noqa: PLR2004 - begins a character of three bytes
+    code = np.where(long, (one & 0xF) << 12 | (two & 0x3F) << 6 | three & 0x3F, (one & 0x1F) << 6 | two & 0x3F)
+    found = _between()[code] & (two > ASCII)  # not a character's first byte alone, behind which a text was cut off
+    at, long = at[found], long[found]
+    inside[at] = inside[at + 1] = False
+    inside[at[long] + 2] = False
+    return inside
 
 
 def spaced(text: str) -> str:
@@ -116,7 +147,7 @@ class Signatures:
 
     def _words(self, data: NDArray[np.uint8], ends: NDArray[np.int64]) -> tuple[Hashes, NDArray[np.int64]]:
         """A hash of each word, and the text that it is of."""
-        inside = IN_WORD[data]  # the last byte is a line end, so that words end as often as they start
+        inside = _in_word(data)  # the last byte is a line end, so that words end as often as they start
         borders = np.flatnonzero(inside[1:] != inside[:-1]) + 1
         starts, stops = (borders[1::2], borders[::2]) if inside[0] else (borders[::2], borders[1::2])
         starts = np.concatenate(([0], starts)) if inside[0] else starts

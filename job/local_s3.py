@@ -6,6 +6,7 @@ credentials, and is never part of a real run.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import subprocess
@@ -58,6 +59,11 @@ def _stop(child: subprocess.Popen[str]) -> None:
 
 def _main() -> None:
     """The child: listen, say where, and end when the parent's end of the pipe closes, however the parent dies."""
+    argparse.ArgumentParser(
+        prog="python -m job.local_s3",
+        description="A local S3 server for the demo and the tests: it takes a free port of 127.0.0.1 and prints it, "
+        "keeps objects in memory, and ends when its standard input does.",
+    ).parse_args()
     # The parent needs none of this.
     from moto.moto_server.werkzeug_app import (  # noqa: PLC0415
         DomainDispatcherApplication,

@@ -1,7 +1,10 @@
+# ruff: noqa: RUF001 - characters that look alike are what is tested
+
 from __future__ import annotations
 
 import hashlib
 import random
+from unicodedata import category
 
 import numpy as np
 import pytest
@@ -13,7 +16,9 @@ from job import likeness
 from job.likeness import Signature, Signatures, groups
 
 VOCABULARY = [f"w{number}" for number in range(5000)]
-WORDS = st.lists(st.sampled_from(["a", "bb", "Über", "x1", "今", "天", "-", "\n", "."]), max_size=30)
+WORDS = st.lists(st.sampled_from(["a", "bb", "Über", "x1", "今", "天", "-", "\n", ".", "“", "é…", "。"]), max_size=30)
+COMMON = "¡¿«»·„“”‘’‚‹›–—…•‐‑‰、。〈〉《》「」『』【】〜・！，．：；？（）［］،؛؟।॥։־״׳።"
+"""Punctuation that texts of many languages hold."""
 
 
 def signed(texts: list[str]) -> Signature:
@@ -21,6 +26,10 @@ def signed(texts: list[str]) -> Signature:
     for text in texts:
         signatures.add(text)
     return signatures.all()
+
+
+def digest(signature: Signature) -> str:
+    return hashlib.sha256(signature.astype("<u2").tobytes()).hexdigest()[:16]
 
 
 def pairs(words: list[str]) -> set[tuple[str, str]]:
@@ -60,15 +69,69 @@ def test_signatures_stay_what_they_are() -> None:
     """Sides of the split follow from these numbers: another version of the job or of numpy must give the same."""
     rng = random.Random(1)
     texts = [" ".join(rng.choices(["alpha", "Über", "今天", "x1-", "e\u0301", "it's"], k=k)) for k in (3, 8, 20, 500)]
-    signature = signed(texts)
-    digest = hashlib.sha256(signature.astype("<u2").tobytes()).hexdigest()[:16]
-    assert digest == "afea0ace34769931"
+    assert digest(signed(texts)) == "afea0ace34769931"
+    texts = ["“Hello…” 。今天、x — ¿qué? 😊\u00a0§", "l’un « et » l’autre — " * 20]
+    assert digest(signed(texts)) == "a620ade5be267f3b"
 
 
 def test_case_punctuation_and_space_do_not_matter() -> None:
     """Two texts of the same words are the same to it."""
     one, other = signed(["One, two: three four five six seven eight", "one two\nthree FOUR  five six (seven) eight!"])
     assert one.tolist() == other.tolist()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param("Hello", "“Hello…”", id="typographic"),
+        pytest.param("Je l'ai dit: oui", "Je l’ai dit\u202f: «\u00a0oui\u00a0»", id="French"),
+        pytest.param("Que hora es? Ya", "¿Que hora es? ¡Ya!", id="Spanish"),
+        pytest.param("one - two", "one—two", id="dashes"),
+        pytest.param("你好，今天很好。", "「你好」今天、很好", id="Chinese"),
+        pytest.param("今日はいい天気", "今日は、いい天気。", id="Japanese"),
+        pytest.param("안녕 세상", "안녕\u3000세상！", id="Korean"),
+        pytest.param("كيف حالك", "كيف حالك؟", id="Arabic"),
+        pytest.param("नमस्ते दुनिया", "नमस्ते दुनिया।", id="Hindi"),
+        pytest.param("`x` < 5 $", "´x´ ≤ 5 €", id="symbols"),
+    ],
+)
+def test_punctuation_of_all_scripts_does_not_matter(one: str, other: str) -> None:
+    """It is between words, as that of ASCII is, in short texts and in long ones."""
+    more = " and then seven more words stand behind it"
+    first, second, longer, longest = signed([one, other, one + more, other + more]).tolist()
+    assert first == second
+    assert longer == longest
+    assert first != longer
+
+
+def test_letters_marks_digits_and_emoji_are_of_words() -> None:
+    """Texts that differ in one of them differ; an answer of nothing but an emoji is a word."""
+    texts = ["naïve", "naive", "e\u0301", "e", "का", "क", "٣", "٤", "５", "Yes 👍", "Yes 👎", "Yes", "👍", "©"]
+    assert groups(signed(texts)).tolist() == list(range(len(texts)))
+
+
+def test_every_character_is_of_a_word_or_between_words() -> None:
+    """No letter, mark or digit of today's Unicode divides a word, and its common punctuation and white space does."""
+    between = [chr(code).encode()[0] for code in np.flatnonzero(likeness._between()) if code > likeness.ASCII]
+    assert set(between) == set(likeness.BETWEEN)
+    characters = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
+    inside = iter(likeness._in_word(np.frombuffer("\n".join([*characters, ""]).encode(), dtype=np.uint8)))
+    for character in characters:
+        of_word = {bool(next(inside)) for _ in character.encode()}
+        assert len(of_word) == 1
+        assert not next(inside), "the line end behind it"
+        kind = category(character)
+        if kind[0] in "MN" or kind in {"Lu", "Ll", "Lt", "Lo"}:
+            assert of_word == {True}, hex(ord(character))
+        if kind[0] == "Z" or (kind[0] == "P" and character in COMMON):
+            assert of_word == {False}, hex(ord(character))
+
+
+@pytest.mark.parametrize("longest", [8, 9])
+def test_a_text_cut_within_a_character_leaves_the_next_alone(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
+    """What is left of the character takes nothing of the text behind it."""
+    monkeypatch.setattr(likeness, "LONGEST", longest)
+    assert signed(["word é…", "xyz"])[1].tolist() == signed(["xyz"])[0].tolist()
 
 
 def test_scripts_without_spaces_are_compared_by_character() -> None:
