@@ -11,7 +11,9 @@ Nothing here may end a run, or hold it up by more than `PATIENCE_SECONDS` (or `L
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import stat
 import tempfile
 import threading
 import time
@@ -39,7 +41,7 @@ LAST_SECONDS = 30.0
 MOST_PARTS = 8
 LARGEST_BYTES = 4 << 30  # of one archive, packed
 _PART = re.compile(r"[0-9a-f]{64}" + re.escape(archive.SUFFIX))
-_PASSING = re.compile(r"(^|/)(tmp\.[^/]*|__pycache__|locks)/|(^|/)(lock|\.[^/]*\.tmp|[^/]*\.(lock|pyc))$")
+_PASSING = re.compile(r"tmp\..*|__pycache__|locks?|\..*\.tmp|.*\.(lock|pyc)")
 """Names of what the libraries need while they write, or can make anew for nothing."""
 
 
@@ -166,10 +168,10 @@ class CompileCache:
 
     def _save(self, *, older_than_seconds: float) -> None:
         started = time.monotonic()
-        new = {name: path for name, path in self._files(older_than_seconds) if name not in self._kept}
-        if not new:
-            return
         try:
+            new = {name: path for name, path in self._files(older_than_seconds) if name not in self._kept}
+            if not new:
+                return
             store = self._store(SAVING_PATIENCE_SECONDS)
             others = {entry.key for entry in store.entries(f"{self._key}/")} - self._seen
             if others or len(self._seen) >= MOST_PARTS:
@@ -195,19 +197,19 @@ class CompileCache:
             return path.stat().st_size
 
     def _files(self, older_than_seconds: float) -> Iterator[tuple[str, Path]]:
-        """What is worth keeping, by its name below the directory."""
+        """What is worth keeping, by its name below the directory; the libraries may still write and remove there."""
         if self.directory is None:
             return
         newest = time.time() - older_than_seconds
-        for path in self.directory.rglob("*"):
-            name = path.relative_to(self.directory).as_posix()
-            if not _PASSING.search(name) and path.is_file() and not path.is_symlink():
+        for folder, folders, names in os.walk(self.directory):  # passes over directories that vanish
+            folders[:] = [name for name in folders if not _PASSING.fullmatch(name)]
+            for path in (Path(folder, name) for name in names if not _PASSING.fullmatch(name)):
                 try:
-                    settled = path.stat().st_mtime <= newest
+                    found = path.lstat()
                 except FileNotFoundError:
                     continue
-                if settled:
-                    yield name, path
+                if stat.S_ISREG(found.st_mode) and found.st_mtime <= newest:
+                    yield path.relative_to(self.directory).as_posix(), path
 
 
 def _ignored(reason: str, **fields: Any) -> None:

@@ -118,6 +118,35 @@ def test_what_a_run_compiled_comes_back(uri, machine, logged):
     assert [2, 3] == [line["files"] for line in events(logged, "compile_cache_restored")]
 
 
+def test_what_vanishes_while_it_is_listed(machine, tmp_path, logged):
+    """Directories that the libraries rename and remove meanwhile cost nothing of what stays."""
+    cache = machine.cache(str(tmp_path / "kept"))
+    restored(cache)
+    over = threading.Event()
+
+    def compiles() -> None:
+        while not over.is_set():
+            for number in range(20):
+                passing = cache.directory / f"triton/{number}/tmp.pid_1"
+                passing.mkdir(parents=True, exist_ok=True)
+                (passing / "kernel.cubin").write_bytes(b"1")
+            for number in range(20):
+                shutil.rmtree(cache.directory / f"triton/{number}")
+
+    (cache.directory / "inductor").mkdir(parents=True)
+    (cache.directory / "inductor/stays").write_bytes(b"1")
+    thread = threading.Thread(target=compiles)
+    thread.start()
+    try:
+        found = [[name for name, _ in cache._files(0)] for _ in range(100)]
+    finally:
+        over.set()
+        thread.join()
+    assert found == [["inductor/stays"]] * 100
+    compiled(cache)
+    assert len(events(logged, "compile_cache_saved")) == 1
+
+
 def test_a_damaged_archive_is_passed_over_and_made_whole(uri, machine, logged):
     """One flipped bit costs the archive: the run compiles anew, and what it saves takes the damaged one's place."""
     cold = machine.cache(uri)
