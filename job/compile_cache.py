@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import stat
 import tempfile
 import threading
@@ -39,7 +40,10 @@ QUIET_SECONDS = 10.0
 """A file that was changed so lately may not be finished: it has to wait until the end."""
 LAST_SECONDS = 30.0
 MOST_PARTS = 8
-LARGEST_BYTES = 4 << 30  # of one archive, packed
+MOST_BYTES = 4 << 30
+"""That a restore may write, archives and what they hold: docs/operations.md leaves 5 GB of the scratch disk for it."""
+LEAST_FREE_BYTES = 2 << 30
+"""Of the scratch disk, which no restore may take: the run has data and checkpoints to put there."""
 _PART = re.compile(r"[0-9a-f]{64}" + re.escape(archive.SUFFIX))
 _PASSING = re.compile(r"tmp\..*|__pycache__|locks?|\..*\.tmp|.*\.(lock|pyc)")
 """Names of what the libraries need while they write, or can make anew for nothing."""
@@ -54,6 +58,7 @@ class CompileCache:
         self._facts: dict[str, Any] = {}
         self._key = ""
         self._given_up = threading.Event()
+        self._left = MOST_BYTES
         self._seen: set[str] = set()  # archives that were there at the start
         self._kept: set[str] = set()  # files that are in them
         self._restoring: Background[None] | None = None
@@ -108,29 +113,37 @@ class CompileCache:
 
     def _restore(self) -> None:
         started = time.monotonic()
+        placed: dict[Entry, int] = {}
         try:
             store = self._store(STORE_PATIENCE_SECONDS)
             parts = store.entries(f"{self._key}/")
             self._seen = {entry.key for entry in parts}
-            placed = [self._bring(store, part) for part in parts[:MOST_PARTS]]
+            for part in parts[:MOST_PARTS]:
+                if self._given_up.is_set():
+                    break
+                if (count := self._bring(store, part)) is not None:
+                    placed[part] = count
         except Exception as error:  # noqa: BLE001 - a run without a cache is slower, and no worse
             _ignored(_words(error))
             return
         if self._given_up.is_set():
             return
-        files = sum(count for count in placed if count is not None)
         seconds = round(time.monotonic() - started, 3)
         if not parts:
             log.info("compile_cache_empty", key=self._key, made_for=self._facts, restore_seconds=seconds)
-        elif any(count is not None for count in placed):
-            size = sum(part.size for part, count in zip(parts, placed, strict=False) if count is not None)
+        elif placed:
+            files, size = sum(placed.values()), sum(part.size for part in placed)
             log.info("compile_cache_restored", key=self._key, files=files, bytes=size, restore_seconds=seconds)
 
     def _bring(self, store: Store, part: Entry) -> int | None:
-        """Download, verify and unpack one archive; the files that were not there yet, or None if it is no good."""
+        """Download, verify and unpack one archive; how many of its files were not there yet, or None if it is no good,
+        or not wanted any more."""
         try:
             with self._staging() as staging:
-                names = self._unpacked(store, part, staging)
+                self._download(store, part, staging / "archive")
+                if self._given_up.is_set():
+                    return None
+                names = self._unpacked(staging)
                 if self._given_up.is_set() or self.directory is None:
                     return None
                 count = archive.place(names, staging / "files", self.directory)
@@ -140,18 +153,27 @@ class CompileCache:
         self._kept |= set(names)
         return count
 
-    def _unpacked(self, store: Store, part: Entry, staging: Path) -> list[str]:
-        name = part.key.rpartition("/")[2]
-        if not _PART.fullmatch(name) or part.size > LARGEST_BYTES:
+    def _download(self, store: Store, part: Entry, path: Path) -> None:
+        name, room = part.key.rpartition("/")[2], self._room()
+        if not _PART.fullmatch(name):
             raise ValueError(f"{name} ({part.size} bytes) is none of ours")
-        path = staging / "archive"
+        if part.size > room:
+            raise ValueError(f"it has {part.size} bytes, more than the {room} bytes that there is room for")
+        self._left -= part.size
         store.download(part, path)
         if archive.name_of(path) != name:
             raise ValueError("it is damaged: it does not have the SHA-256 that is its name")
-        label, names = archive.unpack(path, staging / "files")
+
+    def _unpacked(self, staging: Path) -> list[str]:
+        label, names = archive.unpack(staging / "archive", staging / "files", most_bytes=self._room())
         if label.get("key") != self._key:
             raise ValueError(f"it was made for something else, {label.get('key')!r}")
+        self._left -= sum((staging / "files" / name).stat().st_size for name in names)
         return names
+
+    def _room(self) -> int:
+        """Bytes that the restore may still write."""
+        return max(0, min(self._left, shutil.disk_usage(self._work).free - LEAST_FREE_BYTES))
 
     @contextlib.contextmanager
     def _staging(self) -> Iterator[Path]:
