@@ -27,6 +27,7 @@ import structlog
 from job import archive, cards, compile_key
 from job.background import Background
 from job.config import Config
+from job.storage.faults import DamagedError
 from job.storage.store import Entry, Store, open_store
 
 log = structlog.get_logger()
@@ -39,7 +40,7 @@ SETTLE_SECONDS = 60.0
 QUIET_SECONDS = 10.0
 """A file that was changed so lately may not be finished: it has to wait until the end."""
 LAST_SECONDS = 30.0
-MOST_PARTS = 8
+MOST_PARTS = 8  # whole ones
 MOST_BYTES = 4 << 30
 """That a restore may write, archives and what they hold: docs/operations.md leaves 5 GB of the scratch disk for it."""
 LEAST_FREE_BYTES = 2 << 30
@@ -59,7 +60,8 @@ class CompileCache:
         self._key = ""
         self._given_up = threading.Event()
         self._left = MOST_BYTES
-        self._seen: set[str] = set()  # archives that were there at the start
+        self._seen: set[str] | None = None  # archives that were there at the start, once they were listed
+        self._damaged: set[str] = set()  # of them
         self._kept: set[str] = set()  # files that are in them
         self._restoring: Background[None] | None = None
         self._saving: Background[None] | None = None
@@ -118,8 +120,8 @@ class CompileCache:
             store = self._store(STORE_PATIENCE_SECONDS)
             parts = store.entries(f"{self._key}/")
             self._seen = {entry.key for entry in parts}
-            for part in parts[:MOST_PARTS]:
-                if self._given_up.is_set():
+            for part in parts:
+                if self._given_up.is_set() or len(placed) == MOST_PARTS:
                     break
                 if (count := self._bring(store, part)) is not None:
                     placed[part] = count
@@ -148,6 +150,8 @@ class CompileCache:
                     return None
                 count = archive.place(names, staging / "files", self.directory)
         except Exception as error:  # noqa: BLE001 - as above
+            if isinstance(error, DamagedError):
+                self._damaged.add(part.key)
             _ignored(_words(error), part=part.key)
             return None
         self._kept |= set(names)
@@ -162,7 +166,7 @@ class CompileCache:
         self._left -= part.size
         store.download(part, path)
         if archive.name_of(path) != name:
-            raise ValueError("it is damaged: it does not have the SHA-256 that is its name")
+            raise DamagedError("it is damaged: it does not have the SHA-256 that is its name")
 
     def _unpacked(self, staging: Path) -> list[str]:
         label, names = archive.unpack(staging / "archive", staging / "files", most_bytes=self._room())
@@ -194,10 +198,11 @@ class CompileCache:
             new = {name: path for name, path in self._files(older_than_seconds) if name not in self._kept}
             if not new:
                 return
+            if self._seen is None:
+                _not_saved("what is there could not be listed at the start")
+                return
             store = self._store(SAVING_PATIENCE_SECONDS)
-            others = {entry.key for entry in store.entries(f"{self._key}/")} - self._seen
-            if others or len(self._seen) >= MOST_PARTS:
-                reason = "another run has saved meanwhile" if others else f"{MOST_PARTS} archives are there"
+            if reason := self._enough(self._seen, {entry.key for entry in store.entries(f"{self._key}/")}):
                 log.info("compile_cache_unchanged", key=self._key, reason=reason)
                 return
             size = self._upload(store, new)
@@ -207,6 +212,14 @@ class CompileCache:
         seconds = round(time.monotonic() - started, 3)
         log.info("compile_cache_saved", key=self._key, files=len(new), bytes=size, save_seconds=seconds)
 
+    def _enough(self, seen: set[str], there: set[str]) -> str:
+        """Why nothing is to be added to the archives that are there; empty if something is."""
+        if self._given_up.is_set():
+            return "what is there did not come in time"
+        if there - seen:
+            return "another run has saved meanwhile"
+        return f"{MOST_PARTS} archives are there" if len(seen - self._damaged) >= MOST_PARTS else ""
+
     def _upload(self, store: Store, new: Mapping[str, Path]) -> int:
         with self._staging() as staging:
             path = staging / "archive"
@@ -214,7 +227,8 @@ class CompileCache:
             name = archive.name_of(path)
             # Whoever else writes this name writes these bytes; what was damaged under it becomes whole.
             store.upload(path, f"{self._key}/{name}", sha256=name.removesuffix(archive.SUFFIX))
-            self._seen.add(f"{self._key}/{name}")
+            self._seen = {*(self._seen or ()), f"{self._key}/{name}"}
+            self._damaged.discard(f"{self._key}/{name}")
             self._kept |= set(packed)
             return path.stat().st_size
 

@@ -301,7 +301,7 @@ def test_what_is_restored_counts_together(machine, tmp_path, monkeypatch, logged
 
 
 def test_a_restore_that_is_given_up_stops(s3_env, machine, monkeypatch, logged):
-    """What comes too late is not unpacked, and what would come after it is not asked for."""
+    """What comes too late is not unpacked, what would come after it is not asked for, and nothing is added to it."""
     uri = f"s3://{s3_env}/kept"
     for number in range(3):
         cache = machine.cache(uri)
@@ -325,8 +325,10 @@ def test_a_restore_that_is_given_up_stops(s3_env, machine, monkeypatch, logged):
         let.set()
         assert late._restoring.ended(20)
         compiled(late, f0=b"1", more=b"1")
+        assert len(kept(uri)) == 3
     assert len(asked) == 1
     assert {path.name for path in late.directory.rglob("*") if path.is_file()} == {"f0", "more"}
+    assert events(logged, "compile_cache_unchanged")[-1]["reason"] == "what is there did not come in time"
     assert [line["reason"] for line in events(logged, "compile_cache_ignored")] == ["it takes too long to come"]
 
 
@@ -361,6 +363,43 @@ def test_only_so_many_archives_are_kept(machine, tmp_path, monkeypatch, logged):
         compiled(cache, **{f"f{number}": b"x"})
     assert len(kept(uri)) == 2
     assert events(logged, "compile_cache_unchanged")[-1]["reason"] == "2 archives are there"
+
+
+def test_damaged_archives_are_not_counted(machine, tmp_path, monkeypatch, logged):
+    """As many whole archives are kept and restored as may be, whatever damaged ones lie beside them."""
+    monkeypatch.setattr(compile_cache, "MOST_PARTS", 2)
+    uri = str(tmp_path / "kept")
+    for number in range(4):
+        cache = machine.cache(uri)
+        restored(cache)
+        compiled(cache, **{f"f{number}": b"x"})
+        if number < 2:
+            for key in kept(uri):
+                open_store(uri).write(key, b"damaged")
+    assert len(kept(uri)) == 4
+    assert restored(machine.cache(uri)).keys() == {"triton/f2", "triton/f3"}
+    last = machine.cache(uri)
+    restored(last)
+    compiled(last, f4=b"x")
+    assert len(kept(uri)) == 4
+    assert events(logged, "compile_cache_unchanged")[-1]["reason"] == "2 archives are there"
+
+
+def test_a_store_that_comes_late_is_left_as_it_is(s3_env, machine, monkeypatch, logged):
+    """Where the archives could not be listed at the start nothing is added to them, and the reason is the true one."""
+    uri = f"s3://{s3_env}/kept"
+    first = machine.cache(uri)
+    restored(first)
+    compiled(first, a=b"1")
+    with monkeypatch.context() as down:
+        down.setattr(compile_cache, "STORE_PATIENCE_SECONDS", 0.4)
+        down.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+        late = machine.cache(uri)
+        assert restored(late) == {}
+    compiled(late, a=b"1", b=b"2")
+    assert len(kept(uri)) == 1
+    (told,) = events(logged, "compile_cache_not_saved")
+    assert told["reason"] == "what is there could not be listed at the start"
 
 
 @pytest.fixture
