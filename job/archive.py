@@ -22,7 +22,6 @@ from job.storage.uri import checked_key
 
 SUFFIX = ".tar.zst"
 LABEL = "label.json"
-LARGEST_BYTES = 8 << 30
 MOST_FILES = 200_000
 LONGEST_LABEL = 1 << 20
 CHUNK = 1 << 20
@@ -63,8 +62,13 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes, *, executable: bool) -> N
     tar.addfile(member, io.BytesIO(data))
 
 
-def unpack(source: Path, directory: Path) -> tuple[dict[str, Any], list[str]]:
+def unpack(source: Path, directory: Path, *, most_bytes: int) -> tuple[dict[str, Any], list[str]]:
     """Write an archive's files under `directory`.
+
+    Args:
+        source: the archive.
+        directory: where to.
+        most_bytes: of the files together.
 
     Returns:
         the label, and the files' names.
@@ -78,7 +82,7 @@ def unpack(source: Path, directory: Path) -> tuple[dict[str, Any], list[str]]:
             pa.input_stream(str(source), compression="zstd") as stream,
             tarfile.open(fileobj=stream, mode="r|") as tar,
         ):
-            return _label(tar), _files(tar, directory)
+            return _label(tar), _files(tar, directory, most_bytes)
     except (tarfile.TarError, pa.ArrowException, EOFError) as error:
         raise ValueError(f"it cannot be unpacked: {type(error).__name__}: {error}") from error
 
@@ -92,15 +96,17 @@ def _label(tar: tarfile.TarFile) -> dict[str, Any]:
     return label
 
 
-def _files(tar: tarfile.TarFile, directory: Path) -> list[str]:
+def _files(tar: tarfile.TarFile, directory: Path, most_bytes: int) -> list[str]:
     names: list[str] = []
     total = 0
     while (member := tar.next()) is not None:
         name = _checked_name(member)
         names.append(name)
         total += member.size
-        if total > LARGEST_BYTES or len(names) > MOST_FILES:
-            raise ValueError(f"it holds more than {LARGEST_BYTES >> 30} GiB or {MOST_FILES:,} files")
+        if total > most_bytes or len(names) > MOST_FILES:
+            raise ValueError(
+                f"it holds more than the {most_bytes} bytes that there is room for, or {MOST_FILES:,} files"
+            )
         _write(tar, member, directory / name)
     return names
 

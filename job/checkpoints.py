@@ -63,14 +63,15 @@ def upload(store: Store, *, run_id: str, attempt: int, step: int, directory: Pat
     return {"step": step, "data": prefix, "files": manifest}
 
 
-def restore(ledger: Ledger, directory: Path, *, check: Callable[[Path, int], None]) -> Restored | None:
+def restore(ledger: Ledger, directory: Path, *, check: Callable[[Path, dict[str, Any]], None]) -> Restored | None:
     """The newest good checkpoint below the attempt's own fence, downloaded and verified; None if none was ever made.
 
     A bad one is logged, marked, and passed over.
 
     Args:
         directory: where to; emptied first.
-        check: reads the files as the trainer will and raises DamagedError where they do not fit together.
+        check: reads the files as the trainer will and raises DamagedError where they do not fit together, or do not fit
+            their record.
 
     Raises:
         HopelessError: checkpoints exist, and none is good.
@@ -102,7 +103,7 @@ def none_there(uri: str) -> ConfigError:
     )
 
 
-def _bring(ledger: Ledger, entry: Entry, directory: Path, check: Callable[[Path, int], None]) -> Restored:
+def _bring(ledger: Ledger, entry: Entry, directory: Path, check: Callable[[Path, dict[str, Any]], None]) -> Restored:
     body = entry.body
     if body is None:
         raise DamagedError("the record itself cannot be understood")
@@ -121,7 +122,7 @@ def _bring(ledger: Ledger, entry: Entry, directory: Path, check: Callable[[Path,
     for name, (_, sha256) in wanted.items():
         if found[directory / name] != sha256:
             raise DamagedError(f"{prefix}/{name} does not have the SHA-256 of its record")
-    check(directory, step)
+    check(directory, body)
     restored = Restored(directory=directory, step=step, number=entry.number, prefix=prefix, body=body)
     _check_history(restored)
     return restored

@@ -11,7 +11,10 @@ Nothing here may end a run, or hold it up by more than `PATIENCE_SECONDS` (or `L
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shutil
+import stat
 import tempfile
 import threading
 import time
@@ -24,6 +27,7 @@ import structlog
 from job import archive, cards, compile_key
 from job.background import Background
 from job.config import Config
+from job.storage.faults import DamagedError
 from job.storage.store import Entry, Store, open_store
 
 log = structlog.get_logger()
@@ -36,10 +40,13 @@ SETTLE_SECONDS = 60.0
 QUIET_SECONDS = 10.0
 """A file that was changed so lately may not be finished: it has to wait until the end."""
 LAST_SECONDS = 30.0
-MOST_PARTS = 8
-LARGEST_BYTES = 4 << 30  # of one archive, packed
+MOST_PARTS = 8  # whole ones
+MOST_BYTES = 4 << 30
+"""That a restore may write, archives and what they hold: docs/operations.md leaves 5 GB of the scratch disk for it."""
+LEAST_FREE_BYTES = 2 << 30
+"""Of the scratch disk, which no restore may take: the run has data and checkpoints to put there."""
 _PART = re.compile(r"[0-9a-f]{64}" + re.escape(archive.SUFFIX))
-_PASSING = re.compile(r"(^|/)(tmp\.[^/]*|__pycache__|locks)/|(^|/)(lock|\.[^/]*\.tmp|[^/]*\.(lock|pyc))$")
+_PASSING = re.compile(r"tmp\..*|__pycache__|locks?|\..*\.tmp|.*\.(lock|pyc)")
 """Names of what the libraries need while they write, or can make anew for nothing."""
 
 
@@ -52,7 +59,9 @@ class CompileCache:
         self._facts: dict[str, Any] = {}
         self._key = ""
         self._given_up = threading.Event()
-        self._seen: set[str] = set()  # archives that were there at the start
+        self._left = MOST_BYTES
+        self._seen: set[str] | None = None  # archives that were there at the start, once they were listed
+        self._damaged: set[str] = set()  # of them
         self._kept: set[str] = set()  # files that are in them
         self._restoring: Background[None] | None = None
         self._saving: Background[None] | None = None
@@ -106,50 +115,69 @@ class CompileCache:
 
     def _restore(self) -> None:
         started = time.monotonic()
+        placed: dict[Entry, int] = {}
         try:
             store = self._store(STORE_PATIENCE_SECONDS)
             parts = store.entries(f"{self._key}/")
             self._seen = {entry.key for entry in parts}
-            placed = [self._bring(store, part) for part in parts[:MOST_PARTS]]
+            for part in parts:
+                if self._given_up.is_set() or len(placed) == MOST_PARTS:
+                    break
+                if (count := self._bring(store, part)) is not None:
+                    placed[part] = count
         except Exception as error:  # noqa: BLE001 - a run without a cache is slower, and no worse
             _ignored(_words(error))
             return
         if self._given_up.is_set():
             return
-        files = sum(count for count in placed if count is not None)
         seconds = round(time.monotonic() - started, 3)
         if not parts:
             log.info("compile_cache_empty", key=self._key, made_for=self._facts, restore_seconds=seconds)
-        elif any(count is not None for count in placed):
-            size = sum(part.size for part, count in zip(parts, placed, strict=False) if count is not None)
+        elif placed:
+            files, size = sum(placed.values()), sum(part.size for part in placed)
             log.info("compile_cache_restored", key=self._key, files=files, bytes=size, restore_seconds=seconds)
 
     def _bring(self, store: Store, part: Entry) -> int | None:
-        """Download, verify and unpack one archive; the files that were not there yet, or None if it is no good."""
+        """Download, verify and unpack one archive; how many of its files were not there yet, or None if it is no good,
+        or not wanted any more."""
         try:
             with self._staging() as staging:
-                names = self._unpacked(store, part, staging)
+                self._download(store, part, staging / "archive")
+                if self._given_up.is_set():
+                    return None
+                names = self._unpacked(staging)
                 if self._given_up.is_set() or self.directory is None:
                     return None
                 count = archive.place(names, staging / "files", self.directory)
         except Exception as error:  # noqa: BLE001 - as above
+            if isinstance(error, DamagedError):
+                self._damaged.add(part.key)
             _ignored(_words(error), part=part.key)
             return None
         self._kept |= set(names)
         return count
 
-    def _unpacked(self, store: Store, part: Entry, staging: Path) -> list[str]:
-        name = part.key.rpartition("/")[2]
-        if not _PART.fullmatch(name) or part.size > LARGEST_BYTES:
+    def _download(self, store: Store, part: Entry, path: Path) -> None:
+        name, room = part.key.rpartition("/")[2], self._room()
+        if not _PART.fullmatch(name):
             raise ValueError(f"{name} ({part.size} bytes) is none of ours")
-        path = staging / "archive"
+        if part.size > room:
+            raise ValueError(f"it has {part.size} bytes, more than the {room} bytes that there is room for")
+        self._left -= part.size
         store.download(part, path)
         if archive.name_of(path) != name:
-            raise ValueError("it is damaged: it does not have the SHA-256 that is its name")
-        label, names = archive.unpack(path, staging / "files")
+            raise DamagedError("it is damaged: it does not have the SHA-256 that is its name")
+
+    def _unpacked(self, staging: Path) -> list[str]:
+        label, names = archive.unpack(staging / "archive", staging / "files", most_bytes=self._room())
         if label.get("key") != self._key:
             raise ValueError(f"it was made for something else, {label.get('key')!r}")
+        self._left -= sum((staging / "files" / name).stat().st_size for name in names)
         return names
+
+    def _room(self) -> int:
+        """Bytes that the restore may still write."""
+        return max(0, min(self._left, shutil.disk_usage(self._work).free - LEAST_FREE_BYTES))
 
     @contextlib.contextmanager
     def _staging(self) -> Iterator[Path]:
@@ -166,14 +194,15 @@ class CompileCache:
 
     def _save(self, *, older_than_seconds: float) -> None:
         started = time.monotonic()
-        new = {name: path for name, path in self._files(older_than_seconds) if name not in self._kept}
-        if not new:
-            return
         try:
+            new = {name: path for name, path in self._files(older_than_seconds) if name not in self._kept}
+            if not new:
+                return
+            if self._seen is None:
+                _not_saved("what is there could not be listed at the start")
+                return
             store = self._store(SAVING_PATIENCE_SECONDS)
-            others = {entry.key for entry in store.entries(f"{self._key}/")} - self._seen
-            if others or len(self._seen) >= MOST_PARTS:
-                reason = "another run has saved meanwhile" if others else f"{MOST_PARTS} archives are there"
+            if reason := self._enough(self._seen, {entry.key for entry in store.entries(f"{self._key}/")}):
                 log.info("compile_cache_unchanged", key=self._key, reason=reason)
                 return
             size = self._upload(store, new)
@@ -183,6 +212,14 @@ class CompileCache:
         seconds = round(time.monotonic() - started, 3)
         log.info("compile_cache_saved", key=self._key, files=len(new), bytes=size, save_seconds=seconds)
 
+    def _enough(self, seen: set[str], there: set[str]) -> str:
+        """Why nothing is to be added to the archives that are there; empty if something is."""
+        if self._given_up.is_set():
+            return "what is there did not come in time"
+        if there - seen:
+            return "another run has saved meanwhile"
+        return f"{MOST_PARTS} archives are there" if len(seen - self._damaged) >= MOST_PARTS else ""
+
     def _upload(self, store: Store, new: Mapping[str, Path]) -> int:
         with self._staging() as staging:
             path = staging / "archive"
@@ -190,24 +227,25 @@ class CompileCache:
             name = archive.name_of(path)
             # Whoever else writes this name writes these bytes; what was damaged under it becomes whole.
             store.upload(path, f"{self._key}/{name}", sha256=name.removesuffix(archive.SUFFIX))
-            self._seen.add(f"{self._key}/{name}")
+            self._seen = {*(self._seen or ()), f"{self._key}/{name}"}
+            self._damaged.discard(f"{self._key}/{name}")
             self._kept |= set(packed)
             return path.stat().st_size
 
     def _files(self, older_than_seconds: float) -> Iterator[tuple[str, Path]]:
-        """What is worth keeping, by its name below the directory."""
+        """What is worth keeping, by its name below the directory; the libraries may still write and remove there."""
         if self.directory is None:
             return
         newest = time.time() - older_than_seconds
-        for path in self.directory.rglob("*"):
-            name = path.relative_to(self.directory).as_posix()
-            if not _PASSING.search(name) and path.is_file() and not path.is_symlink():
+        for folder, folders, names in os.walk(self.directory):  # passes over directories that vanish
+            folders[:] = [name for name in folders if not _PASSING.fullmatch(name)]
+            for path in (Path(folder, name) for name in names if not _PASSING.fullmatch(name)):
                 try:
-                    settled = path.stat().st_mtime <= newest
+                    found = path.lstat()
                 except FileNotFoundError:
                     continue
-                if settled:
-                    yield name, path
+                if stat.S_ISREG(found.st_mode) and found.st_mtime <= newest:
+                    yield path.relative_to(self.directory).as_posix(), path
 
 
 def _ignored(reason: str, **fields: Any) -> None:

@@ -219,7 +219,7 @@ def _import_tuning(life: Life) -> Any:
     return finetune
 
 
-def restore(life: Life, mark: dict[str, Any], *, check: Callable[[Path, int], None]) -> Restored | None:
+def restore(life: Life, mark: dict[str, Any], *, check: Callable[[Path, dict[str, Any]], None]) -> Restored | None:
     """Fence all earlier attempts, then take the newest good checkpoint that they left, if it is of this very run."""
     config, record = life.config, life.record
     life.ledger.fence()

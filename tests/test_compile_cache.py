@@ -23,6 +23,7 @@ from job.compile_cache import CompileCache
 from job.config import Config
 from job.storage.store import open_store
 from tests.jobs import ROOT, finish, run, start, stop_at
+from tests.servers import Seen, serve_proxy
 
 SHAPE = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "_name_or_path": "org/name"}
 SHORT = {"max_steps": 2, "max_length": 128, "samples": 0, "batch_size": 4, "lora_r": 4, "precision": "16bit"}
@@ -118,6 +119,35 @@ def test_what_a_run_compiled_comes_back(uri, machine, logged):
     assert [2, 3] == [line["files"] for line in events(logged, "compile_cache_restored")]
 
 
+def test_what_vanishes_while_it_is_listed(machine, tmp_path, logged):
+    """Directories that the libraries rename and remove meanwhile cost nothing of what stays."""
+    cache = machine.cache(str(tmp_path / "kept"))
+    restored(cache)
+    over = threading.Event()
+
+    def compiles() -> None:
+        while not over.is_set():
+            for number in range(20):
+                passing = cache.directory / f"triton/{number}/tmp.pid_1"
+                passing.mkdir(parents=True, exist_ok=True)
+                (passing / "kernel.cubin").write_bytes(b"1")
+            for number in range(20):
+                shutil.rmtree(cache.directory / f"triton/{number}")
+
+    (cache.directory / "inductor").mkdir(parents=True)
+    (cache.directory / "inductor/stays").write_bytes(b"1")
+    thread = threading.Thread(target=compiles)
+    thread.start()
+    try:
+        found = [[name for name, _ in cache._files(0)] for _ in range(100)]
+    finally:
+        over.set()
+        thread.join()
+    assert found == [["inductor/stays"]] * 100
+    compiled(cache)
+    assert len(events(logged, "compile_cache_saved")) == 1
+
+
 def test_a_damaged_archive_is_passed_over_and_made_whole(uri, machine, logged):
     """One flipped bit costs the archive: the run compiles anew, and what it saves takes the damaged one's place."""
     cold = machine.cache(uri)
@@ -166,12 +196,12 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfil
         pytest.param([(member("files/a", tarfile.LNKTYPE, "files/b"), b"")], "no regular file", id="hard link"),
         pytest.param([(member("files/a", tarfile.FIFOTYPE), b"")], "no regular file", id="fifo"),
         pytest.param([(member("files/a"), b"1"), (member("files/a"), b"2")], "exists", id="twice"),
-        pytest.param([(member("files/a"), b"1" * 200)], "GiB", id="too large"),
+        pytest.param([(member("files/a"), b"1" * 2000)], "room for", id="too large"),
     ],
 )
 def test_an_archive_writes_only_where_it_may(machine, tmp_path, logged, monkeypatch, members, reason):
     """An archive with anything but bounded regular files under plain names is passed over as a whole."""
-    monkeypatch.setattr(archive, "LARGEST_BYTES", 100)
+    monkeypatch.setattr(compile_cache, "MOST_BYTES", 2000)
     uri = str(tmp_path / "kept")
     put(machine.cache(uri), uri, tmp_path, [(member("files/triton/good"), b"good"), *members])
     assert restored(machine.cache(uri)) == {}
@@ -237,6 +267,71 @@ def test_cards_without_the_library_are_what_the_driver_shows(tmp_path, monkeypat
     assert cards.cards() == Cards(driver="NVRM version: 580.1", kinds=("Model: \t NVIDIA H100",))
 
 
+@pytest.mark.parametrize("bound", ["restore", "disk"])
+def test_a_restore_takes_only_so_much(bound, machine, tmp_path, monkeypatch, logged):
+    """Archives that there is no room for, packed or unpacked, are left where they are; the others come."""
+    uri = str(tmp_path / "kept")
+    for name, content in {"large": os.urandom(200_000), "swells": b"1" * 200_000, "fits": b"1"}.items():
+        cache = machine.cache(uri)
+        restored(cache)
+        compiled(cache, **{name: content})
+    room = 150_000
+    if bound == "restore":
+        monkeypatch.setattr(compile_cache, "MOST_BYTES", room)
+    else:
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(compile_cache, "LEAST_FREE_BYTES", usage.free - room)
+        monkeypatch.setattr(compile_cache.shutil, "disk_usage", lambda _: usage)  # others write there, too
+    assert restored(machine.cache(uri)).keys() == {"triton/fits"}
+    reasons = [line["reason"] for line in events(logged, "compile_cache_ignored")]
+    assert len(reasons) == 2
+    assert all("room for" in reason for reason in reasons)
+
+
+def test_what_is_restored_counts_together(machine, tmp_path, monkeypatch, logged):
+    """Each archive may be small enough: once they have taken what a restore may take, no more comes."""
+    uri = str(tmp_path / "kept")
+    for number in range(3):
+        cache = machine.cache(uri)
+        restored(cache)
+        compiled(cache, **{f"f{number}": os.urandom(50_000)})
+    monkeypatch.setattr(compile_cache, "MOST_BYTES", 250_000)  # each takes 100,000, packed and unpacked
+    assert len(restored(machine.cache(uri))) == 2
+    assert "room for" in events(logged, "compile_cache_ignored")[0]["reason"]
+
+
+def test_a_restore_that_is_given_up_stops(s3_env, machine, monkeypatch, logged):
+    """What comes too late is not unpacked, what would come after it is not asked for, and nothing is added to it."""
+    uri = f"s3://{s3_env}/kept"
+    for number in range(3):
+        cache = machine.cache(uri)
+        restored(cache)
+        compiled(cache, **{f"f{number}": b"1"})
+    monkeypatch.setattr(compile_cache, "PATIENCE_SECONDS", 0.1)
+    asked, came, let = [], threading.Event(), threading.Event()
+
+    def rule(seen: Seen) -> None:
+        if seen.method == "GET" and seen.path.partition("?")[0].endswith(archive.SUFFIX):
+            asked.append(seen.path)
+            came.set()
+            seen.before = lambda: let.wait(20)
+
+    with serve_proxy(os.environ["AWS_ENDPOINT_URL_S3"], rule) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy)
+        late = machine.cache(uri)
+        late.begin(SHAPE)
+        assert came.wait(20)
+        late.wait()
+        let.set()
+        assert late._restoring.ended(20)
+        compiled(late, f0=b"1", more=b"1")
+        assert len(kept(uri)) == 3
+    assert len(asked) == 1
+    assert {path.name for path in late.directory.rglob("*") if path.is_file()} == {"f0", "more"}
+    assert events(logged, "compile_cache_unchanged")[-1]["reason"] == "what is there did not come in time"
+    assert [line["reason"] for line in events(logged, "compile_cache_ignored")] == ["it takes too long to come"]
+
+
 def test_two_writers_do_not_spoil_each_other(uri, machine, logged):
     """Two cold runs that save at the same moment leave only whole archives; one that comes late adds nothing."""
     runs = [machine.cache(uri), machine.beside(uri), machine.beside(uri)]
@@ -268,6 +363,43 @@ def test_only_so_many_archives_are_kept(machine, tmp_path, monkeypatch, logged):
         compiled(cache, **{f"f{number}": b"x"})
     assert len(kept(uri)) == 2
     assert events(logged, "compile_cache_unchanged")[-1]["reason"] == "2 archives are there"
+
+
+def test_damaged_archives_are_not_counted(machine, tmp_path, monkeypatch, logged):
+    """As many whole archives are kept and restored as may be, whatever damaged ones lie beside them."""
+    monkeypatch.setattr(compile_cache, "MOST_PARTS", 2)
+    uri = str(tmp_path / "kept")
+    for number in range(4):
+        cache = machine.cache(uri)
+        restored(cache)
+        compiled(cache, **{f"f{number}": b"x"})
+        if number < 2:
+            for key in kept(uri):
+                open_store(uri).write(key, b"damaged")
+    assert len(kept(uri)) == 4
+    assert restored(machine.cache(uri)).keys() == {"triton/f2", "triton/f3"}
+    last = machine.cache(uri)
+    restored(last)
+    compiled(last, f4=b"x")
+    assert len(kept(uri)) == 4
+    assert events(logged, "compile_cache_unchanged")[-1]["reason"] == "2 archives are there"
+
+
+def test_a_store_that_comes_late_is_left_as_it_is(s3_env, machine, monkeypatch, logged):
+    """Where the archives could not be listed at the start nothing is added to them, and the reason is the true one."""
+    uri = f"s3://{s3_env}/kept"
+    first = machine.cache(uri)
+    restored(first)
+    compiled(first, a=b"1")
+    with monkeypatch.context() as down:
+        down.setattr(compile_cache, "STORE_PATIENCE_SECONDS", 0.4)
+        down.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+        late = machine.cache(uri)
+        assert restored(late) == {}
+    compiled(late, a=b"1", b=b"2")
+    assert len(kept(uri)) == 1
+    (told,) = events(logged, "compile_cache_not_saved")
+    assert told["reason"] == "what is there could not be listed at the start"
 
 
 @pytest.fixture

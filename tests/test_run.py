@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -166,6 +167,13 @@ def test_the_plan_is_logged(finished):
     assert (plan["micro_batch"], plan["batch_size"], plan["batching"]) == (4, 4, "padded")
     assert plan["optimizer"] == "adamw_torch_fused"
     assert plan["learning_rate"] == 1e-2
+
+
+def test_what_counts_as_compiling(finished):
+    """`compile` is the making of the plan, and what the first step took more than the later ones."""
+    first, *later = [entry["step_seconds"] for entry in finished.events("train_progress")]
+    expected = finished.event("plan_made")["seconds"] + max(0.0, first - statistics.median(later))
+    assert finished.event("run_complete")["timeline_seconds"]["compile"] == pytest.approx(expected, abs=2e-3)
 
 
 def test_what_a_run_leaves(finished, place):

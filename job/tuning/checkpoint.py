@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from job.storage.faults import DamagedError
 
 ADAPTER = "adapter_model.safetensors"
 FILES = (ADAPTER, "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+SCALER = "scaler.pt"
+"""Of the gradients, in fp16: it skips a step whose gradients overflow, which the trainer counts nevertheless."""
 GENERATORS = ("python", "numpy", "cpu")
 
 
@@ -32,15 +35,21 @@ def load_adapter(model: Any, directory: Path) -> None:
     set_peft_model_state_dict(model, load_file(directory / ADAPTER))
 
 
-def check(directory: Path, step: int) -> None:
+def check(directory: Path, record: Mapping[str, Any]) -> None:
     """Read every file as the trainer will, and compare their steps.
 
     A file that is missing would be left out by the trainer in silence, and training would go on as another run.
 
+    Args:
+        directory: with the checkpoint's files.
+        record: what was recorded with them: their `step`, and the `plan` that they were made by.
+
     Raises:
         DamagedError: a file is missing or cannot be read, or the parts are of different steps.
     """
-    missing = [name for name in FILES if not (directory / name).is_file()]
+    step, fp16 = record["step"], (record.get("plan") or {}).get("compute_dtype") == "float16"
+    needed = (*FILES, SCALER) if fp16 else FILES
+    missing = [name for name in needed if not (directory / name).is_file()]
     if missing:
         raise DamagedError(f"it lacks {', '.join(missing)}")
     try:
@@ -52,6 +61,8 @@ def check(directory: Path, step: int) -> None:
                 torch.load(directory / name, weights_only=True, map_location="cpu")
                 for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
             )
+            if scaled := (directory / SCALER).is_file():
+                torch.load(directory / SCALER, weights_only=True)
         steps = {"adapter": adapter, "trainer": state["global_step"], "scheduler": scheduler["last_epoch"]}
         counted = [int(one["step"]) for one in optimizer["state"].values() if "step" in one]
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
@@ -60,6 +71,9 @@ def check(directory: Path, step: int) -> None:
     if lacking:
         raise DamagedError(f"rng_state.pth lacks the generator {lacking[0]}")
     steps |= {"optimizer": max(counted)} if counted else {}
-    wrong = [f"{part} {found}" for part, found in steps.items() if found != step]
+    # A fused optimizer skips a step by itself: the scheduler does not hear of it.
+    taken = max(counted, default=0) if scaled else step
+    right = {"adapter": {step}, "trainer": {step}, "scheduler": {taken, step}, "optimizer": {taken}}
+    wrong = [f"{part} {found}" for part, found in steps.items() if found not in right[part] or found > step]
     if wrong:
         raise DamagedError(f"its parts are of different steps: record {step}, {', '.join(wrong)}")
