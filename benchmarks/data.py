@@ -6,6 +6,8 @@ left without labels) are left out, and so is the import of TRL. Ours is what a r
 for duplicates and secrets, split, render with labels, count, write. Both read the same file of generated conversations,
 each in a process of its own, and take turns, so that whatever else the machine does hits them alike.
 
+Then `python -m job check` on 1,000 of the rows, from process start to process end.
+
     python benchmarks/data.py [--rows 100000] [--repeats 3] [--model .demo/model]
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import pydoc_data.topics
@@ -36,6 +39,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = 100_000
 SIDES = ("ours", "trl")
 LIMIT_MIB = 2048
+CHECKED_ROWS, CHECK_SECONDS = 1000, 10
 SAMPLE_SECONDS = 0.2
 OURS = """
 import datetime, json, logging, sys, time
@@ -110,10 +114,12 @@ def main() -> None:
         raise SystemExit(f"{options.model} does not exist: `make demo` makes it, or give --model.")
     with tempfile.TemporaryDirectory() as directory:
         measured = measure(Path(directory), options.rows, options.repeats, options.model)
+        checks = [check(Path(directory), options.model) for _ in range(options.repeats)]
     show(measured, options.rows)
+    print(f"check of {CHECKED_ROWS:,} rows: {statistics.median(checks):.1f} s")
     if options.rows == ROWS:
-        print(record(measured, options.rows).relative_to(ROOT))
-    if reason := failing(measured):
+        print(record(measured, checks, options.rows).relative_to(ROOT))
+    if reason := failing(measured, checks):
         raise SystemExit(reason)
 
 
@@ -183,6 +189,20 @@ def timed(side: str, rows: Path, model: Path, work: Path) -> Measured:
     )
 
 
+def check(space: Path, model: Path) -> float:
+    """Seconds of `python -m job check` on the first rows."""
+    rows = space / "checked.jsonl"
+    with (space / "rows.jsonl").open(encoding="utf-8") as file:
+        rows.write_text("".join(itertools.islice(file, CHECKED_ROWS)), encoding="utf-8")
+    settings = {"MODEL": model.resolve(), "DATASET": rows, "OUTPUT": space / "output", "DEVICE": "cpu"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TUNE_")}
+    environment |= {f"TUNE_{name}": str(value) for name, value in settings.items()}
+    started = time.monotonic()
+    command = [sys.executable, "-m", "job", "check"]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return round(time.monotonic() - started, 2)
+
+
 def cpu_seconds() -> float:
     """Of all children that have ended, and of theirs."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -213,13 +233,15 @@ def medians(measured: list[Measured]) -> dict[str, dict[str, float]]:
     return table
 
 
-def failing(measured: list[Measured]) -> str:
+def failing(measured: list[Measured], checks: list[float]) -> str:
     """What is not as it must be; empty if all is."""
     table = medians(measured)
     if table["ours"]["seconds"] > table["trl"]["seconds"]:
         return f"ours is slower: {table['ours']['seconds']} s, TRL's way {table['trl']['seconds']} s"
     if table["ours"]["peak_rss_mib"] > LIMIT_MIB:
         return f"ours needs {table['ours']['peak_rss_mib']:.0f} MiB, more than {LIMIT_MIB}"
+    if statistics.median(checks) > CHECK_SECONDS:
+        return f"a check of {CHECKED_ROWS:,} rows takes {statistics.median(checks)} s, more than {CHECK_SECONDS}"
     return ""
 
 
@@ -237,7 +259,7 @@ def show(measured: list[Measured], rows: int) -> None:
     Console(width=80).print(table)
 
 
-def record(measured: list[Measured], rows: int) -> Path:
+def record(measured: list[Measured], checks: list[float], rows: int) -> Path:
     """The raw numbers, for whoever doubts the table."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     path = ROOT / "benchmarks" / "results" / f"data-{today}.json"
@@ -248,6 +270,7 @@ def record(measured: list[Measured], rows: int) -> Path:
         **describe(packages),
         "medians": medians(measured),
         "measurements": [asdict(one) for one in measured],
+        "check_seconds": {"rows": CHECKED_ROWS, "measurements": checks},
     }
     path.write_text(json.dumps(body, indent=2) + "\n")
     return path
