@@ -8,6 +8,7 @@ import torch
 from job.config import Config
 from job.shape import llama
 from job.tuning.device import Device
+from job.tuning.fitting import recordable
 from job.tuning.plan import Cut, as_recorded, candidates, plan, smaller
 
 ONE_B = llama(hidden=2048, inner=8192, layers=16, keys=512, vocabulary=128_256)
@@ -113,3 +114,21 @@ def test_a_cpu_pads():
     planned = plan(settings(device="cpu"), device, lengths=LENGTHS, learning_rate=2e-4)
     assert (planned.batching, planned.micro_batch, planned.gradient_checkpointing) == ("padded", 8, "off")
     assert (planned.optimizer, planned.cuda_graphs) == ("adamw_torch_fused", False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "capability", "batching", "expected"),
+    [
+        pytest.param({}, "8.0", "packed", True, id="ampere"),
+        pytest.param({}, "12.1", "padding_free", True, id="blackwell"),
+        pytest.param({}, "7.5", "packed", False, id="turing has no kernel for all lengths"),
+        pytest.param({}, "9.0", "padded", False, id="padded, whatever was asked for"),
+        pytest.param({"lora_dropout": 0.1}, "9.0", "packed", False, id="dropout"),
+        pytest.param({"precision": "8bit"}, "9.0", "packed", False, id="8 bit"),
+    ],
+)
+def test_what_may_be_recorded(changed, capability, batching, expected):
+    """The card, the plan's own batching and the settings each have a say."""
+    device = replace(card(), capability=capability)
+    planned = replace(plan(settings(), device, lengths=LENGTHS, learning_rate=2e-4), batching=batching)
+    assert recordable(planned, settings(**changed), device) is expected

@@ -9,6 +9,9 @@ from typing import Any
 import psutil
 import torch
 
+AMPERE = 8
+"""Its compute capability's first number."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
@@ -22,6 +25,11 @@ class Device:
     capability: str | None
     dtype: torch.dtype
     """What 16-bit means here: bfloat16 where the hardware has it; float32 on a CPU without it."""
+
+    @property
+    def flash(self) -> bool:
+        """Whether torch's FlashAttention-2 runs on it: it needs a card of NVIDIA's Ampere generation or later."""
+        return self.capability is not None and int(self.capability.partition(".")[0]) >= AMPERE
 
 
 def choose(*, asked: str) -> Device:

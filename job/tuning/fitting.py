@@ -82,7 +82,7 @@ class Fitting:
         log.info("plan_made", plan=asdict(self.plan), seconds=round(self.seconds, 3), **memory(self.device))
 
     def _settle_on_card(self, config: Config, recorded: Cut | None) -> None:
-        if self.plan.batching != "padded":
+        if self.plan.batching != "padded" and self.device.flash:
             from job.tuning.attention import install  # noqa: PLC0415 - see above
 
             self._varlen = install()
@@ -93,7 +93,8 @@ class Fitting:
             return
         with _unchanged(self.trainer.model):
             rate = matrix_rate()
-        found = candidates(self.plan, config, self.shape, lengths=self.lengths, rate=rate, graphs=recordable(config))
+        graphs = recordable(self.plan, config, self.device)
+        found = candidates(self.plan, config, self.shape, lengths=self.lengths, rate=rate, graphs=graphs)
         self._choose(found)
 
     def _settle_positions(self) -> None:
@@ -238,10 +239,12 @@ class Fitting:
         self.plan = self.plan.recut(cut, f"{_named(cut)}: since memory ran out at step {step}")
 
 
-def recordable(config: Config) -> bool:
-    """Whether passes may be tried as CUDA graphs. Dropout would repeat its mask, and 8-bit products (Dettmers et al.
-    2022, LLM.int8()) ask the card for the outliers of every input, which a recording cannot."""
-    return config.batching != "padded" and config.lora_dropout == 0 and config.precision != "8bit"
+def recordable(plan: Plan, config: Config, device: Device) -> bool:
+    """Whether passes may be tried as CUDA graphs. They need the one kernel for all lengths; dropout would repeat its
+    mask, and 8-bit products (Dettmers et al. 2022, LLM.int8()) ask the card for the outliers of every input, which a
+    recording cannot."""
+    attention = plan.batching != "padded" and device.flash
+    return attention and config.lora_dropout == 0 and config.precision != "8bit"
 
 
 def set_checkpointing(model: Any, mode: str) -> None:
