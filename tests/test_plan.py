@@ -4,12 +4,13 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from job.config import Config
 from job.shape import llama
 from job.tuning.device import Device
 from job.tuning.fitting import recordable
-from job.tuning.plan import Cut, as_recorded, candidates, plan, smaller
+from job.tuning.plan import Cut, as_recorded, as_trained, asked, candidates, plan, smaller, taken_over
 
 ONE_B = llama(hidden=2048, inner=8192, layers=16, keys=512, vocabulary=128_256)
 EIGHT_B = llama(hidden=4096, inner=14_336, layers=32, keys=1024, vocabulary=128_256)
@@ -132,3 +133,50 @@ def test_what_may_be_recorded(changed, capability, batching, expected):
     device = replace(card(), capability=capability)
     planned = replace(plan(settings(), device, lengths=LENGTHS, learning_rate=2e-4), batching=batching)
     assert recordable(planned, settings(**changed), device) is expected
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "expected"),
+    [
+        pytest.param({"micro_batch": 8}, {"micro_batch": 8}, 4, id="it shrank from what is still asked for"),
+        pytest.param({"micro_batch": 8}, {"micro_batch": 4}, 4, id="what it came to is asked for now"),
+        pytest.param({"micro_batch": 8}, {}, 4, id="nothing is asked for now"),
+        pytest.param({"micro_batch": 8}, {"micro_batch": 2}, None, id="something else is asked for now"),
+        pytest.param({}, {"micro_batch": 8}, None, id="nothing was asked for then"),
+        pytest.param(None, {"micro_batch": 8}, None, id="a record of an older version"),
+        pytest.param(None, {"micro_batch": 4}, 4, id="the same, as asked for"),
+        pytest.param({"gradient_checkpointing": "off"}, {"gradient_checkpointing": "off"}, 4, id="checkpointing too"),
+        pytest.param({}, {"gradient_checkpointing": "on"}, None, id="other checkpointing"),
+        pytest.param({}, {"batching": "padding_free"}, None, id="other batching"),
+    ],
+)
+def test_what_a_later_attempt_takes_over(then, now, expected):
+    """The recorded cut, also one that memory forced, unless the wish for another one is new."""
+    planned = plan(settings(), card(), lengths=LENGTHS, learning_rate=2e-4)
+    shrunk = Cut(micro_batch=4, tokens_in_pass=4 * 2048, gradient_checkpointing="unsloth", cuda_graphs=False)
+    earlier = {"plan": planned.recut(shrunk).circumstances(), "device": "card"}
+    earlier |= {} if then is None else {"asked": asked(settings(**then))}
+    config = settings(**now)
+    found = taken_over(earlier, plan(config, card(), lengths=LENGTHS, learning_rate=2e-4), config, card())
+    assert found == (shrunk if expected else None)
+
+
+def test_another_card_plans_anew():
+    """And says so."""
+    planned = plan(settings(), card(), lengths=LENGTHS, learning_rate=2e-4)
+    earlier = {"plan": planned.circumstances(), "device": "another card"}
+    with capture_logs() as logs:
+        assert taken_over(earlier, planned, settings(), card()) is None
+    assert [(line["event"], line["was"], line["now"]) for line in logs] == [("plan_made_anew", "another card", "card")]
+    with capture_logs() as logs:
+        assert taken_over({}, planned, settings(), card()) is None
+    assert logs == []
+
+
+def test_a_run_that_has_trained_keeps_the_plan_that_it_trained_by():
+    """Where nothing is left to train, the plan on record is the one of the last step, whatever would be chosen now."""
+    planned = plan(settings(), card(), lengths=LENGTHS, learning_rate=2e-4)
+    trained = replace(planned, batching="padded", micro_batch=2, tokens_in_pass=None, gradient_checkpointing="on")
+    assert as_trained(planned, {"plan": trained.circumstances(), "device": "another card"}) == trained
+    assert as_trained(planned, {"plan": {"micro_batch": 2, "accumulation": 4}}) == planned
+    assert as_trained(planned, {}) == planned

@@ -87,13 +87,13 @@ class Fitting:
 
             self._varlen = install()
         self._settle_positions()
+        graphs = recordable(self.plan, config, self.device)
         if recorded is not None:
-            self.apply(recorded)
-            self.plan = self.plan.recut(recorded, "as the attempt before")
+            self.apply(replace(recorded, cuda_graphs=recorded.cuda_graphs and graphs))
+            self.plan = self.plan.recut(self.plan.cut, "as the attempt before")
             return
         with _unchanged(self.trainer.model):
             rate = matrix_rate()
-        graphs = recordable(self.plan, config, self.device)
         found = candidates(self.plan, config, self.shape, lengths=self.lengths, rate=rate, graphs=graphs)
         self._choose(found)
 

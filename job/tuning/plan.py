@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import structlog
 
 from job.config import Config
 from job.estimate import memory
@@ -24,6 +26,7 @@ from job.pace import pace
 from job.shape import Shape
 from job.tuning.device import Device
 
+log = structlog.get_logger()
 CPU_OPTIMIZER = "adamw_torch_fused"
 LAYER_SECONDS, GRAPH_SECONDS = 0.01, 0.0001
 RECOMPUTED_LAUNCHES = 4 / 3
@@ -72,6 +75,12 @@ class Plan:
     def cut(self) -> Cut:
         """The part that the device decides."""
         return Cut(**{name: getattr(self, name) for name in Cut.__dataclass_fields__})
+
+    def circumstances(self) -> dict[str, Any]:
+        """What a run that goes on bit for bit meets again: all but the reasons, of which nothing follows."""
+        found = asdict(self)
+        del found["reasons"]
+        return found
 
     def recut(self, cut: Cut, *reasons: str) -> Plan:
         """The plan with another cut."""
@@ -204,6 +213,36 @@ def _bytes(cut: Cut, planned: Plan, config: Config, shape: Shape | None, lengths
     padded = planned.batching == "padded"
     tokens = cut.micro_batch * max(lengths) if padded else _capacity(lengths, cut.micro_batch)
     return memory(shape, config, tokens=tokens, checkpointing=cut.gradient_checkpointing).total
+
+
+def asked(config: Config) -> dict[str, Any]:
+    """What the settings say of the cut, as an attempt records it."""
+    return {"micro_batch": config.micro_batch, "gradient_checkpointing": config.gradient_checkpointing}
+
+
+def taken_over(earlier: dict[str, Any], planned: Plan, config: Config, device: Device) -> Cut | None:
+    """How an earlier attempt cut its batches: done again on a card of the same name, to round as it did, unless the
+    settings ask for something else than it did and than they asked for then (memory may have run out since).
+
+    Args:
+        earlier: `Finetune.circumstances` that it recorded.
+    """
+    found = as_recorded(earlier.get("plan") or {})
+    if found is None:
+        return None
+    if earlier.get("device") != device.name:
+        log.warning("plan_made_anew", was=earlier.get("device"), now=device.name)
+        return None
+    then = earlier.get("asked") or {}
+    other = any(value not in ("auto", getattr(found, name), then.get(name)) for name, value in asked(config).items())
+    return None if other or earlier["plan"]["batching"] != planned.batching else found
+
+
+def as_trained(planned: Plan, earlier: dict[str, Any]) -> Plan:
+    """The plan of a run whose last step was made in an earlier attempt, on whatever card: cut as it was there."""
+    recorded = earlier.get("plan") or {}
+    found = as_recorded(recorded)
+    return planned if found is None else replace(planned.recut(found), batching=recorded["batching"])
 
 
 def as_recorded(recorded: dict[str, Any]) -> Cut | None:
