@@ -7,10 +7,11 @@ import torch
 from structlog.testing import capture_logs
 
 from job.config import Config
+from job.errors import ConfigError
 from job.shape import llama
 from job.tuning.device import Device
 from job.tuning.fitting import recordable
-from job.tuning.plan import Cut, as_recorded, as_trained, asked, candidates, plan, smaller, taken_over
+from job.tuning.plan import Cut, as_recorded, as_trained, asked, candidates, padded, plan, smaller, taken_over
 
 ONE_B = llama(hidden=2048, inner=8192, layers=16, keys=512, vocabulary=128_256)
 EIGHT_B = llama(hidden=4096, inner=14_336, layers=32, keys=1024, vocabulary=128_256)
@@ -180,3 +181,23 @@ def test_a_run_that_has_trained_keeps_the_plan_that_it_trained_by():
     assert as_trained(planned, {"plan": trained.circumstances(), "device": "another card"}) == trained
     assert as_trained(planned, {"plan": {"micro_batch": 2, "accumulation": 4}}) == planned
     assert as_trained(planned, {}) == planned
+
+
+def test_a_model_that_unsloth_only_pads():
+    """`auto` pads, says so, keeps the reason, and tries no CUDA graphs; asked for, other batches are refused."""
+    planned = plan(settings(), card(), lengths=LENGTHS, learning_rate=2e-4)
+    with capture_logs() as logs:
+        found = padded(planned, settings(), model="gemma2")
+    assert (found.batching, found.tokens_in_pass, found.cut.tokens_in_pass) == ("padded", None, None)
+    assert "gemma2" in found.reasons[-1]
+    assert [(line["event"], line["was"], line["model_type"]) for line in logs] == [
+        ("batching_padded", "packed", "gemma2")
+    ]
+    cuts = candidates(
+        found, settings(), ONE_B, lengths=LENGTHS, rate=FAST, graphs=recordable(found, settings(), card())
+    )
+    assert {(one.cut.tokens_in_pass, one.cut.cuda_graphs) for one in cuts} == {(None, False)}
+    for batching in ("packed", "padding_free"):
+        with pytest.raises(ConfigError, match=f"TUNE_BATCHING={batching}, but .* gemma2") as caught:
+            padded(planned, settings(batching=batching), model="gemma2")
+        assert "TUNE_BATCHING=padded" in caught.value.remedy

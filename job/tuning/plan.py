@@ -21,6 +21,7 @@ from typing import Any
 import structlog
 
 from job.config import Config
+from job.errors import ConfigError
 from job.estimate import memory
 from job.pace import pace
 from job.shape import Shape
@@ -131,6 +132,25 @@ def plan(config: Config, device: Device, *, lengths: Sequence[int], learning_rat
         compute_dtype=str(device.dtype).removeprefix("torch."),
         deterministic=config.deterministic,
     )
+
+
+def padded(planned: Plan, config: Config, *, model: str) -> Plan:
+    """The same plan for a model whose sequences Unsloth does not let stand one behind the other.
+
+    Args:
+        model: its type, as transformers names it.
+
+    Raises:
+        ConfigError: that is what the user asked for.
+    """
+    if config.batching != "auto":
+        raise ConfigError(
+            f"TUNE_BATCHING={config.batching}, but Unsloth does not train {model} models padding-free.",
+            remedy="Set TUNE_BATCHING=padded.",
+        )
+    reason = f"padded: Unsloth does not train {model} models padding-free"
+    log.info("batching_padded", was=planned.batching, model_type=model)
+    return replace(planned, batching="padded", tokens_in_pass=None, reasons=(*planned.reasons, reason))
 
 
 def candidates(

@@ -20,7 +20,7 @@ from job.tuning.checkpoint import write_adapter
 from job.tuning.fitting import Fitting
 from job.tuning.order import ShortFirst
 from job.tuning.passes import cut
-from job.tuning.plan import Plan
+from job.tuning.plan import Plan, padded
 from job.tuning.weighted import COLUMN, WeightedLoss, use_log_probs
 
 log = structlog.get_logger()
@@ -100,6 +100,10 @@ def build(
     Args:
         dataset: columns input_ids, labels, length and perhaps weights; already cut to length.
         directory: where the trainer writes its checkpoints.
+
+    Raises:
+        ConfigError: Unsloth does not train the model with the batches that were asked for.
+        HopelessError: it changed other settings.
     """
     plan, device = fitting.plan, fitting.device
     arguments = SFTConfig(
@@ -151,8 +155,15 @@ def build(
     adapter.cast_trainable(trainer.model)
     trainer.fitting = fitting
     fitting.trainer, fitting.collate = trainer, trainer.data_collator
-    _check(trainer, plan, config)
+    if plan.batching != "padded" and not _padding_free(trainer):
+        # Where Unsloth refuses, it has set the argument back before the trainer was made: this one pads.
+        fitting.plan = padded(plan, config, model=trainer.model.config.model_type)
+    _check(trainer, fitting.plan, config)
     return trainer
+
+
+def _padding_free(trainer: SFTTrainer) -> bool:
+    return bool(getattr(trainer.data_collator, "padding_free", False))
 
 
 def _check(trainer: SFTTrainer, plan: Plan, config: Config) -> None:
@@ -168,7 +179,7 @@ def _check(trainer: SFTTrainer, plan: Plan, config: Config) -> None:
         "warm-up": (arguments.warmup_steps, plan.warmup_steps),
         "optimizer": (getattr(arguments.optim, "value", arguments.optim), plan.optimizer),
         "curriculum": (order, config.curriculum),
-        "padding-free": (bool(getattr(trainer.data_collator, "padding_free", False)), plan.batching != "padded"),
+        "padding-free": (_padding_free(trainer), plan.batching != "padded"),
     }
     changed = [f"{name} {found} instead of {wanted}" for name, (found, wanted) in effective.items() if found != wanted]
     if changed:
