@@ -11,6 +11,8 @@ import torch
 
 AMPERE = 8
 """Its compute capability's first number."""
+MORE_ROOM = "Lower TUNE_MAX_LENGTH or TUNE_LORA_R, set TUNE_PRECISION=4bit, or take a card with more memory."
+"""What to do where a card's memory does not suffice."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from job.rendering import Prompt
 from job.tuning import checkpoint, export
 from job.tuning import model as models
 from job.tuning.callbacks import Evaluations, Hooks, Hyperparameters, Progress, SavePoints, Settled
-from job.tuning.device import Device, choose, memory
+from job.tuning.device import MORE_ROOM, Device, choose, memory
 from job.tuning.evaluate import Evaluation, answer, evaluate
 from job.tuning.fitting import Fitting
 from job.tuning.plan import Plan, as_trained, asked, plan, taken_over
@@ -32,18 +32,23 @@ log = structlog.get_logger()
 check_checkpoint = checkpoint.check
 ANSWERS_AT_ONCE = 32
 EVALUATED_AT_ONCE = 8
+SMALLER = "Lower TUNE_MICRO_BATCH or TUNE_MAX_LENGTH, or set TUNE_GRADIENT_CHECKPOINTING=unsloth."
 NOT_DETERMINISTIC = "does not have a deterministic implementation"
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Turns what torch says where the GPU's memory or TUNE_DETERMINISTIC does not suffice into what to change."""
+def explained(remedy: str = MORE_ROOM) -> Iterator[None]:
+    """Turns what torch says where the GPU's memory or TUNE_DETERMINISTIC does not suffice into what to change.
+
+    Args:
+        remedy: for lack of memory.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise HopelessError(
             f"The GPU ran out of memory: {str(error).splitlines()[0]}",
-            remedy="Lower TUNE_MICRO_BATCH or TUNE_MAX_LENGTH, or set TUNE_GRADIENT_CHECKPOINTING=unsloth.",
+            remedy=remedy,
         ) from error
     except RuntimeError as error:
         if NOT_DETERMINISTIC not in str(error):
@@ -177,7 +182,7 @@ class Finetune:
         callbacks = [settled, self.progress, Evaluations(hooks), SavePoints(hooks)]
         if changed:
             callbacks.append(Hyperparameters(self.plan.learning_rate, self.config.weight_decay))
-        with explained(), signals.deferred():
+        with explained(SMALLER), signals.deferred():
             train(trainer, callbacks, resume_from=directory)
         if trainer.state.global_step != self.plan.steps:
             raise HopelessError(

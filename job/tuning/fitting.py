@@ -17,7 +17,7 @@ from job.config import Config
 from job.errors import HopelessError
 from job.shape import Shape
 from job.tuning.batches import IGNORED
-from job.tuning.device import Device, memory
+from job.tuning.device import MORE_ROOM, Device, memory
 from job.tuning.passes import Limit, bucket
 from job.tuning.plan import HOPELESS, Candidate, Cut, Plan, candidates, smaller
 
@@ -30,7 +30,6 @@ LOSS_OFF, GRADIENTS_OFF = 2e-3, 5e-2
 """How far a recorded pass may be from the same pass unrecorded, relatively; both are in 16 bit."""
 SPARE_BYTES = 512 << 20
 """To be left free by a probe, beside the optimizer's states: for whatever differs between steps."""
-MORE_ROOM = "Lower TUNE_MAX_LENGTH or TUNE_LORA_R, set TUNE_PRECISION=4bit, or take a card with more memory."
 MATRIX = 4096
 FASTEST, SLOWEST = 2e15, 1e12
 """Operations a second: what a measurement may say."""
