@@ -11,7 +11,7 @@ from job.errors import ConfigError
 from job.shape import llama
 from job.tuning.device import Device
 from job.tuning.fitting import recordable
-from job.tuning.plan import Cut, as_recorded, as_trained, asked, candidates, padded, plan, smaller, taken_over
+from job.tuning.plan import Cut, as_recorded, as_trained, asked, candidates, freed, padded, plan, smaller, taken_over
 
 ONE_B = llama(hidden=2048, inner=8192, layers=16, keys=512, vocabulary=128_256)
 EIGHT_B = llama(hidden=4096, inner=14_336, layers=32, keys=1024, vocabulary=128_256)
@@ -95,6 +95,25 @@ def test_what_comes_when_memory_runs_out():
         (1, False, "off"),
         (1, False, "unsloth"),
     ]
+    plain = replace(ordered(settings(gradient_checkpointing="on"))[-1].cut, micro_batch=1)
+    assert smaller(plain, LENGTHS) == replace(plain, gradient_checkpointing="unsloth")
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, ""),
+        ({"micro_batch": 1, "gradient_checkpointing": "unsloth"}, ""),
+        ({"micro_batch": 4}, "Leave TUNE_MICRO_BATCH at auto. "),
+        (
+            {"micro_batch": 4, "gradient_checkpointing": "off"},
+            "Leave TUNE_MICRO_BATCH and TUNE_GRADIENT_CHECKPOINTING at auto. ",
+        ),
+    ],
+)
+def test_what_the_settings_left_no_room_for(changed, expected):
+    """Where nothing fits, the first remedy is what the user had decided, if it is not the least already."""
+    assert freed(settings(**changed)) == expected
 
 
 def test_a_batch_of_six_is_cut_in_halves_rounded_up():

@@ -48,6 +48,11 @@ class Cut:
     """`off`, `on` or `unsloth`."""
     cuda_graphs: bool
 
+    def __str__(self) -> str:
+        unit = f"{self.micro_batch} sequences" if self.tokens_in_pass is None else f"{self.tokens_in_pass:,} tokens"
+        words = f"passes of {unit}, checkpointing {self.gradient_checkpointing}"
+        return f"{words}, CUDA graphs" if self.cuda_graphs else words
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -192,7 +197,7 @@ def smaller(cut: Cut, lengths: Sequence[int]) -> Cut | None:
         return replace(cut, micro_batch=rows, tokens_in_pass=tokens)
     if cut.cuda_graphs:
         return replace(cut, cuda_graphs=False)
-    if cut.gradient_checkpointing == "off":
+    if cut.gradient_checkpointing != "unsloth":
         return replace(cut, gradient_checkpointing="unsloth")
     return None
 
@@ -238,6 +243,13 @@ def _bytes(cut: Cut, planned: Plan, config: Config, shape: Shape | None, lengths
 def asked(config: Config) -> dict[str, Any]:
     """What the settings say of the cut, as an attempt records it."""
     return {"micro_batch": config.micro_batch, "gradient_checkpointing": config.gradient_checkpointing}
+
+
+def freed(config: Config) -> str:
+    """What of the cut is left to be decided where it does not fit as the settings have it; empty where all of it is."""
+    most = {"micro_batch": 1, "gradient_checkpointing": "unsloth"}
+    fixed = [f"TUNE_{name.upper()}" for name, value in asked(config).items() if value not in ("auto", most[name])]
+    return f"Leave {' and '.join(fixed)} at auto. " if fixed else ""
 
 
 def taken_over(earlier: dict[str, Any], planned: Plan, config: Config, device: Device) -> Cut | None:
