@@ -184,6 +184,7 @@ class Finetune:
             callbacks.append(Hyperparameters(self.plan.learning_rate, self.config.weight_decay))
         with explained(SMALLER), signals.deferred():
             train(trainer, callbacks, resume_from=directory)
+        self.fitting.forget()
         if trainer.state.global_step != self.plan.steps:
             raise HopelessError(
                 f"Training stopped after {trainer.state.global_step} of {self.plan.steps} steps.",
@@ -195,21 +196,30 @@ class Finetune:
         self.fitting.settle(self.config, recorded=recorded)
 
     def evaluate(self, dataset: Any) -> Evaluation:
-        """The loss on other rows."""
+        """The loss on other rows. Memory that runs out while passes are recorded is taken from the recordings."""
         with explained():
-            found = evaluate(
-                self.model,
-                dataset,
-                batch=EVALUATED_AT_ONCE,
-                pad_id=self.tokenizer.hf.pad_token_id or 0,
-                device=self.device.kind,
-            )
+            try:
+                found = self._loss(dataset)
+            except torch.OutOfMemoryError:
+                if not self.fitting.make_room():
+                    raise
+                found = None
+            found = found or self._loss(dataset)  # only here: the error held on to what had been allocated
         if not math.isfinite(found.loss):
             raise HopelessError(
                 f"The loss on the held-out rows is {found.loss}.",
                 remedy="Lower TUNE_LEARNING_RATE, or look for broken weights in the base model.",
             )
         return found
+
+    def _loss(self, dataset: Any) -> Evaluation:
+        return evaluate(
+            self.model,
+            dataset,
+            batch=EVALUATED_AT_ONCE,
+            pad_id=self.tokenizer.hf.pad_token_id or 0,
+            device=self.device.kind,
+        )
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy answers to prompts."""

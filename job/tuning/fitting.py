@@ -133,13 +133,13 @@ class Fitting:
         except torch.OutOfMemoryError:
             error = "out of memory"
         if error:
-            self._forget()
+            self.forget()
         log.debug("plan_probed", candidate=str(cut), error=error, seconds=round(time.monotonic() - started, 3))
         return error
 
     def _passes(self, cut: Cut) -> str:
         batch = self.largest(cut)
-        self._forget()
+        self.forget()
         torch.cuda.reset_peak_memory_stats()
         loss, gradients = self._one(batch)
         if cut.cuda_graphs:
@@ -184,7 +184,7 @@ class Fitting:
             set_checkpointing(self.trainer.model, mode)
         self.trainer.args.gradient_checkpointing = mode != "off"
         if not cut.cuda_graphs:
-            self._forget()
+            self.forget()
         elif self.graphed is None:
             self._record()
 
@@ -193,7 +193,7 @@ class Fitting:
         from job.tuning.attention import NotRecordableError  # noqa: PLC0415 - see above
         from job.tuning.graphs import GraphedDecoder  # noqa: PLC0415
 
-        self._forget()
+        self.forget()
         try:
             self.graphed = GraphedDecoder(
                 self.trainer.model.get_base_model(),
@@ -210,12 +210,21 @@ class Fitting:
         log.info("cuda_graphs_given_up", reason=reason)
         self.apply(replace(self.plan.cut, cuda_graphs=False))
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Record no passes any more, and give back what only they needed."""
         if self.graphed is not None:
             self.graphed.remove()
             self.graphed = None
         if self.device.kind == "cuda":
             torch.cuda.empty_cache()
+
+    def make_room(self) -> bool:
+        """Give the recordings up for now: passes are recorded anew when they are next met. False if there are none."""
+        if self.graphed is None or not self.graphed.recorded:
+            return False
+        self.graphed.clear()
+        torch.cuda.empty_cache()
+        return True
 
     def shrink(self, error: str, *, step: int) -> None:
         """Go on with a smaller cut, after memory ran out in a pass; what was done of the step is given up.
@@ -224,7 +233,7 @@ class Fitting:
             HopelessError: there is none.
         """
         report, before = memory(self.device), self.plan
-        self._forget()
+        self.forget()
         cut = smaller(before.cut, self.lengths)
         if cut is None:
             raise HopelessError(
