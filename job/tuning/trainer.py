@@ -40,11 +40,17 @@ class _Trainer(SFTTrainer):
         """Forward and backward of a whole step, in as many passes as it takes; returns the step's loss.
 
         A step that runs out of memory begins again, cut smaller.
+
+        Raises:
+            HopelessError: it takes several passes, and the loss of each would be a mean of its own.
         """
         while True:
             error = ""
+            parts = list(cut(inputs, self.fitting.limit))
+            if num_items_in_batch is None and len(parts) > 1:
+                raise _not_a_sum(model, len(parts))
             try:
-                losses = [self.one_pass(model, part, num_items_in_batch) for part in cut(inputs, self.fitting.limit)]
+                losses = [self.one_pass(model, part, num_items_in_batch) for part in parts]
                 return torch.stack(losses).sum()
             except torch.OutOfMemoryError as found:
                 error = str(found).splitlines()[0]
@@ -75,6 +81,15 @@ class _Trainer(SFTTrainer):
 
 class _WeightedTrainer(WeightedLoss, _Trainer):
     """The same, for rows that carry weights."""
+
+
+def _not_a_sum(model: Any, passes: int) -> HopelessError:
+    return HopelessError(
+        f"The loss of {model.config.model_type} models is a mean over each pass, so that {passes} passes do not add up "
+        "to the batch's.",
+        remedy="Lower TUNE_BATCH_SIZE, or raise TUNE_MICRO_BATCH, until one pass holds the batch, and report this with "
+        "the log: the training library did not count the labels.",
+    )
 
 
 def skip_if_full(error: Exception, directory: Path, step: int) -> None:
