@@ -263,8 +263,10 @@ def set_checkpointing(model: Any, mode: str) -> None:
         # The model was loaded for plain recomputation, and its layers hold that function.
         from unsloth.models._utils import apply_unsloth_gradient_checkpointing  # noqa: PLC0415 - see above
 
-        value = apply_unsloth_gradient_checkpointing(value, model.max_seq_length, model.dtype)
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+        dtype = model.get_input_embeddings().weight.dtype
+        value = apply_unsloth_gradient_checkpointing(value, model.max_seq_length, dtype)
+        if value == "unsloth":  # else sequences are so short that plain recomputation is what it stands for
+            model.gradient_checkpointing_enable({"use_reentrant": True})
     model._unsloth_gradient_checkpointing = value  # noqa: SLF001 - what Unsloth goes back to after it generated
     FastLanguageModel.for_training(model, use_gradient_checkpointing=value)
 
