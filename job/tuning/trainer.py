@@ -120,8 +120,34 @@ def build(
         ConfigError: Unsloth does not train the model with the batches that were asked for.
         HopelessError: it changed other settings.
     """
+    plan = fitting.plan
+    weighted = COLUMN in dataset.column_names
+    rows = dataset.select_columns(["input_ids", "labels", COLUMN] if weighted else ["input_ids", "labels"])
+    # Rendering has cut the rows already. Without this claim Unsloth turns padding-free batches off, since it could not
+    # cut ready rows itself.
+    rows._unsloth_truncated_to = config.max_length  # noqa: SLF001
+    kind = _WeightedTrainer if weighted else _Trainer
+    trainer = kind(
+        model=model, args=_arguments(config, fitting, directory), train_dataset=rows, processing_class=hf_tokenizer
+    )
+    if weighted:
+        use_log_probs(trainer)
+    if config.curriculum == "short_first":
+        trainer.order = ShortFirst(dataset["length"][:], seed=config.seed)
+    adapter.cast_trainable(trainer.model)
+    trainer.fitting = fitting
+    fitting.trainer, fitting.collate = trainer, trainer.data_collator
+    if plan.batching != "padded" and not _padding_free(trainer):
+        # Where Unsloth refuses, it has set the argument back before the trainer was made: this one pads.
+        fitting.plan = padded(plan, config, model=trainer.model.config.model_type)
+    _check(trainer, fitting.plan, config)
+    return trainer
+
+
+def _arguments(config: Config, fitting: Fitting, directory: Path) -> SFTConfig:
+    """All of them: where one is left out, the library decides."""
     plan, device = fitting.plan, fitting.device
-    arguments = SFTConfig(
+    return SFTConfig(
         output_dir=str(directory),
         per_device_train_batch_size=plan.batch_size,
         gradient_accumulation_steps=1,
@@ -156,25 +182,6 @@ def build(
         push_to_hub=False,
         **ADAM,
     )
-    weighted = COLUMN in dataset.column_names
-    rows = dataset.select_columns(["input_ids", "labels", COLUMN] if weighted else ["input_ids", "labels"])
-    # Rendering has cut the rows already. Without this claim Unsloth turns padding-free batches off, since it could not
-    # cut ready rows itself.
-    rows._unsloth_truncated_to = config.max_length  # noqa: SLF001
-    kind = _WeightedTrainer if weighted else _Trainer
-    trainer = kind(model=model, args=arguments, train_dataset=rows, processing_class=hf_tokenizer)
-    if weighted:
-        use_log_probs(trainer)
-    if config.curriculum == "short_first":
-        trainer.order = ShortFirst(dataset["length"][:], seed=config.seed)
-    adapter.cast_trainable(trainer.model)
-    trainer.fitting = fitting
-    fitting.trainer, fitting.collate = trainer, trainer.data_collator
-    if plan.batching != "padded" and not _padding_free(trainer):
-        # Where Unsloth refuses, it has set the argument back before the trainer was made: this one pads.
-        fitting.plan = padded(plan, config, model=trainer.model.config.model_type)
-    _check(trainer, fitting.plan, config)
-    return trainer
 
 
 def _padding_free(trainer: SFTTrainer) -> bool:
