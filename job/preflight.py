@@ -18,7 +18,7 @@ from pathlib import Path
 
 import structlog
 
-from job import env, logs
+from job import env, logs, rules
 from job.config import Config
 from job.errors import ConfigError, DeniedError, JobError, StorageError, known
 from job.storage.store import open_store
@@ -51,6 +51,13 @@ def machine(config: Config) -> bool:
     if gpu:
         with _collected(problems):
             check_gpu(config.device)
+    elif config.batching in rules.FLAT:
+        problems.append(
+            ConfigError(
+                f"TUNE_BATCHING={config.batching} needs a GPU, and this machine shows none.",
+                remedy="Request a GPU for the container, or set TUNE_BATCHING=auto or padded.",
+            )
+        )
     with _collected(problems):
         check_scratch(env.scratch(), compiles=gpu)
     check_shared_memory(SHARED_MEMORY)

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from job import roles
 from job.config import CONTENTS, FIXED, SETTINGS, Config
 
+FLAT = ("padding_free", "packed")
+"""Values of TUNE_BATCHING that need a GPU."""
+
 
 def problems(config: Config) -> list[str]:
     """What no single value shows: each with the values, the rule and the remedy."""
@@ -16,7 +19,7 @@ def problems(config: Config) -> list[str]:
             f"TUNE_MICRO_BATCH={config.micro_batch} is more than TUNE_BATCH_SIZE={config.batch_size}. "
             "Lower it: a pass cannot hold more than an optimizer step."
         )
-    if config.batching in {"padding_free", "packed"} and config.device == "cpu":
+    if config.batching in FLAT and config.device == "cpu":
         found.append(
             f"TUNE_BATCHING={config.batching} needs a GPU, and TUNE_DEVICE=cpu. Set TUNE_BATCHING=auto or padded."
         )

@@ -50,6 +50,7 @@ class Life:
 def say_differences(finetune: Any, restored: Restored) -> None:
     """Warn where the resumed run will not be, bit for bit, the run that was interrupted."""
     now = {**finetune.circumstances(), "versions": versions()}
+    del now["asked"]  # another wish that comes to the same plan changes nothing
     differences = {
         name: {"was": restored.body.get(name), "is": value}
         for name, value in now.items()

@@ -87,6 +87,7 @@ def trained(tuned, limit: int, torch) -> dict:
         "micro_batch": tuned.plan.micro_batch,
         "reasons": tuned.plan.reasons,
         "out_of_memory": [line for line in logs if line["event"] == "out_of_memory"],
+        "unequal": [line for line in logs if line["event"] == "bitwise_equality_ended"],
         "ended": ended,
     }
 

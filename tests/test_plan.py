@@ -4,11 +4,14 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from job.config import Config
+from job.errors import ConfigError
 from job.shape import llama
 from job.tuning.device import Device
-from job.tuning.plan import Cut, as_recorded, candidates, plan, smaller
+from job.tuning.fitting import recordable
+from job.tuning.plan import Cut, as_recorded, as_trained, asked, candidates, freed, padded, plan, smaller, taken_over
 
 ONE_B = llama(hidden=2048, inner=8192, layers=16, keys=512, vocabulary=128_256)
 EIGHT_B = llama(hidden=4096, inner=14_336, layers=32, keys=1024, vocabulary=128_256)
@@ -92,6 +95,25 @@ def test_what_comes_when_memory_runs_out():
         (1, False, "off"),
         (1, False, "unsloth"),
     ]
+    plain = replace(ordered(settings(gradient_checkpointing="on"))[-1].cut, micro_batch=1)
+    assert smaller(plain, LENGTHS) == replace(plain, gradient_checkpointing="unsloth")
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, ""),
+        ({"micro_batch": 1, "gradient_checkpointing": "unsloth"}, ""),
+        ({"micro_batch": 4}, "Leave TUNE_MICRO_BATCH at auto. "),
+        (
+            {"micro_batch": 4, "gradient_checkpointing": "off"},
+            "Leave TUNE_MICRO_BATCH and TUNE_GRADIENT_CHECKPOINTING at auto. ",
+        ),
+    ],
+)
+def test_what_the_settings_left_no_room_for(changed, expected):
+    """Where nothing fits, the first remedy is what the user had decided, if it is not the least already."""
+    assert freed(settings(**changed)) == expected
 
 
 def test_a_batch_of_six_is_cut_in_halves_rounded_up():
@@ -113,3 +135,88 @@ def test_a_cpu_pads():
     planned = plan(settings(device="cpu"), device, lengths=LENGTHS, learning_rate=2e-4)
     assert (planned.batching, planned.micro_batch, planned.gradient_checkpointing) == ("padded", 8, "off")
     assert (planned.optimizer, planned.cuda_graphs) == ("adamw_torch_fused", False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "capability", "batching", "expected"),
+    [
+        pytest.param({}, "8.0", "packed", True, id="ampere"),
+        pytest.param({}, "12.1", "padding_free", True, id="blackwell"),
+        pytest.param({}, "7.5", "packed", False, id="turing has no kernel for all lengths"),
+        pytest.param({}, "9.0", "padded", False, id="padded, whatever was asked for"),
+        pytest.param({"lora_dropout": 0.1}, "9.0", "packed", False, id="dropout"),
+        pytest.param({"precision": "8bit"}, "9.0", "packed", False, id="8 bit"),
+    ],
+)
+def test_what_may_be_recorded(changed, capability, batching, expected):
+    """The card, the plan's own batching and the settings each have a say."""
+    device = replace(card(), capability=capability)
+    planned = replace(plan(settings(), device, lengths=LENGTHS, learning_rate=2e-4), batching=batching)
+    assert recordable(planned, settings(**changed), device) is expected
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "expected"),
+    [
+        pytest.param({"micro_batch": 8}, {"micro_batch": 8}, 4, id="it shrank from what is still asked for"),
+        pytest.param({"micro_batch": 8}, {"micro_batch": 4}, 4, id="what it came to is asked for now"),
+        pytest.param({"micro_batch": 8}, {}, 4, id="nothing is asked for now"),
+        pytest.param({"micro_batch": 8}, {"micro_batch": 2}, None, id="something else is asked for now"),
+        pytest.param({}, {"micro_batch": 8}, None, id="nothing was asked for then"),
+        pytest.param(None, {"micro_batch": 8}, None, id="a record of an older version"),
+        pytest.param(None, {"micro_batch": 4}, 4, id="the same, as asked for"),
+        pytest.param({"gradient_checkpointing": "off"}, {"gradient_checkpointing": "off"}, 4, id="checkpointing too"),
+        pytest.param({}, {"gradient_checkpointing": "on"}, None, id="other checkpointing"),
+        pytest.param({}, {"batching": "padding_free"}, None, id="other batching"),
+    ],
+)
+def test_what_a_later_attempt_takes_over(then, now, expected):
+    """The recorded cut, also one that memory forced, unless the wish for another one is new."""
+    planned = plan(settings(), card(), lengths=LENGTHS, learning_rate=2e-4)
+    shrunk = Cut(micro_batch=4, tokens_in_pass=4 * 2048, gradient_checkpointing="unsloth", cuda_graphs=False)
+    earlier = {"plan": planned.recut(shrunk).circumstances(), "device": "card"}
+    earlier |= {} if then is None else {"asked": asked(settings(**then))}
+    config = settings(**now)
+    found = taken_over(earlier, plan(config, card(), lengths=LENGTHS, learning_rate=2e-4), config, card())
+    assert found == (shrunk if expected else None)
+
+
+def test_another_card_plans_anew():
+    """And says so."""
+    planned = plan(settings(), card(), lengths=LENGTHS, learning_rate=2e-4)
+    earlier = {"plan": planned.circumstances(), "device": "another card"}
+    with capture_logs() as logs:
+        assert taken_over(earlier, planned, settings(), card()) is None
+    assert [(line["event"], line["was"], line["now"]) for line in logs] == [("plan_made_anew", "another card", "card")]
+    with capture_logs() as logs:
+        assert taken_over({}, planned, settings(), card()) is None
+    assert logs == []
+
+
+def test_a_run_that_has_trained_keeps_the_plan_that_it_trained_by():
+    """Where nothing is left to train, the plan on record is the one of the last step, whatever would be chosen now."""
+    planned = plan(settings(), card(), lengths=LENGTHS, learning_rate=2e-4)
+    trained = replace(planned, batching="padded", micro_batch=2, tokens_in_pass=None, gradient_checkpointing="on")
+    assert as_trained(planned, {"plan": trained.circumstances(), "device": "another card"}) == trained
+    assert as_trained(planned, {"plan": {"micro_batch": 2, "accumulation": 4}}) == planned
+    assert as_trained(planned, {}) == planned
+
+
+def test_a_model_that_unsloth_only_pads():
+    """`auto` pads, says so, keeps the reason, and tries no CUDA graphs; asked for, other batches are refused."""
+    planned = plan(settings(), card(), lengths=LENGTHS, learning_rate=2e-4)
+    with capture_logs() as logs:
+        found = padded(planned, settings(), model="gemma2")
+    assert (found.batching, found.tokens_in_pass, found.cut.tokens_in_pass) == ("padded", None, None)
+    assert "gemma2" in found.reasons[-1]
+    assert [(line["event"], line["was"], line["model_type"]) for line in logs] == [
+        ("batching_padded", "packed", "gemma2")
+    ]
+    cuts = candidates(
+        found, settings(), ONE_B, lengths=LENGTHS, rate=FAST, graphs=recordable(found, settings(), card())
+    )
+    assert {(one.cut.tokens_in_pass, one.cut.cuda_graphs) for one in cuts} == {(None, False)}
+    for batching in ("packed", "padding_free"):
+        with pytest.raises(ConfigError, match=f"TUNE_BATCHING={batching}, but .* gemma2") as caught:
+            padded(planned, settings(batching=batching), model="gemma2")
+        assert "TUNE_BATCHING=padded" in caught.value.remedy

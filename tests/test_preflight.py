@@ -121,6 +121,16 @@ def test_everything_wrong_with_the_machine_at_once(tmp_path):
     assert "TMPDIR" in scratch
 
 
+@pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="this machine has a GPU")
+@pytest.mark.parametrize("batching", ["packed", "padding_free"])
+def test_batches_that_need_a_gpu(tmp_path, batching):
+    """What only a GPU can train is refused before anything is downloaded or loaded, also where any device will do."""
+    code, _, failed = _preflight(TUNE_OUTPUT=tmp_path, TUNE_DEVICE="auto", TUNE_BATCHING=batching)
+    assert code == 78
+    assert f"TUNE_BATCHING={batching} needs a GPU, and this machine shows none" in failed["message"]
+    assert "TUNE_BATCHING=auto or padded" in failed["remedy"]
+
+
 def test_scratch_that_cannot_be_written(tmp_path):
     """TMPDIR is taken at its word: no other directory is used in silence."""
     code, _, failed = _preflight(TUNE_OUTPUT=tmp_path, TMPDIR="/proc/nowhere")

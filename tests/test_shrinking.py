@@ -36,6 +36,8 @@ def test_it_says_so(found):
     assert first["host_memory_rss_bytes"] > 0
     assert "artificial limit of 3 rows" in first["reason"]
     assert "memory ran out at step 2" in found[3]["reasons"][-1]
+    cuts = [(line["plan"]["was"]["micro_batch"], line["plan"]["is"]["micro_batch"]) for line in found[3]["unequal"]]
+    assert cuts == [(8, 4), (4, 2)]
 
 
 def test_nothing_smaller_is_hopeless(found):

@@ -5,7 +5,8 @@ where it is newer. Here it is always the one kernel (FlashAttention-2, Dao 2023,
 are added up in a fixed order, so that a run repeats itself. It takes the borders of the sequences from the device,
 which is what lets a CUDA graph be replayed on other lengths (see `job.tuning.graphs`).
 
-Whatever it cannot do (a soft cap, a window shorter than the sequences, fp32, other masks) goes the usual way.
+Whatever it cannot do (a soft cap, a window shorter than the sequences, fp32, other masks) goes the usual way; on cards
+older than the kernel (`Device.flash`) all of it does, and this is not installed.
 """
 
 from __future__ import annotations

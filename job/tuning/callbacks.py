@@ -58,7 +58,8 @@ class Settled(TrainerCallback):
     hooks: Hooks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.settle()
+        with signals.immediate():  # nothing of it is needed by an attempt that ends here
+            self.settle()
         self.hooks.ready()
 
 

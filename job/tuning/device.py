@@ -1,4 +1,4 @@
-"""The device that trains: which one it is, and how much of its memory is in use."""
+"""The device that trains: which one it is, how quick, and how much of its memory is in use."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from typing import Any
 
 import psutil
 import torch
+
+AMPERE = 8
+"""Its compute capability's first number."""
+MATRIX = 4096
+FASTEST, SLOWEST = 2e15, 1e12
+"""Operations a second: what a measurement may say."""
+MORE_ROOM = "Lower TUNE_MAX_LENGTH or TUNE_LORA_R, set TUNE_PRECISION=4bit, or take a card with more memory."
+"""What to do where a card's memory does not suffice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +30,11 @@ class Device:
     capability: str | None
     dtype: torch.dtype
     """What 16-bit means here: bfloat16 where the hardware has it; float32 on a CPU without it."""
+
+    @property
+    def flash(self) -> bool:
+        """Whether torch's FlashAttention-2 runs on it: it needs a card of NVIDIA's Ampere generation or later."""
+        return self.capability is not None and int(self.capability.partition(".")[0]) >= AMPERE
 
 
 def choose(*, asked: str) -> Device:
@@ -60,3 +73,17 @@ def memory(device: Device) -> dict[str, Any]:
         "host_memory_rss_bytes": psutil.Process().memory_info().rss,
         "host_memory_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def matrix_rate() -> float:
+    """Operations a second of a large 16-bit matrix product on this card, measured."""
+    a = torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.float16)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(3):
+        a @ a
+    start.record()
+    for _ in range(5):
+        a @ a
+    end.record()
+    end.synchronize()
+    return min(max(5 * 2 * MATRIX**3 / (start.elapsed_time(end) / 1e3), SLOWEST), FASTEST)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +22,33 @@ from job.rendering import Prompt
 from job.tuning import checkpoint, export
 from job.tuning import model as models
 from job.tuning.callbacks import Evaluations, Hooks, Hyperparameters, Progress, SavePoints, Settled
-from job.tuning.device import Device, choose, memory
+from job.tuning.device import MORE_ROOM, Device, choose, memory
 from job.tuning.evaluate import Evaluation, answer, evaluate
 from job.tuning.fitting import Fitting
-from job.tuning.plan import Cut, Plan, as_recorded, plan
+from job.tuning.plan import Plan, as_trained, asked, plan, taken_over
 from job.tuning.trainer import CountingCollator, build, train
 
 log = structlog.get_logger()
 check_checkpoint = checkpoint.check
 ANSWERS_AT_ONCE = 32
 EVALUATED_AT_ONCE = 8
+SMALLER = "Lower TUNE_MICRO_BATCH or TUNE_MAX_LENGTH, or set TUNE_GRADIENT_CHECKPOINTING=unsloth."
 NOT_DETERMINISTIC = "does not have a deterministic implementation"
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Turns what torch says where the GPU's memory or TUNE_DETERMINISTIC does not suffice into what to change."""
+def explained(remedy: str = MORE_ROOM) -> Iterator[None]:
+    """Turns what torch says where the GPU's memory or TUNE_DETERMINISTIC does not suffice into what to change.
+
+    Args:
+        remedy: for lack of memory.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise HopelessError(
             f"The GPU ran out of memory: {str(error).splitlines()[0]}",
-            remedy="Lower TUNE_MICRO_BATCH or TUNE_MAX_LENGTH, or set TUNE_GRADIENT_CHECKPOINTING=unsloth.",
+            remedy=remedy,
         ) from error
     except RuntimeError as error:
         if NOT_DETERMINISTIC not in str(error):
@@ -55,20 +60,6 @@ def explained() -> Iterator[None]:
         ) from error
 
 
-def _recorded(earlier: dict[str, Any] | None, config: Config, planned: Plan, device: Device) -> Cut | None:
-    """How an earlier attempt cut its batches: done again on a card of the same name, to round as it did, unless the
-    settings say otherwise now."""
-    found = as_recorded(earlier.get("plan") or {}) if earlier else None
-    if not earlier or found is None:
-        return None
-    if earlier.get("device") != device.name:
-        log.warning("plan_made_anew", was=earlier.get("device"), now=device.name)
-        return None
-    asked = {"micro_batch": config.micro_batch, "gradient_checkpointing": config.gradient_checkpointing}
-    other = any(value not in ("auto", getattr(found, name)) for name, value in asked.items())
-    return None if other or earlier["plan"]["batching"] != planned.batching else found
-
-
 @dataclass(kw_only=True)
 class Finetune:
     """A loaded model and the plan for training it."""
@@ -76,7 +67,8 @@ class Finetune:
     config: Config
     device: Device
     fitting: Fitting
-    recorded: Cut | None
+    earlier: dict[str, Any]
+    """`circumstances` of the attempt before; empty if there was none."""
     model: Any
     tokenizer: Any
     dataset: Any
@@ -129,7 +121,7 @@ class Finetune:
             config=config,
             device=device,
             fitting=fitting,
-            recorded=_recorded(earlier, config, planned, device),
+            earlier=earlier or {},
             model=loaded.model,
             tokenizer=data.tokenizer,
             dataset=data.train.dataset,
@@ -148,10 +140,8 @@ class Finetune:
         return self.progress.step if self.progress else 0
 
     def circumstances(self) -> dict[str, Any]:
-        """What a checkpoint must meet again for the run to go on bit for bit."""
-        plan = asdict(self.plan)
-        del plan["reasons"]  # they differ from attempt to attempt, and nothing follows from them
-        return {"plan": plan, "device": self.device.name}
+        """What a checkpoint must meet again for the run to go on bit for bit, and what was asked when it was made."""
+        return {"plan": self.plan.circumstances(), "device": self.device.name, "asked": asked(self.config)}
 
     def hooks(self, **hooks: Any) -> Hooks:
         """The events of the training loop; `Hooks` has the names."""
@@ -173,6 +163,7 @@ class Finetune:
         directory, done = resume_from or (None, 0)
         if directory is not None and done >= self.plan.steps:
             checkpoint.load_adapter(self.model, directory)  # the trainer would train one step too many
+            self.fitting.plan = as_trained(self.plan, self.earlier)
             return
         trainer = build(
             self.model,
@@ -187,34 +178,48 @@ class Finetune:
         self.progress = Progress(
             device=self.device, collator=collator, log_steps=self.config.log_steps, hooks=hooks, step=done
         )
-        settled = Settled(lambda: self.fitting.settle(self.config, recorded=self.recorded), hooks)
+        settled = Settled(self._settle, hooks)
         callbacks = [settled, self.progress, Evaluations(hooks), SavePoints(hooks)]
         if changed:
             callbacks.append(Hyperparameters(self.plan.learning_rate, self.config.weight_decay))
-        with explained(), signals.deferred():
+        with explained(SMALLER), signals.deferred():
             train(trainer, callbacks, resume_from=directory)
+        self.fitting.forget()
         if trainer.state.global_step != self.plan.steps:
             raise HopelessError(
                 f"Training stopped after {trainer.state.global_step} of {self.plan.steps} steps.",
                 remedy="Check the log for what the trainer printed.",
             )
 
+    def _settle(self) -> None:
+        recorded = taken_over(self.earlier, self.plan, self.config, self.device)
+        self.fitting.settle(self.config, recorded=recorded)
+
     def evaluate(self, dataset: Any) -> Evaluation:
-        """The loss on other rows."""
+        """The loss on other rows. Memory that runs out while passes are recorded is taken from the recordings."""
         with explained():
-            found = evaluate(
-                self.model,
-                dataset,
-                batch=EVALUATED_AT_ONCE,
-                pad_id=self.tokenizer.hf.pad_token_id or 0,
-                device=self.device.kind,
-            )
+            try:
+                found = self._loss(dataset)
+            except torch.OutOfMemoryError:
+                if not self.fitting.make_room():
+                    raise
+                found = None
+            found = found or self._loss(dataset)  # only here: the error held on to what had been allocated
         if not math.isfinite(found.loss):
             raise HopelessError(
                 f"The loss on the held-out rows is {found.loss}.",
                 remedy="Lower TUNE_LEARNING_RATE, or look for broken weights in the base model.",
             )
         return found
+
+    def _loss(self, dataset: Any) -> Evaluation:
+        return evaluate(
+            self.model,
+            dataset,
+            batch=EVALUATED_AT_ONCE,
+            pad_id=self.tokenizer.hf.pad_token_id or 0,
+            device=self.device.kind,
+        )
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy answers to prompts."""

@@ -17,9 +17,9 @@ from job.config import Config
 from job.errors import HopelessError
 from job.shape import Shape
 from job.tuning.batches import IGNORED
-from job.tuning.device import Device, memory
+from job.tuning.device import MORE_ROOM, Device, matrix_rate, memory
 from job.tuning.passes import Limit, bucket
-from job.tuning.plan import HOPELESS, Candidate, Cut, Plan, candidates, smaller
+from job.tuning.plan import HOPELESS, Candidate, Cut, Plan, candidates, freed, smaller
 
 if TYPE_CHECKING:  # they import what Unsloth has only where there is a GPU
     from job.tuning.attention import Varlen
@@ -30,10 +30,6 @@ LOSS_OFF, GRADIENTS_OFF = 2e-3, 5e-2
 """How far a recorded pass may be from the same pass unrecorded, relatively; both are in 16 bit."""
 SPARE_BYTES = 512 << 20
 """To be left free by a probe, beside the optimizer's states: for whatever differs between steps."""
-MORE_ROOM = "Lower TUNE_MAX_LENGTH or TUNE_LORA_R, set TUNE_PRECISION=4bit, or take a card with more memory."
-MATRIX = 4096
-FASTEST, SLOWEST = 2e15, 1e12
-"""Operations a second: what a measurement may say."""
 
 
 @dataclass(kw_only=True)
@@ -82,19 +78,20 @@ class Fitting:
         log.info("plan_made", plan=asdict(self.plan), seconds=round(self.seconds, 3), **memory(self.device))
 
     def _settle_on_card(self, config: Config, recorded: Cut | None) -> None:
-        if self.plan.batching != "padded":
+        if self.plan.batching != "padded" and self.device.flash:
             from job.tuning.attention import install  # noqa: PLC0415 - see above
 
             self._varlen = install()
         self._settle_positions()
+        graphs = recordable(self.plan, config, self.device)
         if recorded is not None:
-            self.apply(recorded)
-            self.plan = self.plan.recut(recorded, "as the attempt before")
+            self.apply(replace(recorded, cuda_graphs=recorded.cuda_graphs and graphs))
+            self.plan = self.plan.recut(self.plan.cut, "as the attempt before")
             return
         with _unchanged(self.trainer.model):
             rate = matrix_rate()
-        found = candidates(self.plan, config, self.shape, lengths=self.lengths, rate=rate, graphs=recordable(config))
-        self._choose(found)
+        found = candidates(self.plan, config, self.shape, lengths=self.lengths, rate=rate, graphs=graphs)
+        self._choose(found, config)
 
     def _settle_positions(self) -> None:
         """Let Unsloth's table of rotary positions be as long as it can ever be asked for: were it to grow in mid-run,
@@ -105,24 +102,25 @@ class Fitting:
             like = torch.empty((), device=self.trainer.args.device, dtype=self.device.dtype)
             rotary.extend_rope_embedding(like, bucket(longest))
 
-    def _choose(self, found: Sequence[Candidate]) -> None:
+    def _choose(self, found: Sequence[Candidate], config: Config) -> None:
         tried: list[str] = []
         least = min(found, key=lambda one: one.bytes)
         for candidate in found:
             if candidate.bytes > HOPELESS * self.device.memory_bytes and candidate is not least:
-                tried.append(f"{_named(candidate.cut)}: needs about {candidate.bytes / 2**30:.0f} GiB")
+                tried.append(f"{candidate.cut}: needs about {candidate.bytes / 2**30:.0f} GiB")
                 continue
             if candidate.cut.cuda_graphs and self._no_graphs:
                 continue
             failed = self._probe(candidate.cut)
             if not failed:
-                self.plan = self.plan.recut(candidate.cut, *tried, f"{_named(candidate.cut)}: fits")
+                self.plan = self.plan.recut(candidate.cut, *tried, f"{candidate.cut}: fits")
                 return
-            tried.append(f"{_named(candidate.cut)}: {failed}")
-            log.info("plan_candidate_refused", candidate=_named(candidate.cut), reason=failed)
+            tried.append(f"{candidate.cut}: {failed}")
+            log.info("plan_candidate_refused", candidate=str(candidate.cut), reason=failed)
         raise HopelessError(
-            f"The GPU's memory does not suffice for one sequence of {max(self.lengths):,} tokens: {'; '.join(tried)}.",
-            remedy=MORE_ROOM,
+            f"The GPU's memory does not suffice for {least.cut}, where the longest sequence has {max(self.lengths):,} "
+            f"tokens: {'; '.join(tried)}.",
+            remedy=freed(config) + MORE_ROOM,
         )
 
     def _probe(self, cut: Cut) -> str:
@@ -135,13 +133,13 @@ class Fitting:
         except torch.OutOfMemoryError:
             error = "out of memory"
         if error:
-            self._forget()
-        log.debug("plan_probed", candidate=_named(cut), error=error, seconds=round(time.monotonic() - started, 3))
+            self.forget()
+        log.debug("plan_probed", candidate=str(cut), error=error, seconds=round(time.monotonic() - started, 3))
         return error
 
     def _passes(self, cut: Cut) -> str:
         batch = self.largest(cut)
-        self._forget()
+        self.forget()
         torch.cuda.reset_peak_memory_stats()
         loss, gradients = self._one(batch)
         if cut.cuda_graphs:
@@ -186,7 +184,7 @@ class Fitting:
             set_checkpointing(self.trainer.model, mode)
         self.trainer.args.gradient_checkpointing = mode != "off"
         if not cut.cuda_graphs:
-            self._forget()
+            self.forget()
         elif self.graphed is None:
             self._record()
 
@@ -195,7 +193,7 @@ class Fitting:
         from job.tuning.attention import NotRecordableError  # noqa: PLC0415 - see above
         from job.tuning.graphs import GraphedDecoder  # noqa: PLC0415
 
-        self._forget()
+        self.forget()
         try:
             self.graphed = GraphedDecoder(
                 self.trainer.model.get_base_model(),
@@ -212,12 +210,21 @@ class Fitting:
         log.info("cuda_graphs_given_up", reason=reason)
         self.apply(replace(self.plan.cut, cuda_graphs=False))
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Record no passes any more, and give back what only they needed."""
         if self.graphed is not None:
             self.graphed.remove()
             self.graphed = None
         if self.device.kind == "cuda":
             torch.cuda.empty_cache()
+
+    def make_room(self) -> bool:
+        """Give the recordings up for now: passes are recorded anew when they are next met. False if there are none."""
+        if self.graphed is None or not self.graphed.recorded:
+            return False
+        self.graphed.clear()
+        torch.cuda.empty_cache()
+        return True
 
     def shrink(self, error: str, *, step: int) -> None:
         """Go on with a smaller cut, after memory ran out in a pass; what was done of the step is given up.
@@ -225,44 +232,43 @@ class Fitting:
         Raises:
             HopelessError: there is none.
         """
-        report = memory(self.device)
-        self._forget()
-        cut = smaller(self.plan.cut, self.lengths)
+        report, before = memory(self.device), self.plan
+        self.forget()
+        cut = smaller(before.cut, self.lengths)
         if cut is None:
             raise HopelessError(
                 f"The GPU ran out of memory with one sequence in a pass and gradient checkpointing on: {error}",
                 remedy=MORE_ROOM,
             )
-        log.warning("out_of_memory", step=step, reason=error, was=_named(self.plan.cut), now=_named(cut), **report)
         self.apply(cut)
-        self.plan = self.plan.recut(cut, f"{_named(cut)}: since memory ran out at step {step}")
+        now = self.plan.cut  # without graphs, if they were given up just now
+        log.warning("out_of_memory", step=step, reason=error, was=str(before.cut), now=str(now), **report)
+        self.plan = self.plan.recut(now, f"{now}: since memory ran out at step {step}")
+        plans = {"was": before.circumstances(), "is": self.plan.circumstances()}
+        log.warning("bitwise_equality_ended", plan=plans)
 
 
-def recordable(config: Config) -> bool:
-    """Whether passes may be tried as CUDA graphs. Dropout would repeat its mask, and 8-bit products (Dettmers et al.
-    2022, LLM.int8()) ask the card for the outliers of every input, which a recording cannot."""
-    return config.batching != "padded" and config.lora_dropout == 0 and config.precision != "8bit"
+def recordable(plan: Plan, config: Config, device: Device) -> bool:
+    """Whether passes may be tried as CUDA graphs. They need the one kernel for all lengths; dropout would repeat its
+    mask, and 8-bit products (Dettmers et al. 2022, LLM.int8()) ask the card for the outliers of every input, which a
+    recording cannot."""
+    attention = plan.batching != "padded" and device.flash
+    return attention and config.lora_dropout == 0 and config.precision != "8bit"
 
 
 def set_checkpointing(model: Any, mode: str) -> None:
     """Recompute activations in the backward pass or keep them."""
     value: Any = {"unsloth": "unsloth", "on": True, "off": False}[mode]
+    if mode == "unsloth" and torch.utils.checkpoint.checkpoint.__name__ != "unsloth_checkpoint":
+        # The model was loaded for plain recomputation, and its layers hold that function.
+        from unsloth.models._utils import apply_unsloth_gradient_checkpointing  # noqa: PLC0415 - see above
+
+        dtype = model.get_input_embeddings().weight.dtype
+        value = apply_unsloth_gradient_checkpointing(value, model.max_seq_length, dtype)
+        if value == "unsloth":  # else sequences are so short that plain recomputation is what it stands for
+            model.gradient_checkpointing_enable({"use_reentrant": True})
     model._unsloth_gradient_checkpointing = value  # noqa: SLF001 - what Unsloth goes back to after it generated
     FastLanguageModel.for_training(model, use_gradient_checkpointing=value)
-
-
-def matrix_rate() -> float:
-    """Operations a second of a large 16-bit matrix product on this card, measured."""
-    a = torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.float16)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for _ in range(3):
-        a @ a
-    start.record()
-    for _ in range(5):
-        a @ a
-    end.record()
-    end.synchronize()
-    return min(max(5 * 2 * MATRIX**3 / (start.elapsed_time(end) / 1e3), SLOWEST), FASTEST)
 
 
 @contextlib.contextmanager
@@ -291,9 +297,3 @@ def _free_bytes() -> int:
     free, total = torch.cuda.mem_get_info()
     allowed = round(torch.cuda.get_per_process_memory_fraction() * total)
     return min(free + torch.cuda.memory_reserved(), allowed) - torch.cuda.max_memory_reserved()
-
-
-def _named(cut: Cut) -> str:
-    unit = f"{cut.tokens_in_pass:,} tokens" if cut.tokens_in_pass is not None else f"{cut.micro_batch} sequences"
-    words = f"passes of {unit}, checkpointing {cut.gradient_checkpointing}"
-    return f"{words}, CUDA graphs" if cut.cuda_graphs else words

@@ -83,6 +83,11 @@ class GraphedDecoder:
         """Give the decoder its own `forward` back."""
         self._decoder.forward = self._usual
 
+    def clear(self) -> None:
+        """Let all recordings go, with their memory. Those to come get a pool of their own."""
+        self.recorded.clear()
+        self._pool = torch.cuda.graph_pool_handle()
+
     def __call__(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The decoder's output for a batch."""
         lengths = kwargs.get("packed_seq_lengths")

@@ -15,11 +15,13 @@ from unsloth import FastLanguageModel
 from job import shape
 from job.base_model import BaseModel
 from job.config import Config
-from job.errors import ConfigError, DataError
-from job.tuning.device import Device
+from job.errors import ConfigError, DataError, HopelessError
+from job.tuning.device import MORE_ROOM, Device
 
 log = structlog.get_logger()
 QUANTISED = {"4bit": bitsandbytes.nn.Linear4bit, "8bit": bitsandbytes.nn.Linear8bitLt}
+SPILLED = "dispatched on the CPU or the disk"
+"""How transformers says that weights have no room on the card."""
 QUANTISED_SHARE = 0.9  # of the decoder's linear layers
 
 
@@ -42,6 +44,7 @@ def load(base: BaseModel, config: Config, device: Device, *, directory: Path) ->
     Raises:
         ConfigError: a target matches nothing, or this machine cannot load the asked precision.
         DataError: the library does not know the architecture, or the weights are damaged.
+        HopelessError: they do not fit into the card's memory.
     """
     model = _load_base(base, config, device, directory)
     _check_precision(model, base, config)
@@ -79,10 +82,17 @@ def _load_base(base: BaseModel, config: Config, device: Device, directory: Path)
             local_files_only=True,
             trust_remote_code=False,
             random_state=config.seed,
+            # Left to itself, what does not fit would be meant for the host, where nothing of it can be trained.
+            device_map={"": 0} if device.kind == "cuda" else None,
         )
     except torch.OutOfMemoryError:
         raise
     except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, SafetensorError) as error:
+        # Transformers makes an error of its own of memory that runs out while weights are quantised.
+        if SPILLED in str(error) or torch.cuda.memory_stats().get("num_ooms"):
+            raise HopelessError(
+                f"{base.name} does not fit into the GPU's memory: {str(error).partition('. ')[0]}.", remedy=MORE_ROOM
+            ) from error
         raise DataError(
             f"{base.name} ({base.architecture}) cannot be loaded: {type(error).__name__}: {error}",
             remedy="Check that the checkpoint is whole and that Unsloth supports its architecture.",

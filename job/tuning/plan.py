@@ -15,15 +15,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import structlog
+
 from job.config import Config
+from job.errors import ConfigError
 from job.estimate import memory
 from job.pace import pace
 from job.shape import Shape
 from job.tuning.device import Device
 
+log = structlog.get_logger()
 CPU_OPTIMIZER = "adamw_torch_fused"
 LAYER_SECONDS, GRAPH_SECONDS = 0.01, 0.0001
 RECOMPUTED_LAUNCHES = 4 / 3
@@ -43,6 +47,11 @@ class Cut:
     gradient_checkpointing: str
     """`off`, `on` or `unsloth`."""
     cuda_graphs: bool
+
+    def __str__(self) -> str:
+        unit = f"{self.micro_batch} sequences" if self.tokens_in_pass is None else f"{self.tokens_in_pass:,} tokens"
+        words = f"passes of {unit}, checkpointing {self.gradient_checkpointing}"
+        return f"{words}, CUDA graphs" if self.cuda_graphs else words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +81,12 @@ class Plan:
     def cut(self) -> Cut:
         """The part that the device decides."""
         return Cut(**{name: getattr(self, name) for name in Cut.__dataclass_fields__})
+
+    def circumstances(self) -> dict[str, Any]:
+        """What a run that goes on bit for bit meets again: all but the reasons, of which nothing follows."""
+        found = asdict(self)
+        del found["reasons"]
+        return found
 
     def recut(self, cut: Cut, *reasons: str) -> Plan:
         """The plan with another cut."""
@@ -124,6 +139,25 @@ def plan(config: Config, device: Device, *, lengths: Sequence[int], learning_rat
     )
 
 
+def padded(planned: Plan, config: Config, *, model: str) -> Plan:
+    """The same plan for a model whose sequences Unsloth does not let stand one behind the other.
+
+    Args:
+        model: its type, as transformers names it.
+
+    Raises:
+        ConfigError: that is what the user asked for.
+    """
+    if config.batching != "auto":
+        raise ConfigError(
+            f"TUNE_BATCHING={config.batching}, but Unsloth does not train {model} models padding-free.",
+            remedy="Set TUNE_BATCHING=padded.",
+        )
+    reason = f"padded: Unsloth does not train {model} models padding-free"
+    log.info("batching_padded", was=planned.batching, model_type=model)
+    return replace(planned, batching="padded", tokens_in_pass=None, reasons=(*planned.reasons, reason))
+
+
 def candidates(
     planned: Plan, config: Config, shape: Shape | None, *, lengths: Sequence[int], rate: float, graphs: bool
 ) -> list[Candidate]:
@@ -163,7 +197,7 @@ def smaller(cut: Cut, lengths: Sequence[int]) -> Cut | None:
         return replace(cut, micro_batch=rows, tokens_in_pass=tokens)
     if cut.cuda_graphs:
         return replace(cut, cuda_graphs=False)
-    if cut.gradient_checkpointing == "off":
+    if cut.gradient_checkpointing != "unsloth":
         return replace(cut, gradient_checkpointing="unsloth")
     return None
 
@@ -204,6 +238,43 @@ def _bytes(cut: Cut, planned: Plan, config: Config, shape: Shape | None, lengths
     padded = planned.batching == "padded"
     tokens = cut.micro_batch * max(lengths) if padded else _capacity(lengths, cut.micro_batch)
     return memory(shape, config, tokens=tokens, checkpointing=cut.gradient_checkpointing).total
+
+
+def asked(config: Config) -> dict[str, Any]:
+    """What the settings say of the cut, as an attempt records it."""
+    return {"micro_batch": config.micro_batch, "gradient_checkpointing": config.gradient_checkpointing}
+
+
+def freed(config: Config) -> str:
+    """What of the cut is left to be decided where it does not fit as the settings have it; empty where all of it is."""
+    most = {"micro_batch": 1, "gradient_checkpointing": "unsloth"}
+    fixed = [f"TUNE_{name.upper()}" for name, value in asked(config).items() if value not in ("auto", most[name])]
+    return f"Leave {' and '.join(fixed)} at auto. " if fixed else ""
+
+
+def taken_over(earlier: dict[str, Any], planned: Plan, config: Config, device: Device) -> Cut | None:
+    """How an earlier attempt cut its batches: done again on a card of the same name, to round as it did, unless the
+    settings ask for something else than it did and than they asked for then (memory may have run out since).
+
+    Args:
+        earlier: `Finetune.circumstances` that it recorded.
+    """
+    found = as_recorded(earlier.get("plan") or {})
+    if found is None:
+        return None
+    if earlier.get("device") != device.name:
+        log.warning("plan_made_anew", was=earlier.get("device"), now=device.name)
+        return None
+    then = earlier.get("asked") or {}
+    other = any(value not in ("auto", getattr(found, name), then.get(name)) for name, value in asked(config).items())
+    return None if other or earlier["plan"]["batching"] != planned.batching else found
+
+
+def as_trained(planned: Plan, earlier: dict[str, Any]) -> Plan:
+    """The plan of a run whose last step was made in an earlier attempt, on whatever card: cut as it was there."""
+    recorded = earlier.get("plan") or {}
+    found = as_recorded(recorded)
+    return planned if found is None else replace(planned.recut(found), batching=recorded["batching"])
 
 
 def as_recorded(recorded: dict[str, Any]) -> Cut | None:

@@ -20,7 +20,7 @@ from job.tuning.checkpoint import write_adapter
 from job.tuning.fitting import Fitting
 from job.tuning.order import ShortFirst
 from job.tuning.passes import cut
-from job.tuning.plan import Plan
+from job.tuning.plan import Plan, padded
 from job.tuning.weighted import COLUMN, WeightedLoss, use_log_probs
 
 log = structlog.get_logger()
@@ -40,11 +40,17 @@ class _Trainer(SFTTrainer):
         """Forward and backward of a whole step, in as many passes as it takes; returns the step's loss.
 
         A step that runs out of memory begins again, cut smaller.
+
+        Raises:
+            HopelessError: it takes several passes, and the loss of each would be a mean of its own.
         """
         while True:
             error = ""
+            parts = list(cut(inputs, self.fitting.limit))
+            if num_items_in_batch is None and len(parts) > 1:
+                raise _not_a_sum(model, len(parts))
             try:
-                losses = [self.one_pass(model, part, num_items_in_batch) for part in cut(inputs, self.fitting.limit)]
+                losses = [self.one_pass(model, part, num_items_in_batch) for part in parts]
                 return torch.stack(losses).sum()
             except torch.OutOfMemoryError as found:
                 error = str(found).splitlines()[0]
@@ -77,6 +83,15 @@ class _WeightedTrainer(WeightedLoss, _Trainer):
     """The same, for rows that carry weights."""
 
 
+def _not_a_sum(model: Any, passes: int) -> HopelessError:
+    return HopelessError(
+        f"The loss of {model.config.model_type} models is a mean over each pass, so that {passes} passes do not add up "
+        "to the batch's.",
+        remedy="Lower TUNE_BATCH_SIZE, or raise TUNE_MICRO_BATCH, until one pass holds the batch, and report this with "
+        "the log: the training library did not count the labels.",
+    )
+
+
 def skip_if_full(error: Exception, directory: Path, step: int) -> None:
     """Give a checkpoint up that does not fit on the disk, and go on; any other error is raised."""
     shutil.rmtree(directory, ignore_errors=True)
@@ -100,9 +115,39 @@ def build(
     Args:
         dataset: columns input_ids, labels, length and perhaps weights; already cut to length.
         directory: where the trainer writes its checkpoints.
+
+    Raises:
+        ConfigError: Unsloth does not train the model with the batches that were asked for.
+        HopelessError: it changed other settings.
     """
+    plan = fitting.plan
+    weighted = COLUMN in dataset.column_names
+    rows = dataset.select_columns(["input_ids", "labels", COLUMN] if weighted else ["input_ids", "labels"])
+    # Rendering has cut the rows already. Without this claim Unsloth turns padding-free batches off, since it could not
+    # cut ready rows itself.
+    rows._unsloth_truncated_to = config.max_length  # noqa: SLF001
+    kind = _WeightedTrainer if weighted else _Trainer
+    trainer = kind(
+        model=model, args=_arguments(config, fitting, directory), train_dataset=rows, processing_class=hf_tokenizer
+    )
+    if weighted:
+        use_log_probs(trainer)
+    if config.curriculum == "short_first":
+        trainer.order = ShortFirst(dataset["length"][:], seed=config.seed)
+    adapter.cast_trainable(trainer.model)
+    trainer.fitting = fitting
+    fitting.trainer, fitting.collate = trainer, trainer.data_collator
+    if plan.batching != "padded" and not _padding_free(trainer):
+        # Where Unsloth refuses, it has set the argument back before the trainer was made: this one pads.
+        fitting.plan = padded(plan, config, model=trainer.model.config.model_type)
+    _check(trainer, fitting.plan, config)
+    return trainer
+
+
+def _arguments(config: Config, fitting: Fitting, directory: Path) -> SFTConfig:
+    """All of them: where one is left out, the library decides."""
     plan, device = fitting.plan, fitting.device
-    arguments = SFTConfig(
+    return SFTConfig(
         output_dir=str(directory),
         per_device_train_batch_size=plan.batch_size,
         gradient_accumulation_steps=1,
@@ -137,22 +182,10 @@ def build(
         push_to_hub=False,
         **ADAM,
     )
-    weighted = COLUMN in dataset.column_names
-    rows = dataset.select_columns(["input_ids", "labels", COLUMN] if weighted else ["input_ids", "labels"])
-    # Rendering has cut the rows already. Without this claim Unsloth turns padding-free batches off, since it could not
-    # cut ready rows itself.
-    rows._unsloth_truncated_to = config.max_length  # noqa: SLF001
-    kind = _WeightedTrainer if weighted else _Trainer
-    trainer = kind(model=model, args=arguments, train_dataset=rows, processing_class=hf_tokenizer)
-    if weighted:
-        use_log_probs(trainer)
-    if config.curriculum == "short_first":
-        trainer.order = ShortFirst(dataset["length"][:], seed=config.seed)
-    adapter.cast_trainable(trainer.model)
-    trainer.fitting = fitting
-    fitting.trainer, fitting.collate = trainer, trainer.data_collator
-    _check(trainer, plan, config)
-    return trainer
+
+
+def _padding_free(trainer: SFTTrainer) -> bool:
+    return bool(getattr(trainer.data_collator, "padding_free", False))
 
 
 def _check(trainer: SFTTrainer, plan: Plan, config: Config) -> None:
@@ -168,7 +201,7 @@ def _check(trainer: SFTTrainer, plan: Plan, config: Config) -> None:
         "warm-up": (arguments.warmup_steps, plan.warmup_steps),
         "optimizer": (getattr(arguments.optim, "value", arguments.optim), plan.optimizer),
         "curriculum": (order, config.curriculum),
-        "padding-free": (bool(getattr(trainer.data_collator, "padding_free", False)), plan.batching != "padded"),
+        "padding-free": (_padding_free(trainer), plan.batching != "padded"),
     }
     changed = [f"{name} {found} instead of {wanted}" for name, (found, wanted) in effective.items() if found != wanted]
     if changed:

@@ -104,6 +104,13 @@ def test_a_signal_in_each_phase(bench, phase):
     assert evaluated == [0, 2, 4, 6, 8, 10, 12]
 
 
+def test_a_signal_while_the_plan_is_made(bench):
+    """What fits is no longer looked for, and no step is begun."""
+    hooks = [["call_before", "job.tuning.fitting:Fitting.settle", 1, "SIGTERM"]]
+    job = bench.start(bench.name("plan"), hooks=hooks).ends(INTERRUPTED)
+    assert job.events("plan_made") + job.events("train_progress") == []
+
+
 def test_a_signal_during_the_first_imports(tmp_path):
     """A signal that comes while the program itself is being imported ends it with 75 as well."""
     code = (
