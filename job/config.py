@@ -148,7 +148,7 @@ class Config:
     batching: Literal["auto", "padded", "padding_free", "packed"] = setting(
         choice("auto", "padded", "padding_free", "packed"),
         "how a pass holds its sequences: `padded` to the longest; `padding_free` one behind the other; `packed` too, "
-        "and as many as their tokens allow; `auto` = `packed` on a GPU, `padded` on a CPU",
+        "and as many as their tokens allow; `auto` = `packed` on a GPU where Unsloth can, else `padded`",
         default="auto",
     )
     learning_rate: float | Literal["auto"] = setting(
