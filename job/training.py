@@ -182,7 +182,7 @@ def _hooks(
         note=record.note,
         ready=ready,
         first_step=first_step,
-        evaluate=lambda step: look_at_loss(life, finetune, data, step=step),
+        evaluate=(lambda step: look_at_loss(life, finetune, data, step=step)) if data.evaluation else None,
         evaluated=lambda step: any(True for _ in record.noted("evaluated", step=step)),
         evaluate_every=_evaluation_steps(config, steps, rows),
         save=save,

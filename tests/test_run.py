@@ -382,6 +382,14 @@ def test_sigterm_exits_75(settings, place, tmp_path):
     assert place.json("runs/stopped/attempts/0001.end.json")["outcome"] == "interrupted"
 
 
+def test_no_evaluation_is_broken_off_where_there_is_none(settings, tmp_path):
+    """A signal before a step at which an evaluation would be due says nothing of one."""
+    none = {"eval_fraction": 0, "eval_steps": 1, "run_id": "nothing-held-out", "max_steps": 500}
+    ended = stop_at(start(tmp_path, **{**settings, **none}), "train_progress")
+    assert ended.code == 75
+    assert ended.events("evaluation_broken_off") == []
+
+
 def test_prequantised_bases_work(settings, place, tiny_model, tmp_path):
     """A checkpoint stored in 4-bit trains, merges to 16 bit, and the path's name changes nothing."""
     base = tmp_path / "tiny-unsloth-bnb-4bit"

@@ -32,7 +32,8 @@ class Hooks:
     """The plan is in force, and the first step is about to begin."""
     first_step: Callable[[], None]
     """After the first step of this process."""
-    evaluate: Callable[[int], Any]
+    evaluate: Callable[[int], Any] | None
+    """None where no rows were held out."""
     evaluated: Callable[[int], bool]
     """Whether the evaluation at a step was done already, before an interruption."""
     evaluate_every: int
@@ -149,7 +150,7 @@ class Evaluations(TrainerCallback):
 
     def _evaluate_if_due(self, state: Any) -> None:
         step = state.global_step
-        if step % self.hooks.evaluate_every or step >= state.max_steps:
+        if self.hooks.evaluate is None or step % self.hooks.evaluate_every or step >= state.max_steps:
             return
         try:
             with signals.immediate():
