@@ -45,6 +45,12 @@ class BaseModel:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """The shape of each tensor as stored, by name."""
 
+    @property
+    def linear_attention(self) -> bool:
+        """Whether it may have layers with linear attention, by the names in its configuration
+        (`linear_num_key_heads`, or `linear_attention` among the `layer_types`)."""
+        return "linear_" in json.dumps(self.config)
+
     def learning_rate(self) -> float:
         """The usual LoRA learning rate for a model of this size."""
         return next((rate for bound, rate in RATES if self.parameters <= bound), RATE_ABOVE)

@@ -1,4 +1,5 @@
-"""Compile caches between runs: what Triton, Inductor and Unsloth compiled, kept under `TUNE_CACHE`.
+"""Compile caches between runs: what Triton, Inductor and Unsloth compiled, and Python where packages came without
+compiled modules, kept under `TUNE_CACHE`.
 
 `<TUNE_CACHE>/<key>/<sha256>.tar.zst`: the key says for what it was compiled (`job.compile_key`), the name what the
 archive must hold. Each run that compiled something new adds one archive with just that, and none is ever changed, so
@@ -24,7 +25,7 @@ from typing import Any
 
 import structlog
 
-from job import archive, cards, compile_key
+from job import archive, bytecode, cards, compile_key
 from job.background import Background
 from job.config import Config
 from job.storage.faults import DamagedError
@@ -32,7 +33,7 @@ from job.storage.store import Entry, Store, open_store
 
 log = structlog.get_logger()
 PATIENCE_SECONDS = 5.0
-"""Of the run with a restore that is not done when the model is to be loaded."""
+"""Of the run with a restore that is not done when it is needed."""
 STORE_PATIENCE_SECONDS = 5.0
 SAVING_PATIENCE_SECONDS = 60.0
 SETTLE_SECONDS = 60.0
@@ -46,7 +47,7 @@ MOST_BYTES = 4 << 30
 LEAST_FREE_BYTES = 2 << 30
 """Of the scratch disk, which no restore may take: the run has data and checkpoints to put there."""
 _PART = re.compile(r"[0-9a-f]{64}" + re.escape(archive.SUFFIX))
-_PASSING = re.compile(r"tmp\..*|__pycache__|locks?|\..*\.tmp|.*\.(lock|pyc)")
+_PASSING = re.compile(r"tmp\..*|__pycache__|locks?|.*\.(lock|tmp|pyc\.\d+)")
 """Names of what the libraries need while they write, or can make anew for nothing."""
 
 
@@ -86,7 +87,9 @@ class CompileCache:
 
     def wait(self) -> None:
         """Let the restore come to its end, within the patience; later it is not wanted any more."""
-        if self._restoring is not None and not self._restoring.ended(PATIENCE_SECONDS):
+        if self._restoring is None or self._given_up.is_set():
+            return
+        if not self._restoring.ended(PATIENCE_SECONDS):
             self._given_up.set()
             _ignored("it takes too long to come")
 
@@ -221,6 +224,7 @@ class CompileCache:
         return f"{MOST_PARTS} archives are there" if len(seen - self._damaged) >= MOST_PARTS else ""
 
     def _upload(self, store: Store, new: Mapping[str, Path]) -> int:
+        bytecode.outlast(path for path in new.values() if path.suffix == bytecode.SUFFIX)
         with self._staging() as staging:
             path = staging / "archive"
             packed = archive.pack(new, path, label={"key": self._key, "made_for": self._facts})

@@ -214,6 +214,7 @@ def prepare_libraries(
     expect_gpu: bool,
     cpu_only: bool = False,
     deterministic: bool = False,
+    linear_attention: bool = True,
     quiet: bool = False,
 ) -> None:
     """Set what the training libraries read at import. Must run before any of them is imported.
@@ -223,6 +224,7 @@ def prepare_libraries(
 
     Args:
         compiled: where what is compiled must go, wherever the user placed it; None leaves it with the other caches.
+        linear_attention: whether the model has any; Unsloth brings kernels for it, which take a second to import.
     """
     caches = {
         "HF_HOME": scratch / "huggingface",
@@ -259,6 +261,8 @@ def prepare_libraries(
         os.environ["UNSLOTH_DISABLE_CPU_FALLBACK"] = "1"
     # One card: with more in sight the trainer would spread the batch over them.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    if not linear_attention:
+        os.environ.setdefault("UNSLOTH_DISABLE_VENDORED_FLA", "1")
     if quiet:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if deterministic:

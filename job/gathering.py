@@ -29,6 +29,8 @@ class Coming:
     """The model on its way here."""
 
     model: Background[Model]
+    base: BaseModel
+    """What its small files say of it."""
     pinned: dict[str, Any] | None
     """What the run's first attempt read."""
 
@@ -66,13 +68,14 @@ def gather(life: Life) -> tuple[Inputs, Coming]:
     with life.timeline.span("download"):
         puller = Puller.of(config, scratch=life.scratch, pinned=pinned, weights=False)
         small = puller.model(config.model)
-        life.cache.begin(_inspected(config, small).config)
+        base = _inspected(config, small)
+        life.cache.begin(base.config)
         whole = Puller.of(config, scratch=life.scratch, pinned=pinned)
         model = Background(lambda: _pull_model(life, whole), name="model")
         pulled = puller.rest(config, small, date=began["date"] if began else None)
     if pinned is not None:
         record.check_inputs(pinned, pulled.as_json())
-    return pulled, Coming(model=model, pinned=pinned)
+    return pulled, Coming(model=model, base=base, pinned=pinned)
 
 
 def _inspected(config: Config, files: ModelFiles) -> BaseModel:

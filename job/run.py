@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from job import checkpoints, env, fingerprint, logs, metrics, preflight, reporting, signals
+from job import bytecode, checkpoints, env, fingerprint, logs, metrics, preflight, reporting, signals
 from job.artifacts import Artifact, publish
 from job.attempts import Attempts
 from job.base_model import BaseModel
@@ -136,7 +136,7 @@ def _live(life: Life) -> None:
 
     pulled, coming = gather(life)
     glance(config, pulled)
-    finetuning = _import_tuning(life)
+    finetuning = _import_tuning(life, coming.base)
     pulled, base, base_hashes = arrived(life, pulled, coming)
     with spans("tokenise"):
         data = prepare(config, pulled, directory=life.work / "data")
@@ -195,15 +195,20 @@ def begin(life: Life, pulled: Inputs, mark: dict[str, Any], circumstances: dict[
         record.check_inputs(record.inputs() or {}, pulled.as_json())
 
 
-def _import_tuning(life: Life) -> Any:
+def _import_tuning(life: Life, base: BaseModel) -> Any:
     """The training stack: seconds of imports, only after all cheap checks."""
+    compiled = life.cache.directory
     env.prepare_libraries(
         life.scratch,
-        compiled=life.cache.directory,
+        compiled=compiled,
         expect_gpu=life.expect_gpu,
         cpu_only=life.config.device == "cpu",
         deterministic=life.config.deterministic,
+        linear_attention=base.linear_attention,
     )
+    if compiled is not None and bytecode.missing():
+        life.cache.wait()
+        bytecode.keep_in(compiled / "python")
     gc.disable()  # a fifth of the imports' time went into looking for garbage among what stays
     try:
         with life.timeline.span("import"):
