@@ -13,8 +13,8 @@ optimizer. Each side is a process of its own with compile caches of its own. Par
 - adapter: from process start to process end for 1,000 conversations x 3 epochs, tutorial against job; the tutorial
   tokenises them itself
 - batch32: steady tokens a second with batches of 32, tutorial (2 x 16) against job
-- tight: 16 GiB of the card and rows that are all as long as the longest: the tutorial's largest micro-batch that
-  survives 3 steps, and the one that the job takes
+- tight: 16 GiB of the card, batches of 32 and rows that are all as long as the longest: the tutorial's largest
+  micro-batch that survives 3 steps, whether the job survives with that one too, and which it takes by itself
 - squeezed: the job on such rows, alone on the card, and again with most of the card taken away in mid-run: its losses
 
 What was found is written to <output>/gpu-<size>.json after every process. Ends with 1 where a target is missed.
@@ -49,8 +49,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import gpu_numbers as numbers  # noqa: E402
 from benchmarks import gpu_plot  # noqa: E402
 from benchmarks.gpu_numbers import BATCH, SIZES, WARM_UP  # noqa: E402
-from benchmarks.gpu_process import HERE, Sides  # noqa: E402
+from benchmarks.gpu_process import HERE, Ended, Sides  # noqa: E402
 from benchmarks.machine import card, describe, utilisation  # noqa: E402
+from job import bytecode  # noqa: E402
 
 SIDES = ("job", "tutorial", "collator-free", "plain")
 """In the order in which they run: what matters most comes first, should time run out."""
@@ -138,6 +139,7 @@ class Bench:
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "card": card() if asked.device == "cuda" else "none (CPU)",
             **describe(PACKAGES),
+            "packages_have_compiled_modules": not bytecode.missing(),
             "options": {name: str(value) for name, value in vars(asked).items()},
             "shape": asdict(SIZES[asked.size]),
             "failures": self.sides.failures,
@@ -176,7 +178,7 @@ class Bench:
             "speed": f"{BATCH * self.steps()}:lognormal:0",
             "adapter": f"{asked.rows}:lognormal:1",
             "batch32": f"{LARGE_BATCH * (LARGE_SKIP + asked.large_steps)}:lognormal:2",
-            "tight": f"{BATCH * TIGHT_STEPS}:longest:3",
+            "tight": f"{LARGE_BATCH * TIGHT_STEPS}:longest:3",
             "squeezed": f"{BATCH * SQUEEZED_STEPS}:longest:4",
         }
         imports = "import unsloth, trl, peft, bitsandbytes, datasets"
@@ -256,28 +258,37 @@ class Bench:
 
     def tight(self) -> None:
         found = self.result["tight"] = {}
-        for side in ("job", "tutorial"):
-            if side not in self.asked.sides:
-                continue
-            outside = {"BENCH_GPU_LIMIT_GIB": str(TIGHT_GIB)} if self.asked.device == "cuda" else {}
-            name = f"{side}-tight"
-            ended = self.sides.run("tight", side, steps=TIGHT_STEPS, batch=BATCH, name=name, outside=outside)
-            if ended is None:
-                continue
-            # The tutorial's script ends well when a micro-batch fails, and names those that survived before it.
+        limit = {"BENCH_GPU_LIMIT_GIB": str(TIGHT_GIB)} if self.asked.device == "cuda" else {}
+        if "tutorial" in self.asked.sides and (ended := self.tightly("tutorial", limit)):
+            # Its script ends well when a micro-batch fails, and names those that survived before it.
             survived = ended.said.get("survived", []) if ended.said else []
-            if side == "job" and not ended.code and len(ended.step_ends()) == TIGHT_STEPS:
-                survived = [ended.settings()["micro_batch"]]
-            record = {
-                "limit_gib": TIGHT_GIB,
-                "row_tokens": SIZES[self.asked.size].longest,
-                "largest_micro_batch": max(survived, default=0),
-                "memory_peak_bytes": ended.memory_peak(),
-                "settings": ended.settings(),
-                **self.versions(),
-            }
-            found[side] = record
+            found["tutorial"] = self.in_16_gib(ended, largest=max(survived, default=0))
             self.save()
+        if "job" in self.asked.sides and (ended := self.tightly("job", limit)):
+            chosen = ended.settings()["micro_batch"] if ended.lived(TIGHT_STEPS) else 0
+            found["job"] = self.in_16_gib(ended, largest=chosen) | {"chosen_micro_batch": chosen}
+            self.save()
+        theirs = found.get("tutorial", {}).get("largest_micro_batch", 0)
+        if "job" in found and theirs > found["job"]["largest_micro_batch"]:
+            asked = limit | {"TUNE_MICRO_BATCH": str(theirs)}
+            if (ended := self.tightly("job", asked, name="job-tight-asked")) and ended.lived(TIGHT_STEPS):
+                found["job"] |= self.in_16_gib(ended, largest=ended.settings()["micro_batch"])
+            self.save()
+
+    def tightly(self, side: str, outside: dict[str, str], *, name: str = "") -> Ended | None:
+        name = name or f"{side}-tight"
+        return self.sides.run("tight", side, steps=TIGHT_STEPS, batch=LARGE_BATCH, name=name, outside=outside)
+
+    def in_16_gib(self, ended: Ended, *, largest: int) -> dict[str, Any]:
+        return {
+            "limit_gib": TIGHT_GIB,
+            "batch": LARGE_BATCH,
+            "row_tokens": SIZES[self.asked.size].longest,
+            "largest_micro_batch": largest,
+            "memory_peak_bytes": ended.memory_peak(),
+            "settings": ended.settings(),
+            **self.versions(),
+        }
 
     def squeezed(self) -> None:
         if "job" not in self.asked.sides or self.asked.device == "cpu":

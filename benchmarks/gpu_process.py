@@ -26,7 +26,7 @@ LAST_WORDS, SAID = 3000, 400
 """Characters of a failed process's log that are printed, and that are kept."""
 SPARE_SECONDS = 60
 """What a process that was started in time may take beyond the budget."""
-TIGHT_MICROS = ("1", "2", "4", "8")
+TIGHT_MICROS = ("8", "16", "32")
 SETTINGS = ("micro_batch", "accumulation", "padding_free", "gradient_checkpointing", "optimizer")
 OF_SCRIPTS = ("collator", "adapter_dtype", "memory_peak_allocated_bytes")
 SMOOTHED = 20
@@ -71,6 +71,10 @@ class Ended:
     def first_step_seconds(self) -> float:
         """From the start of the process to the end of its first step."""
         return round(self.step_ends()[0] - self.began, 1)
+
+    def lived(self, steps: int) -> bool:
+        """Whether it ended well, after so many steps."""
+        return not self.code and len(self.step_ends()) == steps
 
     def losses(self) -> list[float]:
         return self.said["losses"] if self.said is not None else [line["loss"] for line in self.progress()]

@@ -1,0 +1,43 @@
+"""Shows an environment the packages of requirements.lock alone, of all that the Python running this has.
+
+A machine with other packages (scikit-learn, timm, ...) imports those as well, since the libraries look for them; the
+image has none of them. The packages are linked, not copied; NVIDIA's libraries, which torch loads by path, come along.
+
+    python3 -m venv --without-pip <venv>
+    python3 benchmarks/locked.py <venv>/lib/python3.12/site-packages
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+LOCK = Path(__file__).resolve().parent.parent / "requirements.lock"
+BESIDE = ("nvidia", "cuda")
+
+
+def plain(name: str) -> str:
+    """A distribution's name as it is compared (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def main(target: Path) -> None:
+    locked = {plain(found[1]) for found in re.finditer(r"^([\w.-]+)==", LOCK.read_text(), re.MULTILINE)}
+    linked, others = [], []
+    for distribution in metadata.distributions():
+        name = plain(distribution.metadata["Name"])
+        if name not in locked and not name.startswith(BESIDE):
+            others.append(name)
+            continue
+        linked.append(name)
+        for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            link = target / top
+            if not link.exists():
+                link.symlink_to(distribution.locate_file(top))
+    print(f"linked: {', '.join(sorted(linked))}\nleft out: {', '.join(sorted(others))}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
