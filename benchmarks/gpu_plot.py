@@ -86,7 +86,8 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     tight = result.get("tight", {})
     if tight:
         each = ", ".join(f"{NAMES[side]} {one['largest_micro_batch']}" for side, one in tight.items())
-        own = f" (by itself it takes {tight['job']['chosen_micro_batch']})" if "job" in tight else ""
+        chosen = tight.get("job", {}).get("chosen_micro_batch")
+        own = f"; finetune-job takes {chosen} by itself" if chosen else ""
         limit, tokens = next((one["limit_gib"], one["row_tokens"]) for one in tight.values())
         found.append(f"Largest micro-batch of {tokens:,}-token rows in {limit} GiB: {each}{own}.")
     if squeezed := result.get("squeezed"):

@@ -251,12 +251,7 @@ def prepare_libraries(
         TOKENIZERS_PARALLELISM="true",
         WANDB_DISABLED="true",
     )
-    # Waiting threads spin shortly, then sleep: where others use the CPU too, libgomp's long spin made a training step
-    # 10 times slower; on an idle CPU the difference is within the noise.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    quota = _cpu_quota(CGROUP_QUOTA)
-    if quota is not None and quota < len(os.sched_getaffinity(0)):
-        os.environ.setdefault("OMP_NUM_THREADS", str(quota))
+    _share_the_cpu()
     if expect_gpu:
         os.environ["UNSLOTH_DISABLE_CPU_FALLBACK"] = "1"
     # One card: with more in sight the trainer would spread the batch over them.
@@ -269,6 +264,15 @@ def prepare_libraries(
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS promises to repeat itself only with a fixed one
     if cpu_only:
         os.environ.update(CUDA_VISIBLE_DEVICES="", UNSLOTH_FORCE_CPU="1")
+
+
+def _share_the_cpu() -> None:
+    # Waiting threads spin shortly, then sleep: where others use the CPU too, libgomp's long spin made a training step
+    # 10 times slower; on an idle CPU the difference is within the noise.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    quota = _cpu_quota(CGROUP_QUOTA)
+    if quota is not None and quota < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(quota))
 
 
 def keep_compiled() -> None:

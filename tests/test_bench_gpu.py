@@ -172,7 +172,7 @@ def test_the_table_shows_every_side_and_what_it_was_measured_on():
                 "tutorial": {"seconds": 300.0},
             },
             tight={
-                "job": {"largest_micro_batch": 8, "limit_gib": 16, "row_tokens": 2048},
+                "job": {"largest_micro_batch": 8, "chosen_micro_batch": 2, "limit_gib": 16, "row_tokens": 2048},
                 "tutorial": {"largest_micro_batch": 4},
             },
         )
@@ -181,7 +181,8 @@ def test_the_table_shows_every_side_and_what_it_was_measured_on():
     assert "| Unsloth's tutorial | 5,000 | 4.00 x | 50% | 12.5% | 3.0 | 70 / 32 |" in text
     assert "| finetune-job | 20,000 |  | 50% | 12.5% | 3.0 | 70 / 32 |" in text
     assert "1,000 rows x 3 epochs from process start to adapter (cold caches): 90 s, the tutorial 300 s." in text
-    assert "Largest micro-batch of 2,048-token rows in 16 GiB: finetune-job 8, Unsloth's tutorial 4." in text
+    said = "Largest micro-batch of 2,048-token rows in 16 GiB: finetune-job 8, Unsloth's tutorial 4"
+    assert f"{said}; finetune-job takes 2 by itself." in text
     assert "at most by: Unsloth's tutorial 0.000% / 1.00%, TRL + PEFT + bitsandbytes 0.100% / 0.10%." in text
 
 
