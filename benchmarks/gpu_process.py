@@ -29,6 +29,8 @@ SPARE_SECONDS = 60
 TIGHT_MICROS = ("8", "16", "32")
 SETTINGS = ("micro_batch", "accumulation", "padding_free", "gradient_checkpointing", "optimizer")
 OF_SCRIPTS = ("collator", "adapter_dtype", "memory_peak_allocated_bytes")
+ROUNDED = 0.01
+"""How far tokens may be off that were made of seconds and a rate, relatively."""
 SMOOTHED = 20
 """Steps over which the job's `tokens_per_second` goes."""
 
@@ -97,13 +99,13 @@ class Ended:
 
     def was_fed(self, tokens: Sequence[int]) -> bool:
         """Whether it trained on so many tokens in each step, so that rows and order are those of the other sides. The
-        job tells only a running mean, which may be ahead by a pass: the next is fetched while one trains."""
+        job tells only a running mean."""
         if self.said is not None:
             passes, cut = self.said["pass_tokens"], self.said["accumulation"]
             return [sum(passes[at : at + cut]) for at in range(0, len(tokens) * cut, cut)] == list(tokens)
         lines = self.progress()[:SMOOTHED]
         seen = lines[-1]["tokens_per_second"] * sum(line["step_seconds"] for line in lines)
-        return sum(tokens[: len(lines)]) * 0.98 <= seen <= sum(tokens[: len(lines) + 1]) * 1.02
+        return abs(seen / sum(tokens[: len(lines)]) - 1) <= ROUNDED
 
 
 @dataclass(kw_only=True)

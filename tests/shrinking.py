@@ -69,7 +69,8 @@ def trained(tuned, limit: int, torch) -> dict:
 
         def full(gradient):
             if 0 <= limit < len(hidden) and notes:
-                raise torch.OutOfMemoryError(f"artificial limit of {limit} rows")
+                kind = torch.OutOfMemoryError if limit == 1 else RuntimeError  # that of torch, and that of CUDA itself
+                raise kind(f"CUDA error: out of memory: artificial limit of {limit} rows")
             return gradient
 
         hidden.register_hook(full)

@@ -169,6 +169,16 @@ def test_the_plan_is_logged(finished):
     assert plan["learning_rate"] == 1e-2
 
 
+def test_the_tokens_of_a_step(settings, tmp_path):
+    """`tokens_per_second` counts the tokens of the steps that are done, and those of no batch that is only ready."""
+    values = {"samples": 0, "eval_fraction": 0, "batch_size": 40, "max_steps": 3, "run_id": "tokens"}
+    ended = run(tmp_path, **{**settings, **values})
+    tokens, seconds = ended.event("dataset_ready")["tokens"], 0.0
+    for step, line in enumerate(ended.events("train_progress"), start=1):
+        seconds += line["step_seconds"]
+        assert line["tokens_per_second"] * seconds == pytest.approx(step * tokens, rel=1e-2)
+
+
 def test_what_counts_as_compiling(finished):
     """`compile` is the making of the plan, and what the first step took more than the later ones."""
     first, *later = [entry["step_seconds"] for entry in finished.events("train_progress")]

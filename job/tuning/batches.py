@@ -8,6 +8,8 @@ from typing import Any
 import structlog
 import torch
 
+from job.tuning.device import out_of_memory
+
 log = structlog.get_logger()
 IGNORED = -100
 """The label of tokens that are not learned."""
@@ -23,8 +25,8 @@ def by_length(lengths: Sequence[int], size: int, run: Callable[[list[int]], None
         error = ""
         try:
             run(order[:size])
-        except torch.OutOfMemoryError as found:
-            if size == 1:
+        except RuntimeError as found:
+            if size == 1 or not out_of_memory(found):
                 raise
             error = str(found).splitlines()[0]
         if error:  # only here: what the batch had allocated is let go with its error

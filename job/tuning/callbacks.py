@@ -87,9 +87,8 @@ class Progress(TrainerCallback):
         if "loss" not in logs:
             return
         self._seconds.append(time.perf_counter() - self._started)
-        self._tokens.append(self.collator.tokens)
-        self.collator.tokens = 0
         self._check(state.global_step, logs)
+        self._tokens.append(self.collator.taken())
         self.step = state.global_step
         state.log_history.clear()  # the run's record keeps it; here it would grow with every checkpoint
         entry = self._entry(state, logs)

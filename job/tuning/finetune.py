@@ -22,7 +22,7 @@ from job.rendering import Prompt
 from job.tuning import checkpoint, export
 from job.tuning import model as models
 from job.tuning.callbacks import Evaluations, Hooks, Hyperparameters, Progress, SavePoints, Settled
-from job.tuning.device import MORE_ROOM, Device, choose, memory
+from job.tuning.device import MORE_ROOM, Device, choose, memory, out_of_memory
 from job.tuning.evaluate import Evaluation, answer, evaluate
 from job.tuning.fitting import Fitting
 from job.tuning.plan import Plan, as_trained, asked, plan, taken_over
@@ -45,12 +45,12 @@ def explained(remedy: str = MORE_ROOM) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise HopelessError(
-            f"The GPU ran out of memory: {str(error).splitlines()[0]}",
-            remedy=remedy,
-        ) from error
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise HopelessError(
+                f"The GPU ran out of memory: {str(error).splitlines()[0]}",
+                remedy=remedy,
+            ) from error
         if NOT_DETERMINISTIC not in str(error):
             raise
         raise ConfigError(
@@ -200,8 +200,8 @@ class Finetune:
         with explained():
             try:
                 found = self._loss(dataset)
-            except torch.OutOfMemoryError:
-                if not self.fitting.make_room():
+            except RuntimeError as error:
+                if not (out_of_memory(error) and self.fitting.make_room()):
                     raise
                 found = None
             found = found or self._loss(dataset)  # only here: the error held on to what had been allocated

@@ -17,7 +17,7 @@ from job.config import Config
 from job.errors import HopelessError
 from job.shape import Shape
 from job.tuning.batches import IGNORED
-from job.tuning.device import MORE_ROOM, Device, matrix_rate, memory
+from job.tuning.device import MORE_ROOM, Device, matrix_rate, memory, out_of_memory
 from job.tuning.passes import Limit, bucket
 from job.tuning.plan import HOPELESS, Candidate, Cut, Plan, candidates, freed, smaller
 
@@ -130,7 +130,9 @@ class Fitting:
             with _unchanged(self.trainer.model):
                 self.apply(cut)
                 error = self._passes(cut)
-        except torch.OutOfMemoryError:
+        except RuntimeError as found:
+            if not out_of_memory(found):
+                raise
             error = "out of memory"
         if error:
             self.forget()

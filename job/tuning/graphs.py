@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from unsloth.utils.packing import get_packed_info_from_kwargs
 
 from job.tuning.attention import NotRecordableError
+from job.tuning.device import out_of_memory
 from job.tuning.passes import GRAIN, PER_OCTAVE, bucket, layout
 
 WARM_UPS = 2
@@ -104,9 +105,9 @@ class GraphedDecoder:
         if recording is None:
             try:
                 recording = self.recorded[size] = self._record(size, kwargs)
-            except torch.OutOfMemoryError:
-                raise
             except (NotRecordableError, RuntimeError) as error:
+                if out_of_memory(error):
+                    raise
                 self._failed(str(error).splitlines()[0])
                 return self._usual(input_ids, *args, **kwargs)
         _fill(recording, input_ids, kwargs["position_ids"], lengths)

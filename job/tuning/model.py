@@ -16,7 +16,7 @@ from job import shape
 from job.base_model import BaseModel
 from job.config import Config
 from job.errors import ConfigError, DataError, HopelessError
-from job.tuning.device import MORE_ROOM, Device
+from job.tuning.device import MORE_ROOM, Device, out_of_memory
 
 log = structlog.get_logger()
 QUANTISED = {"4bit": bitsandbytes.nn.Linear4bit, "8bit": bitsandbytes.nn.Linear8bitLt}
@@ -85,9 +85,9 @@ def _load_base(base: BaseModel, config: Config, device: Device, directory: Path)
             # Left to itself, what does not fit would be meant for the host, where nothing of it can be trained.
             device_map={"": 0} if device.kind == "cuda" else None,
         )
-    except torch.OutOfMemoryError:
-        raise
     except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         # Transformers makes an error of its own of memory that runs out while weights are quantised.
         if SPILLED in str(error) or torch.cuda.memory_stats().get("num_ooms"):
             raise HopelessError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from trl import SFTConfig, SFTTrainer
 from job.config import Config
 from job.errors import NO_SPACE, HopelessError
 from job.tuning import model as adapter
-from job.tuning.batches import IGNORED
 from job.tuning.checkpoint import write_adapter
+from job.tuning.device import out_of_memory
 from job.tuning.fitting import Fitting
 from job.tuning.order import ShortFirst
 from job.tuning.passes import cut
@@ -52,7 +53,9 @@ class _Trainer(SFTTrainer):
             try:
                 losses = [self.one_pass(model, part, num_items_in_batch) for part in parts]
                 return torch.stack(losses).sum()
-            except torch.OutOfMemoryError as found:
+            except RuntimeError as found:
+                if not out_of_memory(found):
+                    raise
                 error = str(found).splitlines()[0]
             model.zero_grad()  # only here: the error held on to what the pass had allocated
             self.fitting.shrink(error, step=self.state.global_step + 1)
@@ -212,7 +215,7 @@ def _check(trainer: SFTTrainer, plan: Plan, config: Config) -> None:
 
 
 class CountingCollator:
-    """Counts the tokens of the batches that pass, padding excluded, without a device sync.
+    """Counts the tokens of each batch that passes, padding excluded, without a device sync.
 
     It wraps the trainer's own collator after the trainer is built: given to the constructor, a collator would switch
     Unsloth's padding-free batches off in silence.
@@ -220,14 +223,16 @@ class CountingCollator:
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
-        self.tokens = 0
-        self.labelled = 0
+        self._tokens: deque[int] = deque()
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         """Collate `rows` as the inner collator does."""
-        self.tokens += sum(len(row["input_ids"]) for row in rows)
-        self.labelled += sum(label != IGNORED for row in rows for label in row["labels"])
+        self._tokens.append(sum(len(row["input_ids"]) for row in rows))
         return self.inner(rows)
+
+    def taken(self) -> int:
+        """The tokens of the step that is done now: batches are made one ahead of the steps that take them."""
+        return self._tokens.popleft()
 
 
 def train(trainer: SFTTrainer, callbacks: list[TrainerCallback], *, resume_from: Path | None = None) -> None:
