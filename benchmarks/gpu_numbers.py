@@ -8,7 +8,7 @@ from __future__ import annotations
 import pydoc_data.topics
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ number is off by up to 2^-9 = 0.2 %, and a loss is a mean over thousands of toke
 gradients and weights of all steps before, while random weights let the loss fall quickly: ten times as much."""
 TARGETS = {"1b": {"tutorial": 3.0, "collator-free": 2.0}, "8b": {"tutorial": 2.3, "collator-free": 1.5}, "tiny": {}}
 """How many times the speed of that side the job must reach at least."""
+WARM_SHARE = 0.5
+"""Of the time to the first step of a first start, that a second may take at 1B."""
 ADAPTER_SHARE = 1 / 3
 """The most of the tutorial's time to adapter that the job may take."""
 
@@ -271,13 +273,26 @@ def problems(result: Mapping[str, Any]) -> list[str]:
                 f"losses of {side} and the job differ by {off['first']:.2%} at the first step and up to "
                 f"{off['largest']:.2%} later; the noise of bf16 is {FIRST_LOSS_OFF:.1%} and {LOSS_OFF:.0%}"
             )
+    return [*wrong, *_of_memory(result), *(_of_time(result) if result["size"] == "1b" else ())]
+
+
+def _of_memory(result: Mapping[str, Any]) -> Iterator[str]:
     if squeezed := result.get("squeezed"):
         if not squeezed["cuts"]:
-            wrong.append("memory was taken away, and the job never noticed")
+            yield "memory was taken away, and the job never noticed"
         if squeezed["largest"] > LOSS_OFF:
-            wrong.append(f"losses differ by {squeezed['largest']:.2%} once passes are cut smaller")
+            yield f"losses differ by {squeezed['largest']:.2%} once passes are cut smaller"
+    tight = {side: one["largest_micro_batch"] for side, one in result.get("tight", {}).items()}
+    if tight.get("job", 0) < tight.get("tutorial", 0):
+        yield f"the job's largest micro-batch is {tight.get('job', 0)}, the tutorial's {tight['tutorial']}"
+
+
+def _of_time(result: Mapping[str, Any]) -> Iterator[str]:
     adapter = {side: one.get("seconds") for side, one in result.get("adapter", {}).items()}
     ours, theirs = adapter.get("job"), adapter.get("tutorial")
-    if ours and theirs and result["size"] == "1b" and ours > theirs * ADAPTER_SHARE:
-        wrong.append(f"the job needs {ours:.0f} s to an adapter, more than a third of the tutorial's {theirs:.0f} s")
-    return wrong
+    if ours and theirs and ours > theirs * ADAPTER_SHARE:
+        yield f"the job needs {ours:.0f} s to an adapter, more than a third of the tutorial's {theirs:.0f} s"
+    starts = result.get("speed", {}).get("job", {}).get("first_step_seconds", {})
+    cold, warm = starts.get("cold"), starts.get("warm")
+    if cold and warm and warm > cold * WARM_SHARE:
+        yield f"the job's second start takes {warm:.0f} s to its first step, more than half of {cold:.0f} s"

@@ -162,6 +162,12 @@ def test_problems_names_what_misses_its_target():
     (said,) = numbers.problems(result(adapter=slow))
     assert said == "the job needs 101 s to an adapter, more than a third of the tutorial's 300 s"
     assert numbers.problems(result(failures=["tutorial ended with 1"])) == ["tutorial ended with 1"]
+    (said,) = numbers.problems(result(speed={"job": {"first_step_seconds": {"cold": 40.0, "warm": 24.0}}}))
+    assert said == "the job's second start takes 24 s to its first step, more than half of 40 s"
+    (said,) = numbers.problems(
+        result(tight={"job": {"largest_micro_batch": 4}, "tutorial": {"largest_micro_batch": 8}})
+    )
+    assert said == "the job's largest micro-batch is 4, the tutorial's 8"
 
 
 def test_the_table_shows_every_side_and_what_it_was_measured_on():
