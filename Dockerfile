@@ -17,7 +17,7 @@ COPY requirements.lock /build/
 # --no-deps: the lock is complete and hashed, and one of its packages asks for a version that is not always to be had.
 # What no text model on this CUDA needs goes in the same layer: bitsandbytes for other CUDAs, for AMD and Intel; Unsloth's
 # web studio; static libraries; Triton's debug symbols; pip itself. Modules that a run imports are compiled here, since
-# a read-only root cannot keep them.
+# a read-only root cannot keep them: on a CPU, and (UNSLOTH_ALLOW_CPU) as if there were a GPU.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca.pem,target=/run/ca.pem \
     python3 -m venv /opt/venv \
@@ -30,9 +30,14 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     && rm -rf "$site/studio" "$site/torch/test" \
     && find "$site/triton" "$site/nvidia" -name '*.a' -delete \
     && strip --strip-debug "$site"/triton/_C/*.so \
-    && HOME=/tmp HF_HUB_OFFLINE=1 UNSLOTH_DISABLE_STATISTICS=1 UNSLOTH_FORCE_CPU=1 \
-        UNSLOTH_COMPILE_LOCATION=/tmp/unsloth XDG_CACHE_HOME=/tmp/cache \
-        /opt/venv/bin/python -c 'import unsloth, trl, peft, bitsandbytes, datasets, boto3, awscrt, tiktoken, sentencepiece' \
+    && for path in FORCE ALLOW; do \
+        env HOME=/tmp HF_HUB_OFFLINE=1 UNSLOTH_DISABLE_STATISTICS=1 "UNSLOTH_${path}_CPU=1" \
+            UNSLOTH_COMPILE_LOCATION=/tmp/unsloth XDG_CACHE_HOME=/tmp/cache \
+            /opt/venv/bin/python -c 'import unsloth, trl, peft, bitsandbytes, datasets, boto3, awscrt, tiktoken, sentencepiece' \
+            || exit 1; \
+    done \
+    && /opt/venv/bin/python -c 'import structlog, environs, prometheus_client, psutil, tenacity, jinja2, rich' \
+    && /opt/venv/bin/python -m compileall -q "$site/unsloth" "$site/unsloth_zoo" "$site/cut_cross_entropy" \
     && find /opt/venv -type d -name __pycache__ -exec chmod -R go+rX {} + \
     && rm -rf /tmp/*
 

@@ -266,13 +266,15 @@ class Bench:
             self.save()
         if "job" in self.asked.sides and (ended := self.tightly("job", limit)):
             chosen = ended.settings()["micro_batch"] if ended.lived(TIGHT_STEPS) else 0
-            found["job"] = self.in_16_gib(ended, largest=chosen) | {"chosen_micro_batch": chosen}
+            found["job"] = self.in_16_gib(ended, largest=chosen)
             self.save()
         theirs = found.get("tutorial", {}).get("largest_micro_batch", 0)
         if "job" in found and theirs > found["job"]["largest_micro_batch"]:
             asked = limit | {"TUNE_MICRO_BATCH": str(theirs)}
             if (ended := self.tightly("job", asked, name="job-tight-asked")) and ended.lived(TIGHT_STEPS):
-                found["job"] |= self.in_16_gib(ended, largest=ended.settings()["micro_batch"])
+                by_itself = found["job"]
+                found["job"] = self.in_16_gib(ended, largest=ended.settings()["micro_batch"])
+                found["job"]["by_itself"] = by_itself
             self.save()
 
     def tightly(self, side: str, outside: dict[str, str], *, name: str = "") -> Ended | None:
@@ -280,12 +282,14 @@ class Bench:
         return self.sides.run("tight", side, steps=TIGHT_STEPS, batch=LARGE_BATCH, name=name, outside=outside)
 
     def in_16_gib(self, ended: Ended, *, largest: int) -> dict[str, Any]:
+        ends = ended.step_ends()
         return {
             "limit_gib": TIGHT_GIB,
             "batch": LARGE_BATCH,
             "row_tokens": SIZES[self.asked.size].longest,
             "largest_micro_batch": largest,
             "memory_peak_bytes": ended.memory_peak(),
+            "last_step_seconds": round(ends[-1] - ends[-2], 4) if len(ends) > 1 else None,
             "settings": ended.settings(),
             **self.versions(),
         }

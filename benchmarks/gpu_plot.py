@@ -86,8 +86,8 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     tight = result.get("tight", {})
     if tight:
         each = ", ".join(f"{NAMES[side]} {one['largest_micro_batch']}" for side, one in tight.items())
-        chosen = tight.get("job", {}).get("chosen_micro_batch")
-        own = f"; finetune-job takes {chosen} by itself" if chosen else ""
+        by_itself = tight.get("job", {}).get("by_itself")
+        own = f"; finetune-job takes {by_itself['largest_micro_batch']} by itself" if by_itself else ""
         limit, tokens = next((one["limit_gib"], one["row_tokens"]) for one in tight.values())
         found.append(f"Largest micro-batch of {tokens:,}-token rows in {limit} GiB: {each}{own}.")
     if squeezed := result.get("squeezed"):

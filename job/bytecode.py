@@ -6,17 +6,18 @@ that it imports: for the training stack that is more than 5,000 modules, and tak
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
+import marshal
 import os
 import struct
 import sys
-from collections.abc import Iterable
 from importlib.machinery import PathFinder
 from pathlib import Path
 
 SUFFIX = ".pyc"
 STACK = ("torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo")
+PATIENCE_SECONDS = 15.0
+"""Of a run with modules that are on their way: less than it takes to compile them."""
 _HEADER = struct.Struct("<4sIII")
 """Magic number, flags, and the source's time and size, or its hash in their place (PEP 552)."""
 _BY_TIME, _CHECKED_HASH = 0b00, 0b11
@@ -34,32 +35,34 @@ def missing() -> bool:
     return not all(Path(importlib.util.cache_from_source(source)).exists() for source in sources)
 
 
-def keep_in(directory: Path) -> None:
-    """From now on modules are compiled into a directory, and loaded from there if they are in it."""
-    sys.pycache_prefix = str(directory)
-    sys.dont_write_bytecode = False
-
-
-def outlast(modules: Iterable[Path]) -> None:
-    """Make compiled modules good for their source's content instead of its time: packages that are installed at every
-    start are always new. Python checks the hash when it loads them. One that is not to be read stays as it is.
+def made_to_last(module: Path) -> bool:
+    """Make a compiled module good for its source's content instead of its time, since packages that are installed at
+    every start are always new. Python then checks the hash when it loads the module.
 
     Args:
-        modules: in the directory that `keep_in` named.
+        module: below `sys.pycache_prefix`.
+
+    Returns:
+        False where it is no good: it is torn, or its source is another by now.
     """
-    for path in modules:
-        with contextlib.suppress(OSError, ValueError, struct.error):
-            _by_content(path)
-
-
-def _by_content(path: Path) -> None:
-    compiled, source = path.read_bytes(), Path(importlib.util.source_from_cache(str(path)))
-    magic, flags, seconds, size = _HEADER.unpack_from(compiled)
-    text, found = source.read_bytes(), source.stat()
+    try:
+        compiled, source = module.read_bytes(), Path(importlib.util.source_from_cache(str(module)))
+        magic, flags, seconds, size = _HEADER.unpack_from(compiled)
+        marshal.loads(compiled[_HEADER.size :])  # noqa: S302 - this process compiled it; Python would not catch its errors
+        text, found = source.read_bytes(), source.stat()
+    except (OSError, ValueError, EOFError, TypeError, struct.error):
+        return False
+    header = struct.pack("<4sI", magic, _CHECKED_HASH) + importlib.util.source_hash(text)
+    if compiled.startswith(header):
+        return True
     made_of_it = (seconds, size) == (int(found.st_mtime) & 0xFFFFFFFF, len(text) & 0xFFFFFFFF)
     if magic != importlib.util.MAGIC_NUMBER or flags != _BY_TIME or not made_of_it:
-        return
-    header = struct.pack("<4sI", magic, _CHECKED_HASH) + importlib.util.source_hash(text)
-    beside = path.with_suffix(".tmp")
-    beside.write_bytes(header + compiled[_HEADER.size :])
-    os.replace(beside, path)  # noqa: PTH105 - what a run loads at this moment is whole
+        return False
+    beside = module.with_name(f"{module.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(header + compiled[_HEADER.size :])
+        beside.replace(module)  # whole at any moment, for whoever loads it
+    except OSError:
+        beside.unlink(missing_ok=True)
+        return False
+    return True

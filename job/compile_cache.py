@@ -27,6 +27,7 @@ import structlog
 
 from job import archive, bytecode, cards, compile_key
 from job.background import Background
+from job.bytecode import made_to_last
 from job.config import Config
 from job.storage.faults import DamagedError
 from job.storage.store import Entry, Store, open_store
@@ -87,11 +88,13 @@ class CompileCache:
 
     def wait(self) -> None:
         """Let the restore come to its end, within the patience; later it is not wanted any more."""
-        if self._restoring is None or self._given_up.is_set():
-            return
-        if not self._restoring.ended(PATIENCE_SECONDS):
+        if not self.wait_for_modules(PATIENCE_SECONDS):
             self._given_up.set()
             _ignored("it takes too long to come")
+
+    def wait_for_modules(self, patience_seconds: float) -> bool:
+        """Let the restore come to its end, and go on without it if it takes longer; whether it did."""
+        return self._restoring is None or self._restoring.ended(patience_seconds)
 
     def save_soon(self) -> None:
         """The first step is done: save what is new, in the background, and at the end what came later."""
@@ -198,7 +201,7 @@ class CompileCache:
     def _save(self, *, older_than_seconds: float) -> None:
         started = time.monotonic()
         try:
-            new = {name: path for name, path in self._files(older_than_seconds) if name not in self._kept}
+            new = {name: path for name, path in self._files(older_than_seconds) if self._worth_keeping(name, path)}
             if not new:
                 return
             if self._seen is None:
@@ -215,6 +218,9 @@ class CompileCache:
         seconds = round(time.monotonic() - started, 3)
         log.info("compile_cache_saved", key=self._key, files=len(new), bytes=size, save_seconds=seconds)
 
+    def _worth_keeping(self, name: str, path: Path) -> bool:
+        return name not in self._kept and (path.suffix != bytecode.SUFFIX or made_to_last(path))
+
     def _enough(self, seen: set[str], there: set[str]) -> str:
         """Why nothing is to be added to the archives that are there; empty if something is."""
         if self._given_up.is_set():
@@ -224,7 +230,6 @@ class CompileCache:
         return f"{MOST_PARTS} archives are there" if len(seen - self._damaged) >= MOST_PARTS else ""
 
     def _upload(self, store: Store, new: Mapping[str, Path]) -> int:
-        bytecode.outlast(path for path in new.values() if path.suffix == bytecode.SUFFIX)
         with self._staging() as staging:
             path = staging / "archive"
             packed = archive.pack(new, path, label={"key": self._key, "made_for": self._facts})

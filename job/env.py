@@ -10,9 +10,9 @@ import contextlib
 import difflib
 import os
 import socket
+import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,12 @@ import psutil
 from environs import EnvValidationError, FileAwareEnv
 from marshmallow import ValidationError
 
-from job import rules
+from job import rules, secrecy
 from job.config import SETTINGS, Config
 from job.errors import ConfigError
 from job.setting import PREFIX, Setting
 
 FILE_SUFFIX = "_FILE"
-SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "_KEY", "CREDENTIAL", "SIGNATURE")
-NOT_SECRET = ("_ID", "_FILE", "_PATH", "TOKENIZERS_PARALLELISM")  # identifiers, and names of files
-SHORTEST_SECRET = 6
 NEAR = 0.75
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -282,6 +279,13 @@ def keep_compiled() -> None:
     os.environ.update(_compiled)
 
 
+def keep_modules(directory: Path) -> None:
+    """From now on Python's modules are compiled into a directory, and loaded from there, by child processes too."""
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(directory)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+
+
 def _cpu_quota(path: Path) -> int | None:
     """Whole CPUs that the container may use, which no library asks for (cgroup v2: `<quota> <period>` or `max ...`)."""
     try:
@@ -303,15 +307,4 @@ def child_environment(**overrides: str | None) -> dict[str, str]:
 
 def secrets() -> frozenset[str]:
     """The values of all variables whose names say that they are secret, and passwords inside URLs."""
-    return _secret_values(os.environ)
-
-
-def _secret_values(environment: Mapping[str, str]) -> frozenset[str]:
-    found = set()
-    for name, value in environment.items():
-        if any(word in name.upper() for word in SECRET_WORDS) and not name.endswith(NOT_SECRET):
-            found.add(value.strip())
-        if "://" in value and "@" in value:
-            user_info = value.split("://", 1)[1].rpartition("@")[0]
-            found.update(part for part in (user_info, user_info.partition(":")[2]) if part)
-    return frozenset(value for value in found if len(value) >= SHORTEST_SECRET)
+    return secrecy.values(os.environ)

@@ -207,8 +207,8 @@ def _import_tuning(life: Life, base: BaseModel) -> Any:
         linear_attention=base.linear_attention,
     )
     if compiled is not None and bytecode.missing():
-        life.cache.wait()
-        bytecode.keep_in(compiled / "python")
+        life.cache.wait_for_modules(bytecode.PATIENCE_SECONDS)
+        env.keep_modules(compiled / "python")
     gc.disable()  # a fifth of the imports' time went into looking for garbage among what stays
     try:
         with life.timeline.span("import"):

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,40 @@ def tensor_sizes(model: Path) -> list[int]:
         with safe_open(shard, framework="np") as file:
             sizes += [math.prod(file.get_slice(key).get_shape()) for key in file.keys()]  # noqa: SIM118
     return sizes
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, False),
+        ({"model_type": "qwen3_next", "linear_num_key_heads": 16}, True),
+        ({"model_type": "qwen3_5", "text_config": {"linear_conv_kernel_dim": 4}}, True),
+        ({"model_type": "olmo_hybrid", "layer_types": ["linear_attention", "full_attention"]}, True),
+        ({"model_type": "kimi_linear", "linear_attn_config": {"num_heads": 32}}, True),
+    ],
+)
+@pytest.mark.parametrize("given", [None, "0"])
+def test_kernels_for_linear_attention(model, tmp_path, config, expected, given):
+    """They are imported where a model may have linear attention, and where the user says so."""
+    change(model, **{key: value for key, value in config.items() if key != "model_type"})
+    base = inspect(model, name="tiny")
+    assert base.linear_attention is expected
+    code = """
+import os, sys
+from pathlib import Path
+from job import env
+env.prepare_libraries(Path(sys.argv[1]), expect_gpu=False, linear_attention=sys.argv[2] == "True")
+print(os.environ.get("UNSLOTH_DISABLE_VENDORED_FLA"))
+"""
+    environment = {**os.environ, **({"UNSLOTH_DISABLE_VENDORED_FLA": given} if given else {})}
+    said = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(base.linear_attention)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    assert said == (given or ("None" if expected else "1"))
 
 
 def test_facts(model):

@@ -178,7 +178,12 @@ def test_the_table_shows_every_side_and_what_it_was_measured_on():
                 "tutorial": {"seconds": 300.0},
             },
             tight={
-                "job": {"largest_micro_batch": 8, "chosen_micro_batch": 2, "limit_gib": 16, "row_tokens": 2048},
+                "job": {
+                    "largest_micro_batch": 8,
+                    "limit_gib": 16,
+                    "row_tokens": 2048,
+                    "by_itself": {"largest_micro_batch": 2},
+                },
                 "tutorial": {"largest_micro_batch": 4},
             },
         )

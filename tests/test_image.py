@@ -22,6 +22,14 @@ from tests.jobs import ROOT
 pytestmark = [pytest.mark.image, pytest.mark.timeout(3000)]
 DEMO = {**SETTINGS_OF_THE_RUN, "TUNE_DEVICE": "cpu", "TUNE_CHECKPOINT_STEPS": "8"}
 STOPPED_AFTER = 12
+NOT_COMPILED = """
+import json, sys
+from pathlib import Path
+import job.__main__, job.run
+import unsloth
+found = [(name, getattr(module, "__cached__", None)) for name, module in list(sys.modules.items())]
+print(json.dumps([name for name, file in found if isinstance(file, str) and not Path(file).exists()]))
+"""
 SELF = """
 import json, os, socket, pathlib
 def refused(act):
@@ -105,6 +113,14 @@ def test_what_is_inside(built):
     assert all(name == "/app" or name.startswith("job") for name in files)
     pip = ("--entrypoint=python", built, "-c", "import importlib.util; print(importlib.util.find_spec('pip'))")
     assert image.engine("run", "--rm", "--network=none", *image.podman_only(), *pip).strip() == "None"
+
+
+def test_modules_are_compiled(built):
+    """A start on a GPU finds all that it imports compiled, since a read-only root cannot keep what it compiles."""
+    settings = ("--env=UNSLOTH_ALLOW_CPU=1", "--env=HOME=/scratch", "--env=UNSLOTH_COMPILE_LOCATION=/scratch/unsloth")
+    command = ("run", "--rm", "--network=none", *image.podman_only(), *settings, "--entrypoint=python", built)
+    said = image.engine(*command, "-c", NOT_COMPILED)
+    assert json.loads(said.splitlines()[-1]) == []
 
 
 def test_how_it_is_confined(yard):

@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 from job.config import Config
 from job.errors import ConfigError
 from job.shape import llama
-from job.tuning.device import Device
+from job.tuning.device import Device, out_of_memory
 from job.tuning.fitting import recordable
 from job.tuning.plan import Cut, as_recorded, as_trained, asked, candidates, freed, padded, plan, smaller, taken_over
 
@@ -179,6 +179,22 @@ def test_what_a_later_attempt_takes_over(then, now, expected):
     config = settings(**now)
     found = taken_over(earlier, plan(config, card(), lengths=LENGTHS, learning_rate=2e-4), config, card())
     assert found == (shrunk if expected else None)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("CUDA error: out of memory"), False),
+    ],
+)
+def test_how_memory_runs_out(error, expected):
+    """Torch, CUDA, its libraries and Triton each say in their own way that the card's memory ran out."""
+    assert out_of_memory(error) is expected
 
 
 def test_another_card_plans_anew():

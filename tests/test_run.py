@@ -169,14 +169,17 @@ def test_the_plan_is_logged(finished):
     assert plan["learning_rate"] == 1e-2
 
 
-def test_the_tokens_of_a_step(settings, tmp_path):
-    """`tokens_per_second` counts the tokens of the steps that are done, and those of no batch that is only ready."""
-    values = {"samples": 0, "eval_fraction": 0, "batch_size": 40, "max_steps": 3, "run_id": "tokens"}
-    ended = run(tmp_path, **{**settings, **values})
-    tokens, seconds = ended.event("dataset_ready")["tokens"], 0.0
-    for step, line in enumerate(ended.events("train_progress"), start=1):
+def test_the_tokens_of_a_step(settings, place, tmp_path):
+    """`tokens_per_second` counts the tokens of the steps that are done, and none of a batch that is only ready."""
+    same = {"messages": [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]}
+    place.put("same/rows.jsonl", (json.dumps(same) + "\n").encode() * 10)
+    values = {"samples": 0, "eval_fraction": 0, "batch_size": 4, "max_steps": 5, "run_id": "tokens", "quality": "off"}
+    ended = run(tmp_path, **{**settings, **values, "dataset": f"s3://{place.name}/same/", "output": tmp_path})
+    row, seconds, seen = ended.event("dataset_ready")["tokens"] / 10, 0.0, []
+    for line in ended.events("train_progress"):
         seconds += line["step_seconds"]
-        assert line["tokens_per_second"] * seconds == pytest.approx(step * tokens, rel=1e-2)
+        seen.append(line["tokens_per_second"] * seconds / row)
+    assert seen == pytest.approx([4, 8, 10, 14, 18], rel=1e-2)  # two epochs, of which each ends with two rows
 
 
 def test_what_counts_as_compiling(finished):

@@ -16,8 +16,11 @@ FASTEST, SLOWEST = 2e15, 1e12
 """Operations a second: what a measurement may say."""
 MORE_ROOM = "Lower TUNE_MAX_LENGTH or TUNE_LORA_R, set TUNE_PRECISION=4bit, or take a card with more memory."
 """What to do where a card's memory does not suffice."""
-NO_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-"""How CUDA and its libraries say so where they allocate past torch: when a handle, a module or a stream is created."""
+NO_MEMORY = (
+    *("CUDA error: out of memory", "Triton Error [CUDA]: out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+)
+"""How CUDA and those who call it say so where they allocate past torch: for a handle, a kernel's code, a stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +69,9 @@ def choose(*, asked: str) -> Device:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the card's memory ran out, whoever noticed."""
-    words = isinstance(error, RuntimeError) and any(said in str(error) for said in NO_MEMORY)
-    return isinstance(error, torch.OutOfMemoryError) or words
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in NO_MEMORY)
 
 
 def memory(device: Device) -> dict[str, Any]:

@@ -232,7 +232,7 @@ class CountingCollator:
 
     def taken(self) -> int:
         """The tokens of the step that is done now: batches are made one ahead of the steps that take them."""
-        return self._tokens.popleft()
+        return self._tokens.popleft() if self._tokens else 0
 
 
 def train(trainer: SFTTrainer, callbacks: list[TrainerCallback], *, resume_from: Path | None = None) -> None:
