@@ -126,8 +126,8 @@ def test_what_is_there_is_used(tmp_path, monkeypatch):
 
 @pytest.mark.timeout(300)
 def test_a_stack_without_compiled_modules_starts_faster_from_the_cache(tiny_model, rows, tmp_path):
-    """The first run compiles the whole training stack, since one package of it came without; the next compiles none of
-    it."""
+    """The first run compiles the whole training stack, since one package of it came without; the next at most what
+    a child process had not finished when the first was over."""
     package = Path(find_spec("peft").origin).parent
     shutil.copytree(package, tmp_path / "site/peft", ignore=shutil.ignore_patterns("__pycache__"))
     place = {"model": tiny_model, "dataset": rows, "cache": tmp_path / "kept", "PYTHONPATH": tmp_path / "site"}
@@ -138,5 +138,5 @@ def test_a_stack_without_compiled_modules_starts_faster_from_the_cache(tiny_mode
         seconds.append(ended.event("run_complete")["timeline_seconds"]["import"])
         shutil.rmtree(tmp_path / "scratch")
     assert ended.event("compile_cache_restored")["files"] > 3000
-    assert not ended.events("compile_cache_saved")
+    assert sum(line["files"] for line in ended.events("compile_cache_saved")) < 100
     assert seconds[1] < seconds[0]
