@@ -19,7 +19,7 @@ from typing import Any
 from job.cards import Cards
 from job.config import SETTINGS, Config
 
-FORMAT = 2
+FORMAT = 1
 """Of the archives."""
 PACKAGES = (
     *("torch", "triton", "unsloth", "unsloth_zoo", "transformers", "trl", "peft", "bitsandbytes", "accelerate"),
