@@ -6,7 +6,8 @@ archive must hold. Each run that compiled something new adds one archive with ju
 that two runs at once cannot spoil each other's. The hash tells damage, not malice: what is restored is code that the
 run loads, so whoever may write there can run code in the job.
 
-Nothing here may end a run, or hold it up by more than `PATIENCE_SECONDS` (or `LAST_SECONDS` at its end).
+Nothing here may end a run, or hold it up by more than `PATIENCE_SECONDS`, or `LAST_SECONDS` at its end, or
+`bytecode.PATIENCE_SECONDS` where Python's modules would otherwise have to be compiled.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import structlog
 
 from job import archive, bytecode, cards, compile_key
 from job.background import Background
-from job.bytecode import made_to_last
 from job.config import Config
 from job.storage.faults import DamagedError
 from job.storage.store import Entry, Store, open_store
@@ -88,12 +88,15 @@ class CompileCache:
 
     def wait(self) -> None:
         """Let the restore come to its end, within the patience; later it is not wanted any more."""
-        if not self.wait_for_modules(PATIENCE_SECONDS):
+        if not self._ended(PATIENCE_SECONDS):
             self._given_up.set()
             _ignored("it takes too long to come")
 
-    def wait_for_modules(self, patience_seconds: float) -> bool:
-        """Let the restore come to its end, and go on without it if it takes longer; whether it did."""
+    def wait_for_modules(self) -> None:
+        """The same before Python's compiled modules are needed; what comes later may still be of use."""
+        self._ended(bytecode.PATIENCE_SECONDS)
+
+    def _ended(self, patience_seconds: float) -> bool:
         return self._restoring is None or self._restoring.ended(patience_seconds)
 
     def save_soon(self) -> None:
@@ -219,7 +222,8 @@ class CompileCache:
         log.info("compile_cache_saved", key=self._key, files=len(new), bytes=size, save_seconds=seconds)
 
     def _worth_keeping(self, name: str, path: Path) -> bool:
-        return name not in self._kept and (path.suffix != bytecode.SUFFIX or made_to_last(path))
+        """Whether it is new and will be of use; a compiled module of Python's is made so."""
+        return name not in self._kept and (path.suffix != bytecode.SUFFIX or bytecode.made_to_last(path))
 
     def _enough(self, seen: set[str], there: set[str]) -> str:
         """Why nothing is to be added to the archives that are there; empty if something is."""

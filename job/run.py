@@ -207,7 +207,7 @@ def _import_tuning(life: Life, base: BaseModel) -> Any:
         linear_attention=base.linear_attention,
     )
     if compiled is not None and bytecode.missing():
-        life.cache.wait_for_modules(bytecode.PATIENCE_SECONDS)
+        life.cache.wait_for_modules()
         env.keep_modules(compiled / "python")
     gc.disable()  # a fifth of the imports' time went into looking for garbage among what stays
     try:

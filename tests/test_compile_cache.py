@@ -85,6 +85,13 @@ def compiled(cache: CompileCache, **files: bytes) -> None:
     cache.finish()
 
 
+def one_run(machine: Machine, uri: str, **files: bytes) -> None:
+    """A run on a machine of its own, which restores what there is and compiles something."""
+    cache = machine.cache(uri)
+    restored(cache)
+    compiled(cache, **files)
+
+
 def events(logged: list, name: str) -> list:
     return [line for line in logged if line["event"] == name]
 
@@ -304,9 +311,7 @@ def test_a_restore_that_is_given_up_stops(s3_env, machine, monkeypatch, logged):
     """What comes too late is not unpacked, what would come after it is not asked for, and nothing is added to it."""
     uri = f"s3://{s3_env}/kept"
     for number in range(3):
-        cache = machine.cache(uri)
-        restored(cache)
-        compiled(cache, **{f"f{number}": b"1"})
+        one_run(machine, uri, **{f"f{number}": b"1"})
     monkeypatch.setattr(compile_cache, "PATIENCE_SECONDS", 0.1)
     asked, came, let = [], threading.Event(), threading.Event()
 
@@ -358,9 +363,7 @@ def test_only_so_many_archives_are_kept(machine, tmp_path, monkeypatch, logged):
     monkeypatch.setattr(compile_cache, "MOST_PARTS", 2)
     uri = str(tmp_path / "kept")
     for number in range(4):
-        cache = machine.cache(uri)
-        restored(cache)
-        compiled(cache, **{f"f{number}": b"x"})
+        one_run(machine, uri, **{f"f{number}": b"x"})
     assert len(kept(uri)) == 2
     assert events(logged, "compile_cache_unchanged")[-1]["reason"] == "2 archives are there"
 
@@ -370,17 +373,13 @@ def test_damaged_archives_are_not_counted(machine, tmp_path, monkeypatch, logged
     monkeypatch.setattr(compile_cache, "MOST_PARTS", 2)
     uri = str(tmp_path / "kept")
     for number in range(4):
-        cache = machine.cache(uri)
-        restored(cache)
-        compiled(cache, **{f"f{number}": b"x"})
+        one_run(machine, uri, **{f"f{number}": b"x"})
         if number < 2:
             for key in kept(uri):
                 open_store(uri).write(key, b"damaged")
     assert len(kept(uri)) == 4
     assert restored(machine.cache(uri)).keys() == {"triton/f2", "triton/f3"}
-    last = machine.cache(uri)
-    restored(last)
-    compiled(last, f4=b"x")
+    one_run(machine, uri, f4=b"x")
     assert len(kept(uri)) == 4
     assert events(logged, "compile_cache_unchanged")[-1]["reason"] == "2 archives are there"
 
