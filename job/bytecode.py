@@ -15,6 +15,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 SUFFIX = ".pyc"
+FOLDER = "python"
+"""Of a directory for what is compiled; below it, modules lie under the paths of their sources."""
 STACK = ("torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo")
 PATIENCE_SECONDS = 15.0
 """Of a run with modules that are on their way: less than it takes to compile them."""

@@ -251,7 +251,8 @@ class CompileCache:
             return
         newest = time.time() - older_than_seconds
         for folder, folders, names in os.walk(self.directory):  # passes over directories that vanish
-            folders[:] = [name for name in folders if not _PASSING.fullmatch(name)]
+            if not Path(folder).is_relative_to(self.directory / bytecode.FOLDER):  # where any name may be a package's
+                folders[:] = [name for name in folders if not _PASSING.fullmatch(name)]
             for path in (Path(folder, name) for name in names if not _PASSING.fullmatch(name)):
                 try:
                     found = path.lstat()

@@ -208,7 +208,7 @@ def _import_tuning(life: Life, base: BaseModel) -> Any:
     )
     if compiled is not None and bytecode.missing():
         life.cache.wait_for_modules()
-        env.keep_modules(compiled / "python")
+        env.keep_modules(compiled / bytecode.FOLDER)
     gc.disable()  # a fifth of the imports' time went into looking for garbage among what stays
     try:
         with life.timeline.span("import"):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import py_compile
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pytest
 import structlog
 
-from job import archive, cards, compile_cache, compile_key
+from job import archive, bytecode, cards, compile_cache, compile_key
 from job.cards import Cards
 from job.compile_cache import CompileCache
 from job.config import Config
@@ -124,6 +125,21 @@ def test_what_a_run_compiled_comes_back(uri, machine, logged):
     assert [2, 1] == [line["files"] for line in events(logged, "compile_cache_saved")]
     assert len(events(logged, "compile_cache_empty")) == 1
     assert [2, 3] == [line["files"] for line in events(logged, "compile_cache_restored")]
+
+
+def test_modules_are_kept_wherever_their_sources_lie(machine, tmp_path, monkeypatch):
+    """Python's compiled modules lie under the paths of their sources, of which any part may be called as it likes."""
+    uri = str(tmp_path / "kept")
+    source = tmp_path / "tmp.1/locks/module.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("VALUE = 1\n")
+    cache = machine.cache(uri)
+    restored(cache)
+    monkeypatch.setattr(sys, "pycache_prefix", str(cache.directory / bytecode.FOLDER))
+    module = Path(py_compile.compile(str(source)))
+    module.with_name(f"{module.name}.12").touch()
+    compiled(cache)
+    assert restored(machine.cache(uri)).keys() == {str(module.relative_to(cache.directory))}
 
 
 def test_what_vanishes_while_it_is_listed(machine, tmp_path, logged):
