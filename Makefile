@@ -29,7 +29,7 @@ soak: $(STAMP)  ## random faults for RUNS runs; prints its seed, SEED=... repeat
 
 IMAGE_RESULTS ?= $(CURDIR)/benchmarks/results/image-$(shell date +%Y-%m-%d).json
 image-test: $(STAMP)  ## build the image and run the demo in it (docker, or as root Debian's buildah, podman, debootstrap)
-	IMAGE_RESULTS=$(IMAGE_RESULTS) $(BIN)/python -m pytest -m image tests/test_image.py
+	IMAGE_RESULTS=$(IMAGE_RESULTS) $(BIN)/python -m pytest -m image tests/deploy/test_image.py
 
 lint: $(STAMP)  ## formatting, lint rules, types, import contracts
 	$(BIN)/ruff format --check .
@@ -53,7 +53,7 @@ chart-schema: $(STAMP)  ## write what is generated of helm/ and k8s/
 	$(BIN)/python -m tests.chart
 
 chart-test: $(STAMP)  ## the chart and k8s/ with the real Helm and kustomize
-	$(BIN)/python -m pytest -n 2 tests/test_chart*.py tests/test_k8s.py tests/test_exit_codes.py
+	$(BIN)/python -m pytest -n 2 tests/deploy/test_chart*.py tests/deploy/test_k8s.py tests/deploy/test_exit_codes.py
 
 bench-resume-control: $(STAMP)  ## the same kills against stock resume_from_checkpoint=True
 	$(BIN)/python benchmarks/resume_control.py

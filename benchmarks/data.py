@@ -45,9 +45,9 @@ OURS = """
 import datetime, json, logging, sys, time
 from pathlib import Path
 import structlog
-from job import data
-from job.config import Config
-from job.inputs import File, Inputs
+from job.config.schema import Config
+from job.data import prepare as data
+from job.inputs.pull import File, Inputs
 from transformers import AutoTokenizer  # imported by both before the clock starts
 import datasets
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))

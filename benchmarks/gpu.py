@@ -51,7 +51,7 @@ from benchmarks import gpu_plot  # noqa: E402
 from benchmarks.gpu_numbers import BATCH, SIZES, WARM_UP  # noqa: E402
 from benchmarks.gpu_process import HERE, Ended, Sides  # noqa: E402
 from benchmarks.machine import card, describe, utilisation  # noqa: E402
-from job import bytecode  # noqa: E402
+from job.state.compile_cache import bytecode  # noqa: E402
 
 SIDES = ("job", "tutorial", "collator-free", "plain")
 """In the order in which they run: what matters most comes first, should time run out."""

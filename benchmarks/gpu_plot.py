@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from job.charts import axis, thinned  # noqa: E402
+from job.report.charts import axis, thinned  # noqa: E402
 
 NAMES = {
     "plain": "TRL + PEFT + bitsandbytes",

@@ -65,10 +65,11 @@ def main() -> int:
 
 
 def measure(asked: argparse.Namespace, scratch: Path) -> None:
-    from job import env
+    from job.config import environment
+    from job.runtime import libraries, process
 
-    cpu = asked.size == "tiny" and not env.gpu_present()
-    env.prepare_libraries(scratch, expect_gpu=not cpu, cpu_only=cpu)
+    cpu = asked.size == "tiny" and not process.gpu_present()
+    libraries.prepare_libraries(scratch, expect_gpu=not cpu, cpu_only=cpu)
     times = {}
     profiler = cProfile.Profile()
     with timed(times, "import"):
@@ -95,8 +96,8 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
         TUNE_MAX_LENGTH=str(LONGEST),
         TUNE_DEVICE="cpu" if cpu else "cuda",
     )
-    config = env.load()
-    from job import base_model
+    config = environment.load()
+    from job.model import base_model
     from job.tuning import model as models
     from job.tuning.device import choose
 
@@ -239,9 +240,9 @@ def cut_by(
     asked: Any, config: Any, base: Any, loaded: Any, device: Any, lengths: list[int], variant: str
 ) -> tuple[Any, Any]:
     """The variant's cut, and what puts it in force."""
-    from job import shape
-    from job.tuning.fitting import Fitting
-    from job.tuning.plan import Cut, plan
+    from job.model import shape
+    from job.tuning.fit.plan import Cut, plan
+    from job.tuning.fit.search import Fitting
 
     gpu = device.kind == "cuda"
     fitting = Fitting(
@@ -265,7 +266,7 @@ def watch(trainer: Any, fitting: Any, config: Any, cut: Any, steps: int, tight_a
     import torch
     from transformers import TrainerCallback
 
-    from job.tuning.callbacks import Settled
+    from job.tuning.callbacks.callbacks import Settled
 
     gpu = torch.cuda.is_available()
     inner = trainer.data_collator

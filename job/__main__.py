@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from job import signals
+from job.runtime import signals
 
 signals.install()
 
@@ -15,8 +15,11 @@ from typing import NoReturn  # noqa: E402
 
 import structlog  # noqa: E402
 
-from job import env, errors, logs, termination, variables  # noqa: E402
-from job.errors import ConfigError, InterruptedError, JobError, Stop  # noqa: A004, E402
+from job.commands import variables  # noqa: E402
+from job.config import environment  # noqa: E402
+from job.observability import logs, termination  # noqa: E402
+from job.runtime import errors, process  # noqa: E402
+from job.runtime.errors import ConfigError, InterruptedError, JobError, Stop  # noqa: A004, E402
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,20 +37,20 @@ def main(arguments: list[str]) -> int:
             sys.stdout.write(variables.render(chosen.form))
             return 0
         if chosen.command == "demo":
-            from job import demo  # noqa: PLC0415 - the demo's needs are not those of a run
+            from job.commands.demo import demo  # noqa: PLC0415 - the demo's needs are not those of a run
 
             return demo.demo()
         if chosen.command == "check":
-            from job import check  # noqa: PLC0415 - a run needs nothing of it
+            from job.commands import check  # noqa: PLC0415 - a run needs nothing of it
 
             return check.command(as_json=chosen.json, report=chosen.report)
-        logs.configure(form=env.asked_log_format(), level="info", secrets=env.secrets())
+        logs.configure(form=environment.asked_log_format(), level="info", secrets=process.secret_values())
         return _preflight() if chosen.command == "preflight" else _train()
     except SystemExit as asked:  # argparse's --help
         return asked.code if isinstance(asked.code, int) else 0
     except BaseException as error:  # noqa: BLE001 - every end of the process is reported here
         signals.hear()
-        logs.configure(form=env.asked_log_format(), level="info", secrets=env.secrets())
+        logs.configure(form=environment.asked_log_format(), level="info", secrets=process.secret_values())
         return _report(error)
 
 
@@ -72,7 +75,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _train() -> int:
-    config = env.load()
+    config = environment.load()
     logs.set_level(config.log_level)
     from job import run  # noqa: PLC0415 - a bad environment is reported before anything heavy is imported
 
@@ -81,8 +84,8 @@ def _train() -> int:
 
 
 def _preflight() -> int:
-    config = env.load()
-    from job import preflight  # noqa: PLC0415 - as above
+    config = environment.load()
+    from job.stages import preflight  # noqa: PLC0415 - as above
 
     preflight.everything(config)
     return 0

@@ -6,30 +6,35 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import structlog
 
-from job import bytecode, checkpoints, env, fingerprint, logs, metrics, preflight, reporting, signals
-from job.artifacts import Artifact, publish
-from job.attempts import Attempts
-from job.base_model import BaseModel
-from job.card import Card
-from job.checkpoints import Restored
-from job.compile_cache import CompileCache
-from job.config import Config
-from job.data import Data, glance, prepare
-from job.errors import ConfigError, FencedError, JobError, Stop, known
-from job.gathering import arrived, finished, gather
-from job.inputs import Inputs
-from job.ledger import Ledger
-from job.record import Record, versions
-from job.storage.store import Store, open_store
-from job.timeline import Timeline
-from job.training import Life, look, say_differences, train
-from job.workspace import workspace
+from job.config.schema import Config
+from job.data.prepare import glance, prepare
+from job.model.base_model import BaseModel
+from job.observability import logs, prometheus
+from job.observability.timeline import Timeline
+from job.report import build
+from job.runtime import libraries, process, signals
+from job.runtime.errors import ConfigError, FencedError, JobError, Stop, known
+from job.runtime.process import Process
+from job.runtime.workspace import workspace
+from job.stages import preflight
+from job.stages.context import RunContext
+from job.stages.evaluate import look
+from job.stages.fetch import arrived, finished, gather
+from job.stages.publish import export, model_card
+from job.stages.resume import begin, restore, say_differences
+from job.stages.train import train
+from job.state import fingerprint
+from job.state.attempts import Attempts
+from job.state.compile_cache import bytecode
+from job.state.compile_cache.cache import CompileCache
+from job.state.ledger import Ledger
+from job.state.record import Record, versions
+from job.storage.base import Store
+from job.storage.open import open_store
 
 log = structlog.get_logger()
 
@@ -42,10 +47,10 @@ def run(config: Config) -> None:
         Stop: SIGTERM or SIGINT; the attempt's end is recorded.
     """
     signals.grace(config.grace_seconds)
-    process = env.process()
+    here = Process.current()
     store = open_store(config.output, patience_seconds=config.storage_patience_minutes * 60)
     record = Record(store=store, run_id=config.identity())
-    logs.bind(run_id=record.run_id, rank=process.rank)
+    logs.bind(run_id=record.run_id, rank=here.rank)
 
     def closing(patience_seconds: float) -> Store:
         return open_store(config.output, patience_seconds=patience_seconds, denied_patience_seconds=patience_seconds)
@@ -54,7 +59,7 @@ def run(config: Config) -> None:
     if config.resume != "fresh" and already_complete(config, record, attempts):
         return
     expect_gpu = preflight.machine(config)
-    metrics.serve(config.metrics_port)
+    prometheus.serve(config.metrics_port)
     ledger = Ledger(store=store, run_id=record.run_id)
     signals.listen(lambda: attempts.end("interrupted"))
     with _recorded(attempts, record):
@@ -63,9 +68,9 @@ def run(config: Config) -> None:
             ledger.fence()
             ledger.begin_anew()
             log.warning("run_set_aside", uri=record.set_aside())
-        scratch = env.scratch()
+        scratch = process.scratch()
         with workspace(scratch, record.run_id) as work:
-            life = Life(
+            life = RunContext(
                 config=config,
                 record=record,
                 attempts=attempts,
@@ -74,7 +79,7 @@ def run(config: Config) -> None:
                 scratch=scratch,
                 work=work,
                 timeline=Timeline(),
-                cache=CompileCache(config, scratch=scratch, work=work, saves=process.rank == 0),
+                cache=CompileCache(config, scratch=scratch, work=work, saves=here.rank == 0),
             )
             _live(life)
 
@@ -83,7 +88,7 @@ def _begin(config: Config, record: Record, attempts: Attempts, ledger: Ledger) -
     """Claim an attempt, unless too many before it were in vain."""
     newest = ledger.newest("checkpoint")
     from_step = newest.body["step"] if newest and newest.body else 0
-    record.attempt = attempts.claim(env.process(), fencing=config.fencing, from_step=from_step, versions=versions())
+    record.attempt = attempts.claim(Process.current(), fencing=config.fencing, from_step=from_step, versions=versions())
     ledger.attempt, ledger.owner = attempts.number, attempts.owner
     ledger.conditional = record.conditional = attempts.conditional
     logs.bind(attempt=record.attempt)
@@ -129,7 +134,7 @@ def _recorded(attempts: Attempts, record: Record) -> Iterator[None]:
         raise
 
 
-def _live(life: Life) -> None:
+def _live(life: RunContext) -> None:
     started = time.monotonic()
     config, record, spans = life.config, life.record, life.timeline.span
     log.info("run_started", uri=record.uri, config=config.as_variables(), versions=versions())
@@ -145,7 +150,7 @@ def _live(life: Life) -> None:
     )
 
     restored = restore(life, mark, check=finetuning.check_checkpoint)
-    reporting.publish(config, record, base, data, state="in progress")
+    build.publish(config, record, base, data, state="in progress")
     life.cache.wait()
     earlier = restored.body if restored else record.first()
     with spans("load"):
@@ -166,12 +171,12 @@ def _live(life: Life) -> None:
 
     final = train(life, finetune, data, mark, restored, ready=ready)
 
-    card = _card(final, data, pulled, base, base_hashes)
+    card = model_card(final, data, pulled, base, base_hashes)
     artifacts = export(life, finetune, base, card, directory=life.work / "export")
     life.ledger.check()
     measured = {**final["results"], **finetune.memory_report()}
     parts = {f"{part}_seconds": seconds for part, seconds in life.timeline.seconds().items()}
-    reporting.publish(config, record, base, data, state="complete", measured={**measured, **parts})
+    build.publish(config, record, base, data, state="complete", measured={**measured, **parts})
     record.finish({**final, "artifacts": [artifact.as_json() for artifact in artifacts]})
     seconds = round(time.monotonic() - started, 1)
     _quietly(lambda: life.attempts.end("complete", exit_code=0, seconds=seconds))
@@ -187,18 +192,10 @@ def _live(life: Life) -> None:
     )
 
 
-def begin(life: Life, pulled: Inputs, mark: dict[str, Any], circumstances: dict[str, Any]) -> None:
-    """Write down what the run is, now that all is checked and the first step is about to begin."""
-    config, record = life.config, life.record
-    pinned = record.pin(config, inputs=pulled.as_json(), fingerprint=mark, circumstances=circumstances)
-    if not pinned and not fingerprint.contents_may_change(config):
-        record.check_inputs(record.inputs() or {}, pulled.as_json())
-
-
-def _import_tuning(life: Life, base: BaseModel) -> Any:
+def _import_tuning(life: RunContext, base: BaseModel) -> Any:
     """The training stack: seconds of imports, only after all cheap checks."""
     compiled = life.cache.directory
-    env.prepare_libraries(
+    libraries.prepare_libraries(
         life.scratch,
         compiled=compiled,
         expect_gpu=life.expect_gpu,
@@ -208,7 +205,7 @@ def _import_tuning(life: Life, base: BaseModel) -> Any:
     )
     if compiled is not None and bytecode.missing():
         life.cache.wait_for_modules()
-        env.keep_modules(compiled / bytecode.FOLDER)
+        libraries.keep_modules(compiled / bytecode.FOLDER)
     gc.disable()  # a fifth of the imports' time went into looking for garbage among what stays
     try:
         with life.timeline.span("import"):
@@ -220,59 +217,8 @@ def _import_tuning(life: Life, base: BaseModel) -> Any:
     finally:
         gc.enable()
     gc.freeze()  # nor is it ever to be looked through: Unsloth asks for that a dozen times while it loads a model
-    env.keep_compiled()
+    libraries.keep_compiled()
     return finetune
-
-
-def restore(life: Life, mark: dict[str, Any], *, check: Callable[[Path, dict[str, Any]], None]) -> Restored | None:
-    """Fence all earlier attempts, then take the newest good checkpoint that they left, if it is of this very run."""
-    config, record = life.config, life.record
-    life.ledger.fence()
-    restored = checkpoints.restore(life.ledger, life.work / "restored", check=check)
-    if restored is None:
-        if config.resume == "require":
-            raise checkpoints.none_there(record.uri)
-        return None
-    changed = fingerprint.check(record.run_id, restored.body["fingerprint"], mark, allowed=config.allow_change)
-    if changed:
-        log.warning("resumed_with_changes", changed=changed)
-    record.resume(restored.history())
-    life.attempts.facts.update(resumed_from=restored.number, resumed_step=restored.step)
-    log.info("checkpoint_restored", step=restored.step, commit=restored.number, from_attempt=restored.body["attempt"])
-    return restored
-
-
-def export(life: Life, finetune: Any, base: BaseModel, card: Card, *, directory: Path) -> list[Artifact]:
-    """Publish the adapter, and only then, with the adapter safe, whatever else was asked for."""
-    record, spans = life.record, life.timeline.span
-    record.sweep()
-    adapter = directory / "adapter"
-    with spans("export"):
-        finetune.save_adapter(adapter, base=base)
-        (adapter / "README.md").write_text(card.text())
-    with spans("upload"):
-        published = publish(record.store, run_id=record.run_id, name="adapter", directory=adapter)
-    if "merged_16bit" in life.config.export:
-        merged = directory / "merged_16bit"
-        with spans("export"):
-            finetune.merge(adapter, merged, base=base)
-        with spans("upload"):
-            published += publish(record.store, run_id=record.run_id, name="merged_16bit", directory=merged)
-    return published
-
-
-def _card(final: dict[str, Any], data: Data, pulled: Inputs, base: BaseModel, base_hashes: dict[str, str]) -> Card:
-    return Card(
-        base=base.name,
-        base_revision=pulled.model_revision,
-        base_hashes=base_hashes,
-        data=[asdict(facts) for facts in data.files],
-        settings={name: value for name, value in final["fingerprint"].items() if name.startswith("TUNE_")},
-        plan=final["plan"],
-        metrics={key: value for key, value in final["results"].items() if value is not None},
-        versions=final["versions"],
-        template=data.tokenizer.name,
-    )
 
 
 def _quietly(write: Callable[[], Any]) -> Any:

@@ -12,10 +12,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from job import base_model, env, inputs
-from job.config import Config
-from job.data import read, render
-from job.labels import IGNORED
+from job.config.schema import Config
+from job.data.prepare import read, render
+from job.data.rendering.labels import IGNORED
+from job.inputs import pull
+from job.model import base_model
+from job.runtime import libraries
 
 RATE = 1e-9  # the step must not change what the next cut starts from
 
@@ -23,7 +25,7 @@ RATE = 1e-9  # the step must not change what the next cut starts from
 def main(asked: argparse.Namespace, scratch: Path) -> None:
     """Load once, then train a step for each cut."""
     gpu = asked.device == "cuda"
-    env.prepare_libraries(scratch, expect_gpu=gpu, cpu_only=not gpu)
+    libraries.prepare_libraries(scratch, expect_gpu=gpu, cpu_only=not gpu)
     from job.tuning.finetune import Finetune
 
     with asked.rows.open() as file:
@@ -31,7 +33,7 @@ def main(asked: argparse.Namespace, scratch: Path) -> None:
     loaded = None
     for number, weights in enumerate(asked.weights):
         config = _config(asked, rows, scratch, weights)
-        puller = inputs.Puller.of(config, scratch=scratch, pinned=None)
+        puller = pull.Puller.of(config, scratch=scratch, pinned=None)
         pulled = puller.rest(config, puller.model(config.model), date=None)
         data = render(config, pulled, read(config, pulled), directory=scratch / f"data-{number}")
         if loaded is None:

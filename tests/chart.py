@@ -1,7 +1,8 @@
 """What is generated of `helm/finetune-job` and `k8s/`. `make chart-schema` writes it; tests compare.
 
-The table of variables (`job.config.SETTINGS`) makes the schema of `config` and `files/variables.json`; the comments in
-`values.yaml` make the schema's descriptions and the README's table; the chart itself makes the manifests of `k8s/`.
+The table of variables (`job.config.schema.SETTINGS`) makes the schema of `config` and `files/variables.json`; the
+comments in `values.yaml` make the schema's descriptions and the README's table; the chart itself makes the manifests of
+`k8s/`.
 """
 
 import json
@@ -13,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from job.config import SETTINGS, Config
-from job.setting import Setting
+from job.config.field import Setting
+from job.config.schema import SETTINGS, Config
 from tests import kustomize, manifests
 
 CHART = manifests.CHART

@@ -12,7 +12,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from job.local_s3 import serve
+from job.commands.demo.local_s3 import serve
 from tests.jobs import ROOT
 from tests.servers import ACCESS_KEY, SECRET_KEY, Rclone, serve_rclone
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 import zstandard
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = Path(__file__).resolve().parent / "samples"
 VERDICTS: list[dict[str, Any]] = yaml.safe_load((DATA / "verdicts.yaml").read_text(encoding="utf-8"))
 QUESTIONS = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}."} for n in range(3)]
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiny_tokenizer import DATE, SENTENCES, backend
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from job import tokenizer as tokenizers
+from job.data.tokenizer import load as tokenizers
+from tests.tiny_tokenizer import DATE, SENTENCES, backend
 
 DIRECTORY = Path(__file__).parent / "templates"
 LLAMA_3 = (

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from job import variables
-from job.errors import KINDS, JobError
+from job.commands import variables
+from job.runtime.errors import KINDS, JobError
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 

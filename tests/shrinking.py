@@ -12,17 +12,19 @@ from pathlib import Path
 
 import structlog
 
-from job import base_model, env, inputs
-from job.config import Config
-from job.data import read, render
-from job.errors import HopelessError
+from job.config.schema import Config
+from job.data.prepare import read, render
+from job.inputs import pull
+from job.model import base_model
+from job.runtime import libraries
+from job.runtime.errors import HopelessError
 
 STEPS = 4
 
 
 def main(asked: argparse.Namespace, scratch: Path) -> None:
     """Load once, then train for each limit from the same adapter."""
-    env.prepare_libraries(scratch, expect_gpu=False, cpu_only=True)
+    libraries.prepare_libraries(scratch, expect_gpu=False, cpu_only=True)
     import torch
 
     from job.tuning.finetune import Finetune
@@ -39,7 +41,7 @@ def main(asked: argparse.Namespace, scratch: Path) -> None:
         lora_r=4,
         samples=0,
     )
-    puller = inputs.Puller.of(config, scratch=scratch, pinned=None)
+    puller = pull.Puller.of(config, scratch=scratch, pinned=None)
     pulled = puller.rest(config, puller.model(config.model), date=None)
     data = render(config, pulled, read(config, pulled), directory=scratch / "data")
     base = base_model.inspect(pulled.model, name=config.model)

@@ -14,7 +14,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from job.errors import KINDS
+from job.runtime.errors import KINDS
 from tests.jobs import ROOT, Ended, run, start, stop_at
 
 SECRET = "planted-secret-value"

@@ -53,13 +53,14 @@ def write_rows(directory: Path, name: str, tokens: list[int], seed: int) -> None
 
 def write_tokens(directory: Path, name: str, size: Size, model: Path) -> None:
     """By the job's own reading and rendering, so that the other sides learn exactly what it learns."""
-    from job import dataset, tokenizer  # noqa: PLC0415
-    from job.arrow import prepare  # noqa: PLC0415
-    from job.rendering import Renderer  # noqa: PLC0415
+    from job.data.reading import dataset  # noqa: PLC0415
+    from job.data.rendering.renderer import Renderer  # noqa: PLC0415
+    from job.data.tokenized.arrow import prepare  # noqa: PLC0415
+    from job.data.tokenizer import load  # noqa: PLC0415
 
     path = directory / f"{name}.jsonl"
     reading = dataset.read([dataset.Source(name=path.name, path=path)])
-    loaded = tokenizer.load(model, date=datetime.datetime.now(datetime.UTC).date())
+    loaded = load.load(model, date=datetime.datetime.now(datetime.UTC).date())
     renderer = Renderer(tokenizer=loaded, max_length=size.longest)
     work = directory / f"{name}.work"
     work.mkdir()

@@ -1,1 +1,4 @@
-"""Where inputs come from and outputs go: S3 or a directory used like a bucket, behind one interface (`store.Store`)."""
+"""One interface to S3 and to directories: whole objects, one winner of each create, retries until the timeout.
+
+Knows nothing of runs. `job.storage.s3` is the only place that imports boto3.
+"""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from job.runtime.hashing import sha256 as sha256_of
+from job.storage.base import Entry
 from job.storage.disk import disk_errors, is_temporary, require_free, sync, temporary, write_synced
 from job.storage.faults import ChangedError, DamagedError, MissingError
-from job.storage.store import Entry
 from job.storage.uri import checked_key
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}
+MOST_NAMES = 1000
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
@@ -47,6 +48,15 @@ class DirectoryStore:
         path = self._path(key)
         with disk_errors(path):
             return _entry(key, path)
+
+    def names(self, prefix: str) -> list[str]:
+        """See `Store.names`."""
+        folder = self.root / prefix
+        with disk_errors(folder):
+            if not folder.is_dir():
+                return []
+            found = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not is_temporary(path.name))
+        return [prefix + name for name in found[:MOST_NAMES]]
 
     def read(self, key: str) -> bytes | None:
         """See `Store.read`."""
@@ -96,7 +106,7 @@ class DirectoryStore:
         with disk_errors(target), temporary(target) as part:
             require_free(part.parent, path.stat().st_size)
             shutil.copyfile(path, part)
-            if sha256 is not None and file_sha256(part) != sha256:
+            if sha256 is not None and sha256_of(part) != sha256:
                 raise DamagedError(f"{path} does not have the SHA-256 {sha256}.", remedy="It changed; make it again.")
             sync(part)
             _put_in_place(part, target)
@@ -182,9 +192,3 @@ def _removed_if_empty(folder: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

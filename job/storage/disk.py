@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from job.errors import DeniedError, StorageError
+from job.runtime.errors import DeniedError, StorageError
 
 _TEMPORARY_PREFIX = ".finetune-job-"
 _FULL = {errno.ENOSPC, errno.EDQUOT}

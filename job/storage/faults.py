@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from job.errors import DataError
+from job.runtime.errors import DataError
 
 
 class MissingError(DataError):

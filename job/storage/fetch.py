@@ -13,19 +13,19 @@ from pathlib import Path
 
 import structlog
 
-from job import headers
-from job.errors import DataError
+from job.runtime.errors import DataError
+from job.storage.base import Entry, Store
 from job.storage.disk import disk_errors, write_atomically
 from job.storage.faults import ChangedError, MissingError
+from job.storage.open import open_store
 from job.storage.parallel import each
-from job.storage.store import Entry, Store, open_store
 from job.storage.uri import S3Address, parents, parse
 
 INDEX = ".finetune-job-fetched.json"
 SMALL_BYTES = 32 << 20
 """Larger objects come one after another, each over several connections."""
 
-_WORKERS = 8
+WORKERS = 8
 _CHANGED_ATTEMPTS = 3
 _INDEX_SECONDS = 5.0
 _NEARBY = 8
@@ -81,35 +81,14 @@ def look(
 ) -> dict[str, Entry]:
     """What `fetch` would bring, by full URI, without bringing it; empty when nothing is there."""
     try:
-        found = _find(uri, patience_seconds, wanted)
+        found = find(uri, patience_seconds, wanted)
     except MissingError:
         return {}
     return {found.name(entry): entry for entry in found.entries}
 
 
-def skim(uri: str, directory: Path, *, patience_seconds: float = 3600.0) -> list[Fetched]:
-    """Like `fetch` for the safetensors files of a model, but of remote ones only the headers are brought, into
-    stand-ins (`job.headers`); empty when there are none."""
-    try:
-        found = _find(uri, patience_seconds, lambda key: key.endswith(headers.SUFFIX) and "/" not in key)
-    except MissingError:
-        return []
-    if isinstance(parse(uri), Path):
-        return [found.fetched(entry, Path(found.store.uri) / entry.key) for entry in found.entries]
-
-    def take(entry: Entry, _: threading.Event) -> None:
-        def read(size: int) -> bytes:
-            return found.store.read_start(entry.key, size) or b""
-
-        with disk_errors(directory):
-            headers.stand_in(directory / entry.key, entry.size, read)
-
-    each(take, found.entries, workers=_WORKERS)
-    return [found.fetched(entry, directory / entry.key) for entry in found.entries]
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Found:
+class Found:
     """Objects, and the store whose root makes their keys what `Fetched.key` promises."""
 
     store: Store
@@ -126,8 +105,12 @@ class _Found:
         )
 
 
-def _find(uri: str, patience_seconds: float, wanted: Callable[[str], bool] | None) -> _Found:
-    """The object of that name, else everything under it."""
+def find(uri: str, patience_seconds: float, wanted: Callable[[str], bool] | None) -> Found:
+    """The object of that name, else everything under it.
+
+    Raises:
+        MissingError: nothing is there; it names what stands near.
+    """
     address = parse(uri)
     found = _find_local(address) if isinstance(address, Path) else _find_remote(address, patience_seconds)
     if not found.entries:
@@ -139,13 +122,13 @@ def _find(uri: str, patience_seconds: float, wanted: Callable[[str], bool] | Non
     return dataclasses.replace(found, entries=chosen)
 
 
-def _find_local(path: Path) -> _Found:
+def _find_local(path: Path) -> Found:
     if path.is_dir():
         store = open_store(str(path))
-        return _Found(store=store, entries=store.entries())
+        return Found(store=store, entries=store.entries())
     store = open_store(str(path.parent))
     entry = store.head(path.name) if path.name else None
-    return _Found(store=store, entries=[entry] if entry else [])
+    return Found(store=store, entries=[entry] if entry else [])
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -153,26 +136,24 @@ def _names_in(folder: Path) -> list[str]:
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-def _find_remote(address: S3Address, patience_seconds: float) -> _Found:
+def _find_remote(address: S3Address, patience_seconds: float) -> Found:
     key = address.key.strip("/")
     if key and not address.key.endswith("/"):
         folder, _, name = key.rpartition("/")
         store = open_store(f"s3://{address.bucket}/{folder}", patience_seconds=patience_seconds)
         entry = store.head(name)
         if entry is not None:
-            return _Found(store=store, entries=[entry])
+            return Found(store=store, entries=[entry])
     store = open_store(f"s3://{address.bucket}/{key}", patience_seconds=patience_seconds)
-    return _Found(store=store, entries=store.entries())
+    return Found(store=store, entries=store.entries())
 
 
 def _near(address: S3Address, patience_seconds: float) -> list[str]:
     """The names in the nearest folder above a key that has any."""
-    from job.storage.s3 import S3Store  # noqa: PLC0415 - boto3 takes a third of a second
-
     store = open_store(f"s3://{address.bucket}", patience_seconds=patience_seconds)
     key = address.key.strip("/")
     for folder in [*(parents(key) if key else []), ""]:
-        names = store.names(f"{folder}/" if folder else "") if isinstance(store, S3Store) else []
+        names = store.names(f"{folder}/" if folder else "")
         if names:
             return names
     return []
@@ -196,7 +177,7 @@ def _bring(
     wanted: Callable[[str], bool] | None,
     names: frozenset[str] | None,
 ) -> list[Fetched]:
-    found = _find(uri, patience_seconds, wanted)
+    found = find(uri, patience_seconds, wanted)
     if names is not None:
         found = _only(found, names)
     if isinstance(parse(uri), Path):
@@ -210,7 +191,7 @@ def _bring(
     return [found.fetched(entry, directory / entry.key) for entry in found.entries]
 
 
-def _only(found: _Found, names: frozenset[str]) -> _Found:
+def _only(found: Found, names: frozenset[str]) -> Found:
     """What the run began with: objects that came later are not part of it."""
     entries = [entry for entry in found.entries if found.name(entry) in names]
     later = [found.name(entry) for entry in found.entries if found.name(entry) not in names]
@@ -230,13 +211,13 @@ def _require_distinct(entries: list[Entry]) -> None:
                 )
 
 
-def _download(found: _Found, directory: Path, index: _Index) -> None:
+def _download(found: Found, directory: Path, index: _Index) -> None:
     def take(entry: Entry, _: threading.Event) -> None:
         found.store.download(entry, directory / entry.key)
         index.add(entry)
 
     missing = [entry for entry in found.entries if not index.holds(entry)]
-    each(take, [entry for entry in missing if entry.size <= SMALL_BYTES], workers=_WORKERS)
+    each(take, [entry for entry in missing if entry.size <= SMALL_BYTES], workers=WORKERS)
     for entry in missing:
         if entry.size > SMALL_BYTES:
             take(entry, threading.Event())

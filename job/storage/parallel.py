@@ -7,10 +7,12 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from job.storage.bucket import Stopped
-
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: another thread of the same transfer failed
+    """The transfer that this call belongs to is over."""
 
 
 def each(act: Callable[[T, threading.Event], R], items: Iterable[T], *, workers: int) -> list[R]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from job.errors import ConfigError, DataError
+from job.runtime.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True)

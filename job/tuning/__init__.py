@@ -1,6 +1,6 @@
 """The only place that imports the training stack. Unsloth comes first: it must patch trl, transformers and peft."""
 
-from job.tuning import sft_only
+from job.tuning import unsloth_import
 
-sft_only.install()
+unsloth_import.install()
 import unsloth  # noqa: E402, F401 - imported for what it patches

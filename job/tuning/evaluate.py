@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from unsloth import FastLanguageModel
 
-from job.rendering import Prompt
+from job.data.rendering.renderer import Prompt
 from job.tuning.batches import IGNORED, by_length, mask, pad, training_batch
 
 ANSWER_TOKENS = (32, 256)  # least and most that an answer may have

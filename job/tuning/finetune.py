@@ -13,23 +13,25 @@ from typing import Any
 import structlog
 import torch
 
-from job import shape, signals
-from job.base_model import BaseModel
-from job.config import Config
-from job.errors import ConfigError, HopelessError
-from job.estimate import STATE_BYTES, STATE_BYTES_OTHERS
-from job.rendering import Prompt
-from job.tuning import checkpoint, export
+from job.config.schema import Config
+from job.data.rendering.renderer import Prompt
+from job.model import shape
+from job.model.base_model import BaseModel
+from job.model.memory import STATE_BYTES, STATE_BYTES_OTHERS
+from job.runtime import signals
+from job.runtime.errors import ConfigError, HopelessError
+from job.tuning import checkpoint_files
 from job.tuning import model as models
-from job.tuning.callbacks import Evaluations, Hooks, Hyperparameters, Progress, SavePoints, Settled
+from job.tuning.callbacks.callbacks import Evaluations, Hooks, Hyperparameters, Progress, SavePoints, Settled
 from job.tuning.device import MORE_ROOM, Device, choose, memory, out_of_memory
 from job.tuning.evaluate import Evaluation, answer, evaluate
-from job.tuning.fitting import Fitting
-from job.tuning.plan import Plan, as_trained, asked, plan, taken_over
+from job.tuning.export import export
+from job.tuning.fit.plan import Plan, as_trained, asked, plan, taken_over
+from job.tuning.fit.search import Fitting
 from job.tuning.trainer import CountingCollator, build, train
 
 log = structlog.get_logger()
-check_checkpoint = checkpoint.check
+check_checkpoint = checkpoint_files.check
 ANSWERS_AT_ONCE = 32
 EVALUATED_AT_ONCE = 8
 SMALLER = "Lower TUNE_MICRO_BATCH or TUNE_MAX_LENGTH, or set TUNE_GRADIENT_CHECKPOINTING=unsloth."
@@ -162,7 +164,7 @@ class Finetune:
         """
         directory, done = resume_from or (None, 0)
         if directory is not None and done >= self.plan.steps:
-            checkpoint.load_adapter(self.model, directory)  # the trainer would train one step too many
+            checkpoint_files.load_adapter(self.model, directory)  # the trainer would train one step too many
             self.fitting.plan = as_trained(self.plan, self.earlier)
             return
         trainer = build(

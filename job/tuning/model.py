@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError
 from unsloth import FastLanguageModel
 
-from job import shape
-from job.base_model import BaseModel
-from job.config import Config
-from job.errors import ConfigError, DataError, HopelessError
+from job.config.schema import Config
+from job.model import shape
+from job.model.base_model import BaseModel
+from job.runtime.errors import ConfigError, DataError, HopelessError
 from job.tuning.device import MORE_ROOM, Device, out_of_memory
 
 log = structlog.get_logger()

@@ -13,16 +13,16 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from job.config import Config
-from job.errors import NO_SPACE, HopelessError
+from job.config.schema import Config
+from job.runtime.errors import NO_SPACE, HopelessError
 from job.tuning import model as adapter
-from job.tuning.checkpoint import write_adapter
+from job.tuning.checkpoint_files import write_adapter
+from job.tuning.curriculum import ShortFirst
 from job.tuning.device import out_of_memory
-from job.tuning.fitting import Fitting
-from job.tuning.order import ShortFirst
-from job.tuning.passes import cut
-from job.tuning.plan import Plan, padded
-from job.tuning.weighted import COLUMN, WeightedLoss, use_log_probs
+from job.tuning.fit.micro_batches import cut
+from job.tuning.fit.plan import Plan, padded
+from job.tuning.fit.search import Fitting
+from job.tuning.weighted_loss import COLUMN, WeightedLoss, use_log_probs
 
 log = structlog.get_logger()
 LEAST_FREE_BYTES = 1 << 20

@@ -150,7 +150,7 @@ class Job:
 
     def uploader(self) -> psutil.Process:
         """The process that uploads its checkpoints."""
-        return next(child for child in self.family() if "job.uploading" in child.cmdline())
+        return next(child for child in self.family() if "job.state.upload_worker" in child.cmdline())
 
     def kill(self) -> None:
         """What losing the machine does: SIGKILL to all of it."""

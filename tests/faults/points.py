@@ -24,7 +24,7 @@ def kill_in_save(name: str, step: int) -> None:
     import job.tuning.checkpoint
 
     torch.save = broken(torch.save, 1)
-    job.tuning.checkpoint.save_file = broken(safetensors.torch.save_file, 1)
+    job.tuning.checkpoint_files.save_file = broken(safetensors.torch.save_file, 1)
     TrainerState.save_to_json = broken(TrainerState.save_to_json, 1)
 
 
@@ -63,7 +63,7 @@ def slow_steps(seconds: float) -> None:
     """Every step takes this much longer."""
     import time
 
-    from job.tuning.callbacks import Progress
+    from job.tuning.callbacks.callbacks import Progress
 
     def on_step_begin(self, *_, inner=Progress.on_step_begin, **__):
         time.sleep(seconds)
@@ -84,7 +84,7 @@ def say_lengths() -> None:
 
 
 def _at_step(step: int, act) -> None:
-    from job.tuning.callbacks import Progress
+    from job.tuning.callbacks.callbacks import Progress
 
     inner = Progress.on_log
 
@@ -97,7 +97,8 @@ def _at_step(step: int, act) -> None:
 
 
 def call_before(target: str, number: int, how: str) -> None:
-    """SIGKILL, SIGSTOP or SIGTERM this process before the n-th call of a function, e.g. `job.record:Record.finish`."""
+    """SIGKILL, SIGSTOP or SIGTERM this process before the n-th call of a function, e.g.
+    `job.state.record:Record.finish`."""
     import importlib
 
     module, _, path = target.partition(":")
@@ -118,7 +119,7 @@ def call_before(target: str, number: int, how: str) -> None:
 
 def commit_every_save() -> None:
     """Training waits for each checkpoint until it is committed and tidied up, so that none is superseded."""
-    from job.uploader import Uploader
+    from job.state.uploader import Uploader
 
     def submit(self, saved, inner=Uploader.submit):
         inner(self, saved)
@@ -132,10 +133,10 @@ def today(date: str) -> None:
     import datetime
     from types import SimpleNamespace
 
-    import job.inputs
+    import job.inputs.pull
 
     clock = SimpleNamespace(now=lambda _: datetime.datetime.fromisoformat(date))
-    job.inputs.datetime = SimpleNamespace(date=datetime.date, datetime=clock, UTC=datetime.UTC)
+    job.inputs.pull.datetime = SimpleNamespace(date=datetime.date, datetime=clock, UTC=datetime.UTC)
 
 
 def may_mount() -> bool:
@@ -216,13 +217,13 @@ def _before(target: str, act) -> None:
 
 def termination_log(path: str) -> None:
     """Kubernetes' message goes to this file."""
-    import job.termination
+    import job.observability.termination
 
-    job.termination.PLACE = Path(path)
+    job.observability.termination.PLACE = Path(path)
 
 
 def sagemaker(path: str) -> None:
     """The place where SageMaker looks for the reason of a failure, elsewhere."""
-    import job.termination
+    import job.observability.termination
 
-    job.termination.SAGEMAKER = Path(path)
+    job.observability.termination.SAGEMAKER = Path(path)

@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from job.local_s3 import serve
+from job.commands.demo.local_s3 import serve
 from tests import tiny
 from tests.faults.conftest import make_bench
 from tests.faults.harness import FENCED, HOPELESS, INTERRUPTED, KILLED, Bench, Job, Zygote

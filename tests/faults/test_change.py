@@ -10,7 +10,7 @@ import psutil
 import pytest
 from safetensors.torch import load
 
-from job.config import FIXED, SETTINGS
+from job.config.schema import FIXED, SETTINGS
 from tests.faults.harness import CONFIG, FENCED, KILLED, commits, copied_run, killed_run
 
 CHANGED = {
@@ -457,7 +457,7 @@ def test_more_steps_after_the_right_to_publish(bench):
     """A run that was lost after its final record, and goes on with more steps on purpose, publishes what it trained,
     not what the lost attempt would have."""
     run_id = bench.name("more")
-    bench.start(run_id, hooks=[["call_before", "job.record:Record.finish", 1, "SIGKILL"]]).ends(KILLED)
+    bench.start(run_id, hooks=[["call_before", "job.state.record:Record.finish", 1, "SIGKILL"]]).ends(KILLED)
     changes = {"max_steps": 16, "allow_change": "TUNE_MAX_STEPS"}
     bench.start(run_id, **changes).ends(0)
     done = bench.place.json(bench.key(run_id, "done.json"))

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from job.tuning.checkpoint import FILES
+from job.tuning.checkpoint_files import FILES
 from tests.faults.harness import HOPELESS, KILLED, commits, copied_run, damaged, killed_run
 
 NEWEST, BEFORE = 8, 6
@@ -233,7 +233,7 @@ def test_retention_after_a_crash(bench, run_id, keep):
     """Attempts that only fenced displace no checkpoint; after the successor's first own commit the dead attempts'
     files are gone, but for the checkpoint it resumed from where that is among those to keep."""
     for _ in range(2):
-        bench.start(run_id, hooks=[["call_before", "job.checkpoints:restore", 1, "SIGKILL"]]).ends(KILLED)
+        bench.start(run_id, hooks=[["call_before", "job.state.checkpoints:restore", 1, "SIGKILL"]]).ends(KILLED)
         assert _with_files(bench, run_id) == {(1, BEFORE), (1, NEWEST)}
     hooks = [["commit_every_save"], ["kill_at_step", 11]]
     bench.start(run_id, hooks=hooks, checkpoint_keep=keep).ends(KILLED)

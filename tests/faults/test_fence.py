@@ -7,9 +7,9 @@ import time
 import boto3
 import pytest
 
-from job.errors import FencedError
-from job.ledger import Ledger
-from job.storage.store import open_store
+from job.runtime.errors import FencedError
+from job.state.ledger import Ledger
+from job.storage.open import open_store
 from tests.faults.harness import FENCED, HOPELESS, INTERRUPTED, KILLED
 
 CONTENT = {"data": "", "files": [], "fingerprint": {}, "plan": {}}  # of a record that is no checkpoint
@@ -56,7 +56,11 @@ def test_a_zombie_in_training(bench, uploader_too):
 
 @pytest.mark.parametrize(
     ("target", "number", "code"),
-    [("job.run:publish", 1, FENCED), ("job.storage.s3:S3Store.upload", 3, FENCED), ("job.record:Record.finish", 1, 0)],
+    [
+        ("job.run:publish", 1, FENCED),
+        ("job.storage.s3.store:S3Store.upload", 3, FENCED),
+        ("job.state.record:Record.finish", 1, 0),
+    ],
 )
 def test_a_zombie_that_publishes(bench, target, number, code):
     """An attempt that wakes after publication has begun writes the very bytes that its successor wrote, and knows that

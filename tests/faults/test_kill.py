@@ -53,12 +53,20 @@ def test_kill_of_the_uploader_alone(bench):
 
 @pytest.mark.parametrize(
     "place",
-    ["job.ledger:Ledger.append", "job.record:Record.sweep", "job.record:Record.finish", "job.record:Record._create"],
+    [
+        "job.state.ledger:Ledger.append",
+        "job.state.record:Record.sweep",
+        "job.state.record:Record.finish",
+        "job.state.record:Record._create",
+    ],
 )
 def test_kill_after_the_last_commit(bench, place):
     """A machine lost between the last checkpoint and `done.json`: the next attempt trains no step and publishes, with
     the plan by which the run was trained, whatever it would have planned itself."""
-    run_id, number = bench.name("last"), {"job.ledger:Ledger.append": 2, "job.record:Record._create": 3}.get(place, 1)
+    run_id, number = (
+        bench.name("last"),
+        {"job.state.ledger:Ledger.append": 2, "job.state.record:Record._create": 3}.get(place, 1),
+    )
     bench.start(run_id, hooks=[["call_before", place, number, "SIGKILL"]]).ends(KILLED)
     second = bench.start(run_id, micro_batch=4).ends(0)
     assert second.events("train_progress") == []

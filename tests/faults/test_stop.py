@@ -16,19 +16,19 @@ from tests.servers import serve_proxy
 
 SLACK_SECONDS = 1.0  # for a machine that is busy with other tests
 PHASES = {
-    "download": "job.inputs:Puller.rest",
+    "download": "job.inputs.pull:Puller.rest",
     "waiting for the weights": "job.run:arrived",
     "tokenising": "job.run:prepare",
-    "restoring": "job.checkpoints:restore",
+    "restoring": "job.state.checkpoints:restore",
     "model load": "job.tuning.model:load",
     "evaluation": "job.tuning.finetune:evaluate",
     "answers": "job.tuning.finetune:answer",
     "building the trainer": "job.tuning.finetune:build",
     "saving": "job.tuning.trainer:write_adapter",
-    "final record": "job.ledger:Ledger.append",
-    "export": "job.tuning.export:save_adapter",
+    "final record": "job.state.ledger:Ledger.append",
+    "export": "job.tuning.export.export:save_adapter",
     "publishing": "job.run:publish",
-    "done.json": "job.record:Record.finish",
+    "done.json": "job.state.record:Record.finish",
 }
 
 
@@ -106,7 +106,7 @@ def test_a_signal_in_each_phase(bench, phase):
 
 def test_a_signal_while_the_plan_is_made(bench):
     """What fits is no longer looked for, and no step is begun."""
-    hooks = [["call_before", "job.tuning.fitting:Fitting.settle", 1, "SIGTERM"]]
+    hooks = [["call_before", "job.tuning.fit.search:Fitting.settle", 1, "SIGTERM"]]
     job = bench.start(bench.name("plan"), hooks=hooks).ends(INTERRUPTED)
     assert job.events("plan_made") + job.events("train_progress") == []
 
@@ -117,7 +117,7 @@ def test_a_signal_during_the_first_imports(tmp_path):
         "import os, runpy, signal, sys, types\n"
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'job.env':\n"
+        "        if name == 'job.config.environment':\n"
         "            os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.meta_path.insert(0, Finder())\n"
         "sys.argv = ['job']\n"

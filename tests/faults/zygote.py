@@ -18,12 +18,12 @@ from pathlib import Path
 
 def main() -> None:
     """Import, then fork until standard input closes."""
-    from job import env
+    from job.runtime import libraries
 
-    env.prepare_libraries(Path(sys.argv[1]), expect_gpu=False)
+    libraries.prepare_libraries(Path(sys.argv[1]), expect_gpu=False)
     for name in ("boto3", "datasets"):
         importlib.import_module(name)
-    for name in ("job.run", "job.storage.s3", "job.training", "job.tuning.finetune"):
+    for name in ("job.run", "job.storage.s3.store", "job.stages.train", "job.tuning.finetune"):
         importlib.import_module(name)
 
     answers = os.fdopen(os.dup(1), "w")

@@ -1,0 +1,101 @@
+"""What `python -m job check` found, in words for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from job.report.page import shown_bytes
+
+Facts = Mapping[str, Any]
+VERDICTS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+SKIPPED = 5
+"""Files left out that are named."""
+WIDTH = 110
+"""Where the output is no terminal."""
+
+
+def show(facts: Facts, stdout: TextIO) -> None:
+    """Print the summary; `facts` as `job.commands.check` gives them to programs."""
+    console = Console(file=stdout, highlight=False, soft_wrap=True, width=None if stdout.isatty() else WIDTH)
+    for part in (_data, _estimate, _findings, _problems):
+        part(facts, console)
+    if facts["report"]:
+        console.print(f"Report: {escape(facts['report'])}")
+    begins = "The run is finished, and nothing would be done." if facts["finished"] else "A run would begin."
+    verdict = f"[green]{begins}[/]" if facts["ok"] else f"[red]A run would end with {facts['exit_code']}.[/]"
+    console.print(f"{verdict} Checked in {facts['seconds']:.1f} s.")
+
+
+def _data(facts: Facts, console: Console) -> None:
+    if facts["run_id"]:
+        console.print(f"[bold]Run {escape(facts['run_id'])}[/]")
+    if model := facts["model"]:
+        console.print(
+            f"model       {escape(model['name'])}: {model['architecture']}, {model['parameters']:,} parameters"
+        )
+    for file in facts["files"]:
+        console.print(f"data        {escape(file['name'])}: {file['rows']:,} rows, {file['format'] or 'empty'}")
+    if skipped := facts["skipped_files"]:
+        more = f" and {len(skipped) - SKIPPED:,} more" if len(skipped) > SKIPPED else ""
+        names = escape(", ".join(skipped[:SKIPPED]) + more)
+        console.print(f"[yellow]left out[/]    {names}: the names say no known type")
+    if (train := facts["train"]) is None:
+        return
+    lengths = facts["lengths"]
+    learned = train["labelled_tokens"] / max(train["tokens"], 1)
+    console.print(
+        f"training    {train['rows']:,} rows, {train['sequences']:,} sequences, {train['tokens']:,} tokens, "
+        f"{learned:.1%} of them learned; template {escape(facts['chat_template'])}"
+    )
+    console.print(f"evaluation  {escape(_held_out(facts))}")
+    console.print(
+        f"lengths     half up to {lengths['p50']:,} tokens, 99 % up to {lengths['p99']:,}, longest "
+        f"{lengths['longest']:,}; TUNE_MAX_LENGTH={lengths['limit']}"
+    )
+    for note in facts["tokenizer_notes"]:
+        console.print(f"[yellow]tokenizer[/]   {escape(note)}")
+
+
+def _held_out(facts: Facts) -> str:
+    if (found := facts["evaluation"]) is None:
+        return facts["eval_note"] or "none"
+    return f"{found['rows']:,} rows" if found["sequences"] else f"none: nothing is left of {found['rows']:,} rows"
+
+
+def _estimate(facts: Facts, console: Console) -> None:
+    if (found := facts["estimate"]) is None:
+        return
+    console.print(
+        f"estimate    {found['steps']:,} steps of {found['micro_batch']} x {found['accumulation']} sequences, "
+        f"{found['epochs']:.3g} passes, {found['tokens']:,} tokens"
+    )
+    if not found["memory"]:
+        return
+    total = found["alternatives"][found["checkpointing"]]
+    console.print(
+        f"            {shown_bytes(total)} on a GPU at {found['tokens_in_pass']:,} tokens in a pass "
+        f"(TUNE_GRADIENT_CHECKPOINTING={found['checkpointing']}); an estimate, not a measurement"
+    )
+    table = Table.grid(padding=(0, 3))
+    for fit in found["fits"]:
+        table.add_row("           ", fit["card"], f"[{VERDICTS[fit['verdict']]}]{fit['verdict']}[/]")
+    console.print(table)
+
+
+def _findings(facts: Facts, console: Console) -> None:
+    for finding in facts["findings"]:
+        places = f" First: {', '.join(finding['first'])}." if finding["first"] else ""
+        console.print(
+            f"[yellow]finding[/]     {escape(finding['message'] + places)}\n            {escape(finding['remedy'])}"
+        )
+
+
+def _problems(facts: Facts, console: Console) -> None:
+    for problem in facts["problems"]:
+        console.print(f"[bold red]{escape(problem['check'])}[/] ({problem['kind']}, {problem['exit_code']})")
+        console.print(escape("\n".join([problem["message"], *problem.get("problems", []), problem["remedy"]]).strip()))

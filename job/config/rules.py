@@ -1,0 +1,61 @@
+"""Rules between variables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from job.config import role_weights
+from job.config.schema import CONTENTS, FIXED, SETTINGS, Config
+
+FLAT = ("padding_free", "packed")
+"""Values of TUNE_BATCHING that need a GPU."""
+
+
+def problems(config: Config) -> list[str]:
+    """What no single value shows: each with the values, the rule and the remedy."""
+    found = []
+    if config.micro_batch != "auto" and config.micro_batch > config.batch_size:
+        found.append(
+            f"TUNE_MICRO_BATCH={config.micro_batch} is more than TUNE_BATCH_SIZE={config.batch_size}. "
+            "Lower it: a pass cannot hold more than an optimizer step."
+        )
+    if config.batching in FLAT and config.device == "cpu":
+        found.append(
+            f"TUNE_BATCHING={config.batching} needs a GPU, and TUNE_DEVICE=cpu. Set TUNE_BATCHING=auto or padded."
+        )
+    if config.warmup >= 1 and config.warmup != int(config.warmup):
+        found.append(
+            f"TUNE_WARMUP={config.warmup:g} is neither a share below 1 nor a whole number of steps. "
+            f"Write {int(config.warmup)} for steps or {config.warmup / 100:g} for a share."
+        )
+    if config.max_steps is not None and config.warmup >= config.max_steps and config.warmup >= 1:
+        found.append(
+            f"TUNE_WARMUP={config.warmup:g} steps are not fewer than TUNE_MAX_STEPS={config.max_steps}. "
+            "The learning rate would never reach its value: lower the warm-up."
+        )
+    if config.device == "cpu" and config.precision == "8bit":
+        found.append("TUNE_PRECISION=8bit needs a GPU, and TUNE_DEVICE=cpu asks for none. Use 4bit or 16bit.")
+    if config.metrics_port is not None and config.log_level not in ("debug", "info"):
+        found.append(
+            f"TUNE_METRICS_PORT={config.metrics_port} shows what the log's events say, and "
+            f"TUNE_LOG_LEVEL={config.log_level} drops them. Set TUNE_LOG_LEVEL=info."
+        )
+    found += _columns_named_twice(config.columns)
+    found += role_weights.problems(config.role_weights, train_on=config.train_on, rows=config.format)
+    marked = {s.variable for s in SETTINGS if s.fingerprint}
+    for name in config.allow_change:
+        if name in FIXED:
+            found.append(f"TUNE_ALLOW_CHANGE names {name}: no checkpoint fits another one. Set a new TUNE_RUN_ID.")
+        elif name not in marked and name not in CONTENTS:
+            found.append(
+                f"TUNE_ALLOW_CHANGE names {name}, which no checkpoint depends on. Name variables marked * in "
+                "`python -m job variables`, or " + ", ".join(CONTENTS) + "."
+            )
+    return found
+
+
+def _columns_named_twice(columns: Sequence[str]) -> list[str]:
+    pairs = [pair.partition("=") for pair in columns]
+    sides = [ours for ours, _, _ in pairs], [theirs for _, _, theirs in pairs]
+    twice = [name for side in sides for name in dict.fromkeys(side) if side.count(name) > 1]
+    return [f"TUNE_COLUMNS names {name!r} twice. Name each column once." for name in twice]

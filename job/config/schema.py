@@ -1,0 +1,289 @@
+"""What a run can be told, and what is valid: one frozen dataclass whose fields are the table of variables.
+
+Each field of `Config` carries its kind, its rule and its meaning. The parser (`job.config.environment`), `python -m job
+variables`, the README's table and the chart's schema are all generated from these fields, so a variable exists once.
+Nothing here reads the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from job.config import role_weights as roles
+from job.config.field import PREFIX, Setting, setting
+from job.config.value_types import auto_or, choice, flag, integer, names, number, text
+
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+TARGET = re.compile(r"[A-Za-z_][\w.-]*")
+EXPORTS = ("adapter", "merged_16bit")
+CONTENTS = ("base_weights", "model_config", "tokenizer", "training_data")
+"""What a run is fingerprinted by besides its variables."""
+FIXED = ("TUNE_LORA_R", "TUNE_LORA_TARGETS", "TUNE_PRECISION")
+"""Variables that a checkpoint cannot be carried over: its tensors would not fit."""
+COLUMNS = (
+    "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "question", "answer", "text",
+    "system", "history", "tools",
+)  # fmt: skip
+"""Our names for the columns of all formats."""
+AUTO_MICRO_BATCH = 8
+FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text")
+
+
+_S3 = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
+_MODEL = text(rf"{HUB_NAME.pattern}|{_S3}|/.+", "org/name[@revision], s3://bucket/prefix, or an absolute path")
+_PLACE = text(rf"{_S3}|/.+", "s3://bucket/prefix, or an absolute path")
+_DATA = text(
+    rf"{_S3}|hf://datasets/.+|/.+",
+    "s3://bucket/key, an absolute path, or hf://datasets/org/name[@revision][:split]; several separated by commas",
+)
+_TEMPLATE = text(rf"[a-z][\w.-]*|{_S3}|/.+", "tokenizer, a template's name such as chatml, or the URI of a Jinja file")
+_RUN = text(RUN_ID, "letters, digits, '.', '_' and '-', at most 128, starting with a letter or digit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run's settings, in the order in which the README shows them."""
+
+    model: str = setting(_MODEL, "base model", fingerprint=True)
+    dataset: tuple[str, ...] = setting(
+        names(_DATA, _DATA.rule), "training data: objects, prefixes, paths or hub names", fingerprint=True
+    )
+    output: str = setting(_PLACE, "a run writes under `<output>/<run id>/`, and `<output>/latest.json`")
+    run_id: str | None = setting(
+        _RUN, "names the run; none = a hash of the variables marked * (they decide the result)", default=None
+    )
+    device: Literal["auto", "cuda", "cpu"] = setting(
+        choice("auto", "cuda", "cpu"),
+        "`auto` takes a GPU where there is one; `cuda` refuses to train without one",
+        default="auto",
+    )
+    eval_dataset: tuple[str, ...] = setting(
+        names(_DATA, _DATA.rule), "held-out data of its own; otherwise a split is made", default=(), fingerprint=True
+    )
+    eval_fraction: float = setting(
+        number(0, 0.5),
+        "share of rows held out, chosen by content so that a duplicate never lands on both sides; 0 = none",
+        default=0.05,
+        fingerprint=True,
+    )
+    format: str = setting(
+        choice("auto", *FORMATS), "format of the rows; `auto` detects it per file", default="auto", fingerprint=True
+    )
+    columns: tuple[str, ...] = setting(
+        names(
+            text(
+                rf"(?:{'|'.join(COLUMNS)})=.+", f"our name=your column, where our name is one of {', '.join(COLUMNS)}"
+            ),
+            f"our name=your column, separated by commas; our name is one of {', '.join(COLUMNS)}",
+        ),
+        "columns under other names, as in `prompt=question,completion=reply.text` (a dot leads into a column)",
+        default=(),
+        fingerprint=True,
+    )
+    quality: Literal["warn", "fail", "off"] = setting(
+        choice("warn", "fail", "off"),
+        "what to do about duplicates, leaks into the evaluation, secrets, garbage and the like in the rows: `fail` "
+        "ends the run if some are grave, `off` does not look for them",
+        default="warn",
+    )
+    chat_template: str = setting(
+        _TEMPLATE,
+        "`tokenizer` = the model's own; or a name (`chatml`, `llama-3.1`, ...); or a Jinja file's URI",
+        default="tokenizer",
+        fingerprint=True,
+    )
+    train_on: Literal["responses", "last_response", "all"] = setting(
+        choice("responses", "last_response", "all"), "which tokens are learned", default="responses", fingerprint=True
+    )
+    role_weights: tuple[str, ...] = setting(
+        names(text(roles.PAIR, "role=weight"), roles.RULE),
+        "how much each role's tokens count in the loss; a role that is not named counts 0; none = assistant=1",
+        default=(),
+        fingerprint=True,
+    )
+    max_length: int = setting(integer(8), "tokens per example", default=2048, fingerprint=True)
+    overlong: Literal["truncate", "drop", "fail"] = setting(
+        choice("truncate", "drop", "fail"),
+        "what happens to longer examples; always counted and reported",
+        default="truncate",
+        fingerprint=True,
+    )
+    precision: Literal["4bit", "8bit", "16bit"] = setting(
+        choice("4bit", "8bit", "16bit"), "base weights: NF4, LLM.int8, or 16 bit", default="4bit", fingerprint=True
+    )
+    lora_r: int = setting(integer(1), "adapter rank", default=16, fingerprint=True)
+    lora_alpha: int = setting(integer(1), "adapter scale", default=16, fingerprint=True)
+    lora_dropout: float = setting(number(0, 0.9), "adapter dropout", default=0.0, fingerprint=True)
+    lora_targets: tuple[str, ...] = setting(
+        names(text(TARGET, "module names"), "module names separated by commas"),
+        "layers that get an adapter; a name that matches nothing is an error",
+        default=("all-linear",),
+        fingerprint=True,
+    )
+    lora_rslora: bool = setting(flag(), "rank-stabilised scaling", default=False, fingerprint=True)
+    epochs: float = setting(number(0, exclusive=True), "passes over the data", default=3.0, fingerprint=True)
+    max_steps: int | None = setting(
+        integer(1), "optimizer steps; when set, decides alone", default=None, fingerprint=True
+    )
+    curriculum: Literal["none", "short_first"] = setting(
+        choice("none", "short_first"),
+        "order of the first epoch: `short_first` = by length; later epochs are shuffled in any case",
+        default="none",
+        fingerprint=True,
+    )
+    batch_size: int = setting(
+        integer(1), "examples per optimizer step over all GPUs; never changed", default=8, fingerprint=True
+    )
+    micro_batch: int | Literal["auto"] = setting(
+        auto_or(integer(1)),
+        "sequences in a pass, where `TUNE_BATCH_SIZE` does not fit at once; `auto` measures what does (on a CPU: 8)",
+        default="auto",
+    )
+    batching: Literal["auto", "padded", "padding_free", "packed"] = setting(
+        choice("auto", "padded", "padding_free", "packed"),
+        "how a pass holds its sequences: `padded` to the longest; `padding_free` one behind the other; `packed` too, "
+        "and as many as their tokens allow; `auto` = `packed` on a GPU where Unsloth can, else `padded`",
+        default="auto",
+    )
+    learning_rate: float | Literal["auto"] = setting(
+        auto_or(number(0, 1, exclusive=True)),
+        "`auto` by model size: up to 7B 2e-4, to 13B 1e-4, above 5e-5",
+        default="auto",
+        fingerprint=True,
+    )
+    warmup: float = setting(number(0), "below 1 a share of the steps, else steps", default=0.03, fingerprint=True)
+    schedule: str = setting(
+        choice("linear", "cosine", "constant", "constant_with_warmup"),
+        "learning-rate schedule",
+        default="linear",
+        fingerprint=True,
+    )
+    weight_decay: float = setting(number(0, 1), "AdamW weight decay", default=0.01, fingerprint=True)
+    optimizer: str = setting(
+        choice("adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "paged_adamw_32bit"),
+        "optimizer; on a CPU always fused AdamW (logged in the plan)",
+        default="adamw_8bit",
+        fingerprint=True,
+    )
+    max_grad_norm: float = setting(number(0), "gradient clipping; 0 = off", default=1.0, fingerprint=True)
+    seed: int = setting(integer(0), "adapter initialisation, data order, dropout", default=3407, fingerprint=True)
+    gradient_checkpointing: Literal["auto", "unsloth", "on", "off"] = setting(
+        choice("auto", "unsloth", "on", "off"),
+        "recompute activations to save memory; `auto` = `off` where memory allows, else `unsloth`",
+        default="auto",
+    )
+    deterministic: bool = setting(
+        flag(),
+        "only kernels that repeat bit for bit, or an error where there is none; at some cost in speed, and most "
+        "settings repeat without it (docs/resume.md)",
+        default=False,
+    )
+    eval_steps: int | Literal["auto"] = setting(
+        auto_or(integer(1)),
+        "optimizer steps between evaluations; `auto` = ten over the run, fewer if dear",
+        default="auto",
+    )
+    samples: int = setting(integer(0), "held-out prompts answered before and after training", default=4)
+    checkpoint_minutes: float = setting(number(0, exclusive=True), "longest time between checkpoints", default=10.0)
+    checkpoint_steps: int | None = setting(
+        integer(1), "optimizer steps between checkpoints; whichever comes first", default=None
+    )
+    checkpoint_keep: int = setting(integer(1), "checkpoints whose files are kept", default=2)
+    resume: Literal["auto", "fresh", "require"] = setting(
+        choice("auto", "fresh", "require"),
+        "`auto` goes on where the run stopped; `require` refuses to begin anew; `fresh` begins anew at every start and "
+        "sets aside what is there",
+        default="auto",
+    )
+    allow_change: tuple[str, ...] = setting(
+        names(
+            text(rf"{PREFIX}[A-Z_]+|{'|'.join(CONTENTS)}", "a variable marked *, or " + ", ".join(CONTENTS)),
+            "variables marked *, or any of " + ", ".join(CONTENTS) + ", separated by commas",
+        ),
+        "what may differ from the checkpoint on resume; everything else is refused",
+        default=(),
+    )
+    fencing: Literal["auto", "require"] = setting(
+        choice("auto", "require"),
+        "`require` refuses a store without conditional writes; `auto` warns and reads back",
+        default="auto",
+    )
+    grace_seconds: float = setting(
+        number(2), "what the platform leaves between its signal and SIGKILL; the run ends within it", default=15.0
+    )
+    storage_patience_minutes: float = setting(
+        number(0), "how long an unreachable store is tried before the run ends with code 74", default=60.0
+    )
+    export: tuple[str, ...] = setting(
+        names(choice(*EXPORTS), "any of " + ", ".join(EXPORTS) + ", separated by commas"),
+        "what to publish; the adapter always is",
+        default=("adapter",),
+    )
+    cache: str | None = setting(
+        _PLACE,
+        "where compile caches are kept between runs; who may write there can run code in the job: protect it as the "
+        "image",
+        default=None,
+    )
+    log_format: Literal["auto", "json", "text"] = setting(
+        choice("auto", "json", "text"), "`auto` = text on a terminal, else JSON lines", default="auto"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        choice("debug", "info", "warning", "error"), "least level that is logged", default="info"
+    )
+    log_steps: int = setting(integer(1), "optimizer steps between `train_progress` events", default=1)
+    metrics_port: int | None = setting(
+        integer(1024, 65535),
+        "port where Prometheus finds the run's numbers, at `/metrics`, while the run goes on",
+        default=None,
+    )
+
+    @property
+    def rows_in_pass(self) -> int:
+        """`TUNE_MICRO_BATCH`, with `auto` decided."""
+        if self.micro_batch != "auto":
+            return self.micro_batch
+        return min(self.batch_size, AUTO_MICRO_BATCH)
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """The settings that decide the result, by variable name."""
+        return {s.variable: getattr(self, s.name) for s in SETTINGS if s.fingerprint}
+
+    def identity(self) -> str:
+        """The run id: the user's, or 12 hex digits of the SHA-256 of the settings that decide the result.
+
+        Those at their defaults are left out, so that a later version with a variable more names a run as this one does.
+        """
+        if self.run_id is not None:
+            return self.run_id
+        defaults = {s.variable: s.default for s in SETTINGS}
+        chosen = {name: value for name, value in self.fingerprint_fields().items() if value != defaults[name]}
+        canonical = json.dumps(chosen, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    def as_variables(self) -> dict[str, Any]:
+        """All settings by variable name, JSON-able, for records and logs. Secrets are never settings."""
+        return {s.variable: getattr(self, s.name) for s in SETTINGS}
+
+
+def _table() -> tuple[Setting, ...]:
+    return tuple(
+        Setting(
+            name=field.name,
+            kind=field.metadata["kind"],
+            default=None if field.default is dataclasses.MISSING else field.default,
+            required=field.default is dataclasses.MISSING,
+            meaning=field.metadata["meaning"],
+            fingerprint=field.metadata["fingerprint"],
+        )
+        for field in dataclasses.fields(Config)
+    )
+
+
+SETTINGS: tuple[Setting, ...] = _table()

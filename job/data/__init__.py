@@ -1,0 +1,4 @@
+"""Rows to tokens: reading files, judging their quality, rendering conversations, masks, truncation, sets on disk.
+
+Knows nothing of weights, GPUs, checkpoints or where files came from.
+"""

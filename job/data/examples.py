@@ -1,0 +1,150 @@
+"""The values that the reading side (dataset) and the rendering side share: a turn, an example, a row that is invalid.
+
+Knows nothing of files, formats, templates or tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from job.runtime.errors import DataError
+
+JsonObject = dict[str, Any]
+
+CORRECT = "Correct or remove these rows."
+LONGEST_REASON = 1500
+"""Characters; the words of a template may quote a whole turn."""
+SHOWN = 10
+"""How many invalid rows a message names; the total is always given."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: str
+    """`system`, `developer`, `user`, `assistant` or `tool`."""
+    content: str
+    """The text; empty where an assistant only calls tools."""
+    input: str = ""
+    """Alpaca's second field: chat templates see it joined to the content, the `alpaca` block sees it alone."""
+    tool_calls: tuple[JsonObject, ...] = ()
+    """As the row gave them (OpenAI's shape), for templates that print tool calls."""
+    tool_call_id: str | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    """An assistant's reasoning, for templates that print it."""
+
+    trained: bool = True
+    """False for an assistant turn that is only context: the answers inside a conversational `prompt`."""
+
+    @property
+    def text(self) -> str:
+        """Content and input as one text, joined by an empty line."""
+        return f"{self.content}\n\n{self.input}" if self.input else self.content
+
+    def message(self) -> JsonObject:
+        """The turn as templates see it: `role` and `content`, and the other fields where they are set."""
+        message: JsonObject = {"role": self.role, "content": self.text}
+        if self.input:
+            message |= {"instruction": self.content, "input": self.input}
+        if self.tool_calls:
+            message["tool_calls"] = [_with_arguments(call) for call in self.tool_calls]
+        for key in ("tool_call_id", "name", "reasoning_content"):
+            if (value := getattr(self, key)) is not None:
+                message[key] = value
+        return message
+
+
+def _with_arguments(call: JsonObject) -> JsonObject:
+    """A tool call whose arguments are an object, as templates want them, even where the row has them as JSON text.
+
+    OpenAI's API gives text, and most templates would print it as a JSON string, quoted twice. Servers (vLLM, for one)
+    decode it too before they apply the template.
+    """
+    function = call.get("function")
+    if isinstance(function, dict):
+        return call | {"function": _with_arguments(function)}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        decoded = json.loads(arguments)
+    except ValueError:
+        return call
+    return call | {"arguments": decoded} if isinstance(decoded, dict) else call
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One row of a dataset: a conversation, or (format `text`) ready text."""
+
+    source: str
+    """The file as the user knows it, e.g. `s3://bucket/data/a.jsonl`."""
+    line: int
+    """Where the row starts: line number, or row number in Parquet; from 1."""
+    format: str
+    """`messages`, `sharegpt`, `alpaca`, `prompt_completion`, `question_answer` or `text`."""
+    turns: tuple[Turn, ...] = ()
+    """At least one assistant turn, except for `text`, which has none at all."""
+    text: str | None = None
+    """Only for `text`."""
+    tools: tuple[JsonObject, ...] = ()
+    """Tool schemas that the conversation may call, for templates that print them."""
+
+
+_canonical = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str).encode
+
+
+def _is_plain(turn: Turn) -> bool:
+    more = (turn.tool_call_id, turn.name, turn.reasoning_content)
+    return not (turn.input or turn.tool_calls) and more == (None, None, None)
+
+
+def content_key(example: Example) -> str:
+    """A hash of what the example says, not of where it stands: 32 hexadecimal digits (XXH3, 128 bits).
+
+    Two rows with the same turns, text and tools have the same key, whatever file, line or format they came from.
+    """
+    if example.text is None and not example.tools and all(map(_is_plain, example.turns)):
+        parts = [f"{turn.role} {len(turn.content)} {turn.content}" for turn in example.turns]  # quicker than JSON
+        return str(xxhash.xxh3_128_hexdigest("".join(parts).encode("utf-8", "surrogatepass")))
+    content = [[turn.message() for turn in example.turns], example.text, list(example.tools)]
+    return str(xxhash.xxh3_128_hexdigest(_canonical(content).encode("utf-8", "surrogatepass")))
+
+
+class RowError(DataError):
+    """One row is invalid. Usually collected in `InvalidRows`, so that all are reported at once."""
+
+    def __init__(self, *, source: str, line: int, reason: str, remedy: str = "") -> None:
+        reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}…"
+        super().__init__(f"{source}:{line}: {reason}", remedy=remedy)
+        self.reason = reason
+
+
+@dataclass(kw_only=True)
+class InvalidRows:
+    """Collects invalid rows: the first ten in words, all of them in number."""
+
+    total: int = 0
+    shown: list[str] = field(default_factory=list)
+    remedies: dict[str, None] = field(default_factory=dict)
+    """Of the rows shown, each once, in their order."""
+
+    def add(self, error: RowError) -> None:
+        """Count one more; later ones than the tenth are only counted."""
+        self.total += 1
+        if len(self.shown) < SHOWN:
+            self.shown.append(error.message)
+            self.remedies[error.remedy or CORRECT] = None
+
+    def raise_if_any(self, rows: int) -> None:
+        """Raise DataError if a row of `rows` was invalid."""
+        if not self.total:
+            return
+        head = f"{self.total:,} of {rows:,} rows are invalid" + (", the first ten:" if self.total > SHOWN else ":")
+        raise DataError("\n".join([head, *self.shown]), remedy=" ".join(self.remedies))

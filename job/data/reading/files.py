@@ -1,0 +1,302 @@
+"""A file -> its rows, one at a time, each with the line where it starts.
+
+Knows file types and compressions; nothing of what a row means. Memory stays flat: lines, array elements and Parquet
+batches are read as a stream, and no line may be longer than `MAX_LINE`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from job.data.reading import strict_json
+from job.data.reading.fields import quoted
+from job.data.reading.json_stream import elements
+from job.data.reading.parquet import values
+from job.observability.masking import printable, shown
+from job.runtime.errors import DataError
+
+MAX_LINE = 64 * 1024 * 1024
+"""Bytes in one line or array element; more is no row of text but a bomb or a file of another kind."""
+
+BUFFER = 1 << 20
+TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+CODECS = {".gz": "gzip", ".zst": "zstd"}
+BOM = b"\xef\xbb\xbf"
+WIDE = (b"\xff\xfe", b"\xfe\xff")
+"""How UTF-16 files begin, and UTF-32 files of one byte order; without these marks their first characters have zeros."""
+OTHER_DELIMITERS = {",": ";\t", "\t": ",;"}
+"""What separates the columns of files that are called CSV or TSV and are not."""
+NOT_DATA = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"})
+"""Files that dataset libraries put beside the data."""
+
+DAMAGED = "Upload the file again, or rename it to what it is."
+UTF_8 = "Save the file as UTF-8."
+ONE_ROW_A_LINE = "Write each row as JSON on a line of its own."
+LINE_ENDS = "Save the file with line feeds (LF) at the ends of its lines."
+CUT_OFF = "Upload the file again; if it is whole, correct its last line."
+QUOTES = "Put cells that hold separators, quotes or line ends into quotes, and double the quotes inside them."
+KEEP_ONE = "Keep one of the two keys."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One row as the file gives it: a value (any JSON value), or the reason why it cannot be read."""
+
+    line: int
+    value: Any = None
+    problem: str = ""
+    remedy: str = ""
+    """What to do about the problem."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileType:
+    """What a name says about a file: its type (one of `TYPES`, or empty if unknown) and its compression."""
+
+    type: str
+    compression: str
+
+
+def file_type(name: str) -> FileType:
+    """The type by suffix, upper or lower case; hidden files and those that stand beside the data have none."""
+    base = PurePosixPath(name).name.lower()
+    compression = next((suffix for suffix in CODECS if base.endswith(suffix)), "")
+    stem = base.removesuffix(compression)
+    known = next((suffix for suffix in TYPES if stem.endswith(suffix)), "")
+    ignored = base.startswith((".", "_")) or stem in NOT_DATA
+    return FileType(type="" if ignored else known, compression=compression)
+
+
+def rows(name: str, path: Path) -> Iterator[Row]:
+    """All rows of the file at `path`, whose type is read from `name`.
+
+    Raises DataError if the file is damaged, or is not what its name says. A row that cannot be read is yielded with
+    its problem.
+    """
+    kind = file_type(name)
+    if kind.compression and not path.stat().st_size:
+        raise DataError(f"{name} is empty, which no {kind.compression} file is.", remedy=DAMAGED)
+    try:
+        with _opened(path, kind.compression) as stream:
+            yield from _READERS[kind.type](name, stream)
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{name} cannot be read: {printable(str(error).strip().rstrip('.'))}.", remedy=DAMAGED
+        ) from error
+    except OSError as error:
+        if error.errno is not None:  # the disk's or the kernel's, not the file's
+            raise
+        raise DataError(
+            f"{name} cannot be read: {printable(str(error).strip().rstrip('.'))}.", remedy=DAMAGED
+        ) from error
+
+
+@contextmanager
+def _opened(path: Path, compression: str) -> Iterator[io.BufferedReader]:
+    """Decompress as a stream. Arrow's readers, unlike zstandard's, tell a file's end from a file that was cut off."""
+    with path.open("rb", buffering=BUFFER) as stored:
+        if compression:
+            raw = pa.CompressedInputStream(stored, CODECS[compression])
+            yield io.BufferedReader(raw, BUFFER)
+        else:
+            yield cast("io.BufferedReader", stored)
+
+
+def _lines(name: str, stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines as bytes, with their line ends, without a byte-order mark."""
+    number = 0
+    while line := stream.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+            raise _too_long(name, number)
+        yield number, line.removeprefix(BOM) if number == 1 else line
+
+
+def _too_long(name: str, line: int) -> DataError:
+    return DataError(
+        f"{name}:{line}: a row is longer than {MAX_LINE // 2**20} MiB.", remedy="Split it, or correct the file."
+    )
+
+
+def _refuse_wide(name: str, stream: io.BufferedReader) -> None:
+    head = stream.peek(BUFFER)[:4]
+    if head.startswith(WIDE) or (b"\0" in head and any(head)):
+        raise DataError(f"{name} is UTF-{32 if bytes(2) in head else 16}, not UTF-8.", remedy=UTF_8)
+
+
+def _jsonl(name: str, stream: io.BufferedReader) -> Iterator[Row]:
+    _refuse_wide(name, stream)
+    if _begins_with(stream, b"["):
+        raise DataError(
+            f"{name} is one JSON array, and its name promises one row per line.",
+            remedy="Rename it to .json, or write each row on a line of its own.",
+        )
+    for number, line in _lines(name, stream):
+        if line.strip():
+            yield _parsed(number, line)
+
+
+def _begins_with(stream: io.BufferedReader, mark: bytes) -> bool:
+    return stream.peek(BUFFER).removeprefix(BOM).lstrip().startswith(mark)
+
+
+def _parsed(number: int, line: bytes) -> Row:
+    whole = line.endswith(b"\n")
+    try:  # files that were joined have byte-order marks in the middle, too; a line end would count as column 1
+        return Row(line=number, value=strict_json.loads(line.removeprefix(BOM).decode("utf-8").rstrip("\r\n")))
+    except UnicodeDecodeError as error:
+        return Row(line=number, problem=f"not UTF-8 at byte {error.start + 1}", remedy=UTF_8)
+    except json.JSONDecodeError as error:
+        whole = whole or error.msg == "Extra data"
+        cut_off = "" if whole else " (the file ends here without a line end: was it cut off?)"
+        remedy = (LINE_ENDS if b"\r" in line.rstrip() else ONE_ROW_A_LINE) if whole else CUT_OFF
+        return Row(line=number, problem=f"not JSON: {error.msg} at column {error.colno}{cut_off}", remedy=remedy)
+    except strict_json.RepeatedKeyError as error:
+        return Row(line=number, problem=str(error), remedy=KEEP_ONE)
+    except RecursionError:
+        return Row(line=number, problem="not JSON that can be read: nested too deeply", remedy="Remove these rows.")
+    except ValueError as error:  # e.g. an integer of more than 4,300 digits
+        return Row(line=number, problem=f"not JSON that can be read: {error}", remedy="Write such numbers as text.")
+
+
+def _json(name: str, stream: io.BufferedReader) -> Iterator[Row]:
+    """A `.json` file holds one array of rows, or one row per line; anything else is refused."""
+    _refuse_wide(name, stream)
+    if _begins_with(stream, b"["):
+        yield from _array(name, stream)
+        return
+    for row in _jsonl(name, stream):
+        if row.problem and row.line == 1:
+            raise DataError(
+                f"{name} is neither an array of rows nor one row per line: line 1 is {row.problem}.",
+                remedy="Write the rows as `[{...}, {...}]`, or each on a line of its own.",
+            )
+        yield row
+
+
+def _array(name: str, stream: io.BufferedReader) -> Iterator[Row]:
+    for element in elements(stream, limit=MAX_LINE):
+        if element.too_long:
+            raise _too_long(name, element.line)
+        if element.repeated is not None:
+            problem = f"the key `{shown(element.repeated)}` stands twice in one object"
+            yield Row(line=element.line, problem=problem, remedy=KEEP_ONE)
+        elif element.problem:
+            yield Row(line=element.line, problem=element.problem, remedy=f"Correct the file there. {DAMAGED}")
+        else:
+            yield Row(line=element.line, value=element.value)
+
+
+def _csv(name: str, stream: io.BufferedReader, delimiter: str = ",") -> Iterator[Row]:
+    _refuse_wide(name, stream)
+    csv.field_size_limit(MAX_LINE)
+    reader = csv.reader(_text_lines(name, stream), delimiter=delimiter, strict=True)
+    try:
+        header = next(filter(None, reader), None)
+    except csv.Error as error:
+        words, remedy = _not_csv(error, DAMAGED)
+        raise DataError(f"{name}:{reader.line_num}: the header is not CSV: {words}.", remedy=remedy) from error
+    if header is None:
+        return
+    _check_header(f"{name}:{reader.line_num}", header, delimiter)
+    while row := _csv_row(reader, header):
+        if row.value != {}:
+            yield row
+
+
+def _check_header(where: str, header: list[str], delimiter: str) -> None:
+    _refuse_twice(where, list(filter(None, header)))  # spreadsheets write empty columns
+    if len(header) == 1 and (other := [mark for mark in OTHER_DELIMITERS[delimiter] if mark in header[0]]):
+        raise DataError(
+            f"{where}: the columns {shown(repr(header[0]))} are separated by {other[0]!r}, not by {delimiter!r}.",
+            remedy="Save it with commas as .csv, or with tabs as .tsv.",
+        )
+
+
+def _refuse_twice(where: str, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        raise DataError(
+            f"{where}: a column name stands twice: {quoted(twice)}.", remedy="Give each column its own name."
+        )
+
+
+def _not_csv(error: csv.Error, remedy: str) -> tuple[str, str]:
+    """The reader's words and a remedy; of lines that a carriage return alone ends, it speaks to programmers."""
+    if str(error).startswith("new-line character seen in unquoted field"):
+        return "a carriage return (CR) stands inside a line", LINE_ENDS
+    return str(error), remedy
+
+
+def _csv_row(reader: Any, header: list[str]) -> Row | None:
+    """The next record; an empty value for a blank line; None at the end."""
+    line = reader.line_num + 1
+    try:
+        cells = next(reader, None)
+    except csv.Error as error:
+        words, remedy = _not_csv(error, QUOTES)
+        return Row(line=line, problem=f"not CSV: {words}", remedy=remedy)
+    if cells is None:
+        return None
+    if cells and len(cells) != len(header):
+        problem = f"{len(cells)} cells, but the header has {len(header)}"
+        return Row(line=line, problem=problem, remedy=QUOTES)
+    return Row(line=line, value=dict(zip(header, cells, strict=False)))
+
+
+def _text_lines(name: str, stream: io.BufferedReader) -> Iterator[str]:
+    for number, line in _lines(name, stream):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}:{number}: not UTF-8 at byte {error.start + 1}.", remedy=UTF_8) from error
+
+
+def _tsv(name: str, stream: io.BufferedReader) -> Iterator[Row]:
+    return _csv(name, stream, "\t")
+
+
+def _parquet(name: str, stream: io.BufferedReader) -> Iterator[Row]:
+    number = 0
+    with _seekable(stream) as file:
+        table = parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        _refuse_twice(name, names)
+        for value in values(table):
+            number += 1
+            yield Row(line=number, value=value)
+
+
+@contextmanager
+def _seekable(stream: io.BufferedReader) -> Iterator[IO[bytes]]:
+    """Parquet is read from its end: a compressed one is unpacked into a temporary file, as far as the disk goes."""
+    if stream.seekable():
+        yield stream
+        return
+    with tempfile.TemporaryFile() as unpacked:
+        shutil.copyfileobj(stream, unpacked, BUFFER)
+        unpacked.seek(0)
+        yield unpacked
+
+
+_READERS: dict[str, Callable[[str, io.BufferedReader], Iterator[Row]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+}

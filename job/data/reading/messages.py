@@ -1,0 +1,256 @@
+"""Messages -> turns: roles, contents, tool calls, and the marks that say which messages are learned.
+
+Sources: OpenAI's chat messages (`tool_calls`, the older `function_call`, `weight`), ShareGPT's `from` and `value` as
+LLaMA-Factory reads them (`function_call`, `observation`), ms-swift's `tool_call`, `tool_response` and `loss`,
+mistral-finetune's `weight`, axolotl's `train`, LLaMA-Factory's `loss_weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from job.data.examples import JsonObject, Turn
+from job.data.reading import fields
+from job.data.reading.fields import InvalidError, kind, quoted, value_of
+from job.observability.masking import shown
+
+ROLES = {role: role for role in ("assistant", "developer", "system", "tool", "user")}
+CALL = "call"
+"""Stands for a message that is a tool call and nothing else: its content is the call, as JSON."""
+MESSAGES_ROLES = {**ROLES, "function": "tool", "tool_call": CALL, "tool_response": "tool"}
+SHAREGPT_ROLES = {
+    **MESSAGES_ROLES,
+    **dict.fromkeys(("human",), "user"),
+    **dict.fromkeys(("gpt", "bot", "model", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
+    "function_call": CALL,
+}
+MARKS = ("weight", "train", "training", "loss", "loss_weight")
+PARTIAL = ("train_detail", "training_detail")
+MOST = 2000
+"""Turns of a row: finding each answer takes a rendering of all before it, so that time grows with the square."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+OTHER_ROLES = (
+    "Use one of these names. ShareGPT's names (`from`, `value`, human, gpt) are read from `conversations`: "
+    "TUNE_COLUMNS=conversations=messages reads them from `messages`."
+)
+NEW_ROLES = "Use one of these names, or remove these rows."
+
+
+def messages(value: Any, what: str) -> tuple[Turn, ...]:
+    """A list of `{role, content}`."""
+    return _conversation(value, what, _openai)
+
+
+def sharegpt(value: Any, what: str) -> tuple[Turn, ...]:
+    """A list of `{from, value}`; rows that were half converted have `role` and `content`."""
+    return _conversation(value, what, _sharegpt)
+
+
+def asks_to_learn(value: Any, what: str) -> bool:
+    """Whether a message of the list is marked as learned."""
+    return any(mark(message, what) for message in fields.objects(value, what))
+
+
+def mark(message: JsonObject, where: str) -> bool | None:
+    """Whether a message says that it is learned (1, true) or only context (0, false); None if it says nothing."""
+    for key in PARTIAL:
+        if value_of(message, key) is not None:
+            raise InvalidError(
+                f"{where}`{key}` marks parts of a message, and only whole messages are learned or not",
+                remedy="Remove it, or mark the whole message by `train`: true or false.",
+            )
+    found = {key: value_of(message, key) for key in MARKS if value_of(message, key) is not None}
+    for key, value in found.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise InvalidError(
+                f"{where}`{key}` is {shown(repr(value))}, which is neither 0 nor 1",
+                remedy="Write 1 (learn the message) or 0 (only context): a message is learned whole or not at all.",
+            )
+    if len(set(map(bool, found.values()))) > 1:
+        raise InvalidError(f"{where}{quoted(list(found))} do not agree", remedy="Keep one of them.")
+    return bool(next(iter(found.values()))) if found else None
+
+
+def check_number(count: int, what: str) -> None:
+    """Raise InvalidError if a conversation has more turns than can be rendered."""
+    if count > MOST:
+        raise InvalidError(
+            f"{what} has {count:,} turns, more than {MOST:,}",
+            remedy="Split the conversation into rows, each with the turns that its answers need.",
+        )
+
+
+def _conversation(value: Any, what: str, read: Any) -> tuple[Turn, ...]:
+    listed = fields.objects(value, what)
+    if not listed:
+        raise InvalidError(f"{what} is empty", remedy="Remove rows without messages.")
+    check_number(len(listed), what)
+    turns: list[Turn] = []
+    for number, message in enumerate(listed, 1):
+        where = f"{what}, turn {number}: "
+        turn, only_calls = read(message, where)
+        _check_call_id(turn, turns, where)
+        if only_calls and turns and turns[-1].role == "assistant":
+            turns[-1] = _joined(turns[-1], turn, where)
+        else:
+            turns.append(turn)
+    return tuple(turns)
+
+
+def _check_call_id(result: Turn, before: Sequence[Turn], where: str) -> None:
+    """Raise InvalidError for a tool's result that names a call which is not there, as OpenAI's API refuses it.
+
+    Where a call has no id, or calls stand in the text of an answer, any result may be meant for it.
+    """
+    if result.role != "tool" or not result.tool_call_id:
+        return
+    ids = [str(call.get("id") or "") for turn in before for call in turn.tool_calls]
+    if ids and all(ids) and result.tool_call_id not in ids:
+        raise InvalidError(
+            f"{where}`tool_call_id` is {shown(repr(result.tool_call_id))}, and the calls before it have {quoted(ids)}",
+            remedy="Give the result the `id` of the call that it answers, or leave both out.",
+        )
+
+
+def _joined(before: Turn, call: Turn, where: str) -> Turn:
+    """What the assistant says and the calls that follow, or several calls in a row, are one answer of the model."""
+    if before.trained != call.trained:
+        raise InvalidError(
+            f"{where}the call and the assistant's turn before it are one answer, and only one of them is learned",
+            remedy="Give both the same mark.",
+        )
+    return replace(before, tool_calls=(*before.tool_calls, *call.tool_calls))
+
+
+def _openai(message: JsonObject, where: str) -> tuple[Turn, bool]:
+    return _turn(message, where, role=_role(message.get("role"), where, MESSAGES_ROLES, OTHER_ROLES), key="content")
+
+
+def _sharegpt(message: JsonObject, where: str) -> tuple[Turn, bool]:
+    name, key = _either(message, "from", "role", where), _key(message, "value", "content", where)
+    lower = name.lower() if isinstance(name, str) else name
+    return _turn(message, where, role=_role(lower, where, SHAREGPT_ROLES, NEW_ROLES), key=key)
+
+
+def _role(name: Any, where: str, known: Mapping[str, str], remedy: str) -> str:
+    if not isinstance(name, str) or name not in known:
+        raise InvalidError(f"{where}role {shown(repr(name))} is none of {', '.join(sorted(known))}", remedy=remedy)
+    return known[name]
+
+
+def _either(message: JsonObject, one: str, other: str, where: str) -> Any:
+    return message.get(_key(message, one, other, where))
+
+
+def _key(message: JsonObject, one: str, other: str, where: str) -> str:
+    """The one of two keys that has a value. Raises InvalidError if both have, and not the same."""
+    first, second = value_of(message, one), value_of(message, other)
+    if first is not None and second is not None and first != second:
+        raise InvalidError(f"{where}`{one}` and `{other}` do not say the same", remedy="Keep one of them.")
+    return other if first is None and (second is not None or (one not in message and other in message)) else one
+
+
+def _turn(message: JsonObject, where: str, *, role: str, key: str) -> tuple[Turn, bool]:
+    """The turn, and whether it is only calls."""
+    if role != CALL and len(message) == 2 and key in message:  # noqa: PLR2004 - who and what
+        return Turn(role=role, content=_content(message, key, where)), False
+    if role == CALL:
+        turn = Turn(role="assistant", content="", tool_calls=_calls(_called(message, key, where), f"{where}`{key}`"))
+    else:
+        calls = _tool_calls(message, role, where)
+        content = "" if calls and value_of(message, key) is None else _content(message, key, where)
+        turn = Turn(role=role, content=content, tool_calls=calls, **_others(message, where))
+    marked = mark(message, where)
+    if marked and turn.role != "assistant":
+        raise InvalidError(
+            f"{where}it is marked as learned, but its role is {turn.role}",
+            remedy="Only the assistant's turns are learned: write 0, or remove the mark. TUNE_TRAIN_ON=all learns "
+            "whole conversations, without marks.",
+        )
+    return (replace(turn, trained=False) if marked is False and turn.role == "assistant" else turn), role == CALL
+
+
+def _others(message: JsonObject, where: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        key: fields.text(message, key, where=where)
+        for key in ("tool_call_id", "name")
+        if value_of(message, key) is not None
+    }
+    said = {key: fields.text(message, key, where=where) for key in REASONING if value_of(message, key) is not None}
+    if len(set(said.values())) > 1:
+        raise InvalidError(f"{where}{quoted(list(said))} do not say the same", remedy="Keep one of them.")
+    return found | {"reasoning_content": next(iter(said.values()))} if said else found
+
+
+def _content(message: JsonObject, key: str, where: str) -> str:
+    """Text, or a list of text parts as OpenAI (`text`) and LLaMA-Factory (`value`) write them."""
+    if key not in message:
+        raise InvalidError(
+            f"{where}no `{key}` (it has {quoted(list(message)) or 'nothing'})", remedy=f"Name what is said `{key}`."
+        )
+    if not isinstance(message[key], list):
+        return fields.text(message, key, where=where)
+    parts = fields.objects(message[key], f"{where}`{key}`")
+    if other := [part.get("type") for part in parts if part.get("type") != "text"]:
+        raise InvalidError(
+            f"{where}a content part is of type {shown(repr(other[0]))}; only text is trained on",
+            remedy="Remove these parts, or these rows.",
+        )
+    return "".join(fields.text(part, _key(part, "text", "value", where), where=where) for part in parts)
+
+
+def _tool_calls(message: JsonObject, role: str, where: str) -> tuple[JsonObject, ...]:
+    new, old = value_of(message, "tool_calls"), value_of(message, "function_call")
+    if new in (None, "", []) and old in (None, ""):
+        return ()
+    if role != "assistant":
+        raise InvalidError(
+            f"{where}a turn of role {role} calls a tool",
+            remedy="Only an assistant's turn calls tools: correct its role.",
+        )
+    if old in (None, ""):
+        return _calls(new, f"{where}`tool_calls`")
+    if new not in (None, "", []):
+        raise InvalidError(f"{where}it has `tool_calls` and `function_call`", remedy="Keep `tool_calls`.")
+    return _calls(old, f"{where}`function_call`")
+
+
+def _called(message: JsonObject, key: str, where: str) -> Any:
+    if value_of(message, key) in (None, ""):
+        raise InvalidError(
+            f"{where}`{key}` is empty, and it should be the call",
+            remedy='Write the call as JSON: {"name": ..., "arguments": {...}}.',
+        )
+    return message[key]
+
+
+def _calls(value: Any, what: str) -> tuple[JsonObject, ...]:
+    """One call or several, each as an object or as JSON text."""
+    calls = fields.decoded(value, what)
+    listed = fields.object_texts([calls] if isinstance(calls, dict) else calls, what)
+    if not listed:
+        raise InvalidError(f"{what} is empty", remedy="Remove it, or write the call.")
+    return tuple(_call(call, what) for call in listed)
+
+
+def _call(call: JsonObject, what: str) -> JsonObject:
+    """A call in OpenAI's shape, its arguments as an object: many templates would quote a JSON text once more."""
+    function = call.get("function", {key: item for key, item in call.items() if key not in ("id", "type", "index")})
+    if not isinstance(function, dict):
+        raise InvalidError(f"{what}: `function` is {kind(function)}, not an object", remedy=_SHAPE)
+    fields.text(function, "name", empty=False, where=f"{what}: ")
+    if value_of(function, "arguments") is None:
+        raise InvalidError(f"{what}: the call has no `arguments`", remedy="Write {} for a call without arguments.")
+    arguments = function["arguments"]
+    given = {} if arguments == "" else fields.decoded(arguments, f"{what}: `arguments`")
+    if not isinstance(given, dict):
+        raise InvalidError(f"{what}: `arguments` is {kind(given)}, not an object", remedy=_SHAPE)
+    fields.whole([call, given], f"{what}: the call")
+    outer = {"type": "function", **{key: item for key, item in call.items() if key in ("id", "type", "index")}}
+    return {**(call if "function" in call else outer), "function": {**function, "arguments": given}}
+
+
+_SHAPE = 'Write a call as {"type": "function", "function": {"name": ..., "arguments": {...}}}.'

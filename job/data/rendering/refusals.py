@@ -1,0 +1,152 @@
+"""Why a template refuses a conversation, found by trying: which change would make it accept the turns.
+
+A template's own words name its rule seldom well and the remedy never. What is tried here needs no list of known words,
+so it holds for templates that nobody has seen yet.
+
+Knows turns and templates; nothing of files or tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from job.data.examples import JsonObject, Turn
+from job.data.tokenizer.chat_template import QUESTION, RefusedError, Template, left_out
+
+GENERAL = "Correct these rows, or set TUNE_CHAT_TEMPLATE to a template that allows them."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal:
+    """The rules that a conversation breaks, and what to do."""
+
+    rule: str
+    """Empty if nothing that was tried made the template accept the conversation."""
+    remedy: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Change:
+    """One thing to try."""
+
+    change: Callable[[tuple[Turn, ...]], tuple[Turn, ...]]
+    rule: Callable[[Sequence[Turn]], str]
+    remedy: str
+    drops_tools: bool = False
+
+
+def why(template: Template, turns: Sequence[Turn], tools: Sequence[JsonObject]) -> Refusal:
+    """What the template does not allow in this conversation: one thing if one is enough, else as many as it takes."""
+    for changes in _trials(tuple(turns)):
+        changed, kept = tuple(turns), tools
+        for change in changes:
+            changed, kept = change.change(changed), () if change.drops_tools else kept
+        if _accepts(template, changed, kept):
+            rules = [change.rule(turns) for change in changes]
+            return Refusal(rule=", and ".join(rules), remedy=" ".join(change.remedy for change in changes))
+    return Refusal(rule="", remedy=GENERAL)
+
+
+def _trials(turns: tuple[Turn, ...]) -> Iterator[tuple[_Change, ...]]:
+    useful = [change for change in CHANGES if change.drops_tools or change.change(turns) != turns]
+    yield from ((change,) for change in useful)
+    yield from (tuple(useful[:count]) for count in range(2, len(useful) + 1))
+
+
+def _accepts(template: Template, turns: tuple[Turn, ...], tools: Sequence[JsonObject]) -> bool:
+    """Whether the template renders the turns, and leaves none out in silence."""
+    if not turns:
+        return False
+    try:
+        text = template.render(turns, add_generation_prompt=turns[-1].role != "assistant", tools=tools)
+    except RefusedError:
+        return False
+    calls = (str((call.get("function") or call).get("name")) for turn in turns for call in turn.tool_calls)
+    said = (turn for turn in turns if turn.role in {"system", "developer", "user"})
+    return not any(left_out(turn, text) for turn in said) and all(name in text for name in calls)
+
+
+def _without_tools(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    return tuple(turn for turn in turns if turn.role != "tool" and not turn.tool_calls)
+
+
+def _one_call(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    return tuple(replace(turn, tool_calls=turn.tool_calls[:1]) for turn in turns)
+
+
+def _developer_as_system(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    return tuple(replace(turn, role="system") if turn.role == "developer" else turn for turn in turns)
+
+
+def _system_first_only(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    return turns[:1] + _without_system(turns[1:])
+
+
+def _without_system(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    return tuple(turn for turn in turns if turn.role not in {"system", "developer"})
+
+
+def _question_first(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    head = sum(turn.role == "system" for turn in turns[:1])
+    opens = turns[head : head + 1]
+    return (*turns[:head], QUESTION, *turns[head:]) if opens and opens[0].role == "assistant" else turns
+
+
+def _alternating(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    following = (turn for before, turn in pairwise(turns) if turn.role != before.role)
+    return (*turns[:1], *following)
+
+
+def _in_a_row(turns: Sequence[Turn]) -> str:
+    numbers = (number for number, (one, two) in enumerate(pairwise(turns), 1) if one.role == two.role)
+    number = next(numbers, 0)
+    if not number:
+        return "its user and assistant turns do not alternate"
+    return f"turns {number} and {number + 1} are both `{turns[number - 1].role}`, and it wants the roles to alternate"
+
+
+CHANGES = (
+    _Change(
+        change=_one_call,
+        rule=lambda _: "it takes one tool call in a turn",
+        remedy="Give each call a turn of its own, with its result behind it, or set TUNE_CHAT_TEMPLATE to a template "
+        "that takes several, such as `qwen-2.5`.",
+    ),
+    _Change(
+        change=_system_first_only,
+        rule=lambda _: "it knows a system turn only as the first one",
+        remedy="Keep one system turn, as the first of the conversation.",
+    ),
+    _Change(
+        change=_developer_as_system,
+        rule=lambda _: "it knows no developer turn",
+        remedy="Name the role `system`.",
+    ),
+    _Change(
+        change=_without_system,
+        rule=lambda _: "it knows no system turn",
+        remedy="Put the system text at the start of the first user turn, or set TUNE_CHAT_TEMPLATE to a template that "
+        "takes system turns; `gemma`, `llama-2`, `mistral` and `mistral-nemo` of this job do what is said here.",
+    ),
+    _Change(
+        change=_question_first,
+        rule=lambda _: "it wants the user to speak first",
+        remedy="Remove what the assistant says before the first user turn, or put a user turn before it, or set "
+        "TUNE_CHAT_TEMPLATE to a template that allows it, such as `chatml`.",
+    ),
+    _Change(
+        change=_alternating,
+        rule=_in_a_row,
+        remedy="Merge turns of the same role that follow each other, or set TUNE_CHAT_TEMPLATE to a template that "
+        "allows them, such as `chatml`.",
+    ),
+    _Change(
+        change=_without_tools,
+        rule=lambda _: "it does not take the tools, tool calls or tool answers as they are given",
+        remedy="Give `tools` and `tool_calls` as OpenAI's API does (Mistral's templates also want a `tool_call_id` of "
+        "nine letters or digits), or set TUNE_CHAT_TEMPLATE to a template for tools, such as `qwen-2.5`.",
+        drops_tools=True,
+    ),
+)

@@ -1,0 +1,42 @@
+"""Where a sequence that is too long ends, so that no answer is learned without its end.
+
+Knows token positions only; nothing of templates, files or statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Tokens = tuple[int, int]
+"""Tokens [start, stop) of a sequence."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Truncation:
+    """How much of a sequence is trained on."""
+
+    keep: int
+    """Tokens from its start."""
+    outcome: Literal["kept", "shortened", "cut", "masked"]
+    """`kept` lost nothing that is learnt, `shortened` lost whole turns, `cut` ends inside an answer, `masked` has
+    nothing left to learn."""
+
+
+def truncate(learnt: Sequence[Tokens], length: int, limit: int, ends: Sequence[int] | None = None) -> Truncation:
+    """End a sequence that is too long behind the last answer that fits whole, so that no answer is learnt without
+    its end; only where none fits, inside the first.
+
+    Args:
+        learnt: where the learnt tokens lie, in order; none is empty.
+        ends: where answers end, if that is not where the learnt tokens do.
+    """
+    if not learnt or learnt[0][0] >= limit:
+        return Truncation(keep=min(length, limit), outcome="masked")
+    if length <= limit:
+        return Truncation(keep=length, outcome="kept")
+    last = max((end for end in (ends or [stop for _, stop in learnt]) if learnt[0][0] < end <= limit), default=0)
+    if last:
+        return Truncation(keep=last, outcome="kept" if last >= learnt[-1][1] else "shortened")
+    return Truncation(keep=limit, outcome="cut")

@@ -1,0 +1,238 @@
+"""The tokenizer and its template, alone. Imports transformers lazily and nothing else heavy.
+
+Knows which special tokens are really in force: a tokenizer's EOS that opens turns instead of ending them is corrected,
+and generation stops wherever the model's own files say that it does. What encodes text is `job.data.tokenizer.encoder`.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from job.data.examples import JsonObject, Turn
+from job.data.tokenizer.chat_template import TEXT_BLOCKS, RefusedError, Template, named
+from job.data.tokenizer.encoder import Encoder
+from job.runtime.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer(Encoder):
+    """A fast tokenizer, the chat template in force, and what follows from both."""
+
+    blocks: Mapping[str, Template]
+    """The text block for each format without roles."""
+    end_of_turn_ids: tuple[int, ...]
+    """The tokens that end an assistant turn; empty without a template or where it ends turns with nothing."""
+    eos_token_id: int
+    other_stop_ids: tuple[int, ...] = ()
+    """Where else the model's `generation_config.json` ends generation, e.g. behind a tool call (Llama 3.1, gpt-oss)."""
+    notes: tuple[str, ...]
+    """What the user should know, e.g. that the tokenizer's EOS was wrong."""
+
+    @property
+    def name(self) -> str:
+        """`tokenizer`, the template's name, `file`, or `none`."""
+        return self.chat.name if self.chat else "none"
+
+    @property
+    def template(self) -> str | None:
+        """The Jinja text in force."""
+        return self.chat.text if self.chat else None
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens at which generation stops: EOS, the end of a turn where it is one token, and the model's others."""
+        end = self.end_of_turn_ids if len(self.end_of_turn_ids) == 1 else ()
+        return tuple(dict.fromkeys((self.eos_token_id, *end, *self.other_stop_ids)))
+
+    @functools.cached_property
+    def spelt_end(self) -> str:
+        """What ends a turn, where that is no token of its own but several; else empty."""
+        return self.chat.end_of_turn if self.chat and len(self.end_of_turn_ids) > 1 else ""
+
+    def template_for(self, format: str) -> Template:  # noqa: A002 - the domain's word
+        """The chat template, or without one the text block of a format. Raises DataError if that has none."""
+        if self.chat:
+            return self.chat
+        if format in self.blocks:
+            return self.blocks[format]
+        raise DataError(
+            f"The data is `{format}`, which needs a chat template, and the tokenizer has none.",
+            remedy="Set TUNE_CHAT_TEMPLATE, e.g. to chatml, or to the name of the template the model was tuned with.",
+        )
+
+    def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool, tools: Sequence[JsonObject] = ()) -> str:
+        """A conversation as text by the chat template. Raises RefusedError if the template does."""
+        return self.template_for("messages").render(turns, add_generation_prompt=add_generation_prompt, tools=tools)
+
+
+def spare_torch() -> None:
+    """Import transformers and datasets without torch, which they import where they find it: seconds that tokens do
+    not need. Only for a process that never trains."""
+    # None is how Python notes a module that is not there.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    try:
+        import datasets  # noqa: F401, PLC0415
+        from transformers import AutoTokenizer  # noqa: F401, PLC0415
+        from transformers.utils import is_torch_available  # noqa: PLC0415
+
+        is_torch_available()  # it remembers what it found
+    finally:
+        if sys.modules["torch"] is None:
+            del sys.modules["torch"]  # datasets takes a name that is there for the module
+
+
+def load(
+    directory: Path, *, chat_template: str = "tokenizer", template_text: str | None = None, date: dt.date
+) -> Tokenizer:
+    """Load from local files only; `template_text` (a Jinja file's content) wins over `chat_template`.
+
+    `date` is what templates may print. Raises DataError if there is no fast tokenizer, it needs code of its own, or
+    `generation_config.json` is damaged; ConfigError for an unknown template name.
+    """
+    from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import, and only after job.tuning in a run
+
+    try:
+        hf = AutoTokenizer.from_pretrained(str(directory.absolute()), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise DataError(
+            f"The tokenizer in {directory.name} cannot be loaded: {error}.",
+            remedy="The model needs a tokenizer.json that works without code of its own; save one with "
+            "AutoTokenizer.save_pretrained where its code is trusted.",
+        ) from error
+    found = wrap(hf, chat_template=chat_template, template_text=template_text, date=date)
+    return replace(found, other_stop_ids=_other_stop_ids(found, directory / "generation_config.json"))
+
+
+def _other_stop_ids(found: Tokenizer, file: Path) -> tuple[int, ...]:
+    """`eos_token_id` of a generation configuration, one number or several, without tokens that open answers."""
+    if not file.exists():
+        return ()
+    try:
+        given = json.loads(file.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise DataError(
+            f"generation_config.json in {file.parent.name} is no JSON object: {error}.",
+            remedy="Correct the file, or leave it out.",
+        ) from None
+    opening = set(found.encode(found.chat.generation_prompt).ids) if found.chat else set()
+    listed = given if isinstance(given, list) else [given]
+    return tuple(number for number in listed if type(number) is int and number not in {*opening, found.eos_token_id})
+
+
+def wrap(hf: Any, *, chat_template: str = "tokenizer", template_text: str | None = None, date: dt.date) -> Tokenizer:
+    """The same for a transformers tokenizer that is already loaded. Sets its template and EOS to those in force."""
+    if not hf.is_fast:
+        raise DataError(
+            f"The tokenizer {type(hf).__name__} is slow: it cannot say which characters a token covers, so the "
+            "answers cannot be found.",
+            remedy="Convert it to a tokenizer.json.",
+        )
+    hf.backend_tokenizer.no_truncation()
+    hf.backend_tokenizer.no_padding()
+    hf.backend_tokenizer.encode_special_tokens = False
+    own = _own_template(hf)
+    notes = _correct_eos(hf, _template(hf, "tokenizer", own, date)) if own else ()
+    chat = _chosen(hf, own, chat_template, template_text, date)
+    end_ids = tuple(hf(chat.end_of_turn, add_special_tokens=False)["input_ids"]) if chat else ()
+    if hf.eos_token_id is None:
+        raise DataError("The tokenizer has no EOS token.", remedy="Set eos_token in its tokenizer_config.json.")
+    if chat:
+        hf.chat_template = chat.text
+    return Tokenizer(
+        hf=hf,
+        chat=chat,
+        blocks={name: _template(hf, name, named(name), date) for name in TEXT_BLOCKS},
+        bos_ids=_bos_ids(hf),
+        end_of_turn_ids=end_ids,
+        eos_token_id=hf.eos_token_id,
+        notes=(*notes, *_end_notes(chat, end_ids)),
+    )
+
+
+def _own_template(hf: Any) -> str | None:
+    """The tokenizer's template; of several, the one called `default`."""
+    own = hf.chat_template
+    return own.get("default", next(iter(own.values()), None)) if isinstance(own, dict) else own
+
+
+def _chosen(hf: Any, own: str | None, chat_template: str, template_text: str | None, date: dt.date) -> Template | None:
+    """The template asked for, tried on a question and an answer."""
+    if template_text is not None:
+        chosen = _template(hf, "file", template_text, date)
+    elif chat_template != "tokenizer":
+        chosen = _template(hf, chat_template, named(chat_template), date)
+    elif own:
+        chosen = _template(hf, "tokenizer", own, date)
+    else:
+        return None
+    try:
+        _ = chosen.end_of_turn, chosen.generation_prompt
+    except RefusedError as error:
+        raise DataError(
+            f"The chat template `{chosen.name}` cannot render a question with its answer: {error}.",
+            remedy="Correct the template, or set TUNE_CHAT_TEMPLATE to another.",
+        ) from error
+    return chosen
+
+
+def _template(hf: Any, name: str, text: str, date: dt.date) -> Template:
+    """The text with its variables, in transformers' sandbox. Dates are the given one, never the clock's."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template  # noqa: PLC0415 - see `load`
+
+    variables = {"bos_token": "", **hf.special_tokens_map, "strftime_now": date.strftime}
+    if not re.search(r"date_string\s*=|set\s+date_string", text):  # a template's own default is what inference prints
+        variables["date_string"] = date.strftime("%d %b %Y")
+
+    def apply(messages: list[JsonObject], tools: list[JsonObject] | None, add_generation_prompt: bool) -> str:
+        # As render_jinja_template does, without what that does for lists of conversations: it is done often.
+        rendered: str = _compile_jinja_template(text).render(
+            messages=messages,
+            tools=tools,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **variables,
+        )
+        return rendered
+
+    return Template(name=name, text=text, apply=apply, eos=hf.eos_token or "")
+
+
+def _correct_eos(hf: Any, own: Template) -> tuple[str, ...]:
+    """An EOS that stands in the generation prompt opens turns, so it cannot be what ends them."""
+    try:
+        opening, ending = own.generation_prompt, own.end_of_turn
+    except RefusedError:
+        return ()
+    wrong = hf.eos_token
+    if wrong is None or wrong not in opening or ending == wrong:
+        return ()
+    if hf.convert_tokens_to_ids(ending) in (None, hf.unk_token_id):
+        return (f"the tokenizer's EOS {wrong} opens turns, but {ending!r} is no single token to take its place",)
+    hf.eos_token = ending
+    return (f"the tokenizer says EOS is {wrong}, which opens turns; {ending}, which ends them, is used instead",)
+
+
+def _bos_ids(hf: Any) -> tuple[int, ...]:
+    """What the tokenizer adds before a text by itself."""
+    plain, whole = hf("a", add_special_tokens=False)["input_ids"], hf("a")["input_ids"]
+    starts = (number for number in range(len(whole)) if whole[number : number + len(plain)] == plain)
+    return tuple(whole[: next(starts, 0)])
+
+
+def _end_notes(chat: Template | None, end_ids: tuple[int, ...]) -> tuple[str, ...]:
+    if chat is None:
+        return ()
+    if not end_ids:
+        return (f"the template `{chat.name}` puts nothing behind an answer, so the model does not learn to stop",)
+    if len(end_ids) > 1:
+        note = f"the template `{chat.name}` ends an answer with {chat.end_of_turn!r}, which is {len(end_ids)} tokens"
+        return (f"{note} of this tokenizer: is it the right template for this model?",)
+    return ()

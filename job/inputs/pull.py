@@ -1,0 +1,247 @@
+"""Configuration -> local files: the base model, the data and the template, from wherever they are, and what exactly
+was read. Knows places, not contents."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job.config.schema import HUB_NAME, Config
+from job.inputs import hub, safetensors_stub
+from job.runtime.errors import DataError
+from job.runtime.hashing import sha256
+from job.storage.fetch import Fetched, fetch, look
+
+MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
+NAMED_TEMPLATE = ("s3://", "/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """One file that was read."""
+
+    name: str
+    """As the user knows it."""
+    path: Path
+    size: int
+    etag: str | None
+    version: str | None
+    named: bool
+    """Whether the user named this very file, rather than a place that holds it."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For `inputs.json`: what identifies the content, not where it was put."""
+        return {"name": self.name, "size": self.size, "etag": self.etag, "version": self.version}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """The base model, as it was pulled."""
+
+    path: Path
+    """A directory with a neutral name."""
+    files: tuple[File, ...]
+    revision: str | None
+    """The commit of a model from the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """All that a run reads."""
+
+    model: Path
+    """A directory with a neutral name: Unsloth decides by parts of the path."""
+    model_files: tuple[File, ...]
+    model_revision: str | None
+    dataset: tuple[File, ...]
+    eval_dataset: tuple[File, ...]
+    template_text: str | None
+    template_files: tuple[File, ...]
+    date: datetime.date
+    """The date that templates may print: the day of the run's first attempt."""
+
+    def with_model(self, model: ModelFiles) -> Inputs:
+        """The same data with this model."""
+        return dataclasses.replace(self, model=model.path, model_files=model.files, model_revision=model.revision)
+
+    def as_json(self) -> dict[str, Any]:
+        """The body of `inputs.json`."""
+        files = (*self.model_files, *self.dataset, *self.eval_dataset, *self.template_files)
+        return {
+            "date": self.date.isoformat(),
+            "model_revision": self.model_revision,
+            "files": [file.as_json() for file in files],
+        }
+
+
+def day(date: str | None) -> datetime.date:
+    """The date that templates may print: that of the run's first attempt, or today."""
+    return datetime.date.fromisoformat(date) if date else datetime.datetime.now(datetime.UTC).date()
+
+
+def listing(config: Config, *, pinned: dict[str, Any]) -> dict[str, Any]:
+    """The body that `inputs.json` would have now, without downloading anything.
+
+    Args:
+        pinned: `inputs.json` of the run; what came from the hub is taken from it, since a commit never changes.
+    """
+    patience = config.storage_patience_minutes * 60
+    template = [config.chat_template] if config.chat_template.startswith(NAMED_TEMPLATE) else []
+    files = [file for file in pinned.get("files", []) if not file["name"].startswith(NAMED_TEMPLATE)]
+    uris = dict.fromkeys((*config.dataset, *config.eval_dataset, *template)) | {config.model: _is_model_file}
+    for uri, wanted in uris.items():
+        if uri.startswith(NAMED_TEMPLATE):
+            found = look(uri, patience_seconds=patience, wanted=wanted)
+            files += [
+                {
+                    "name": name,
+                    "size": entry.size,
+                    "etag": _identity(name, entry.etag, None if wanted else Path(name)),
+                    "version": entry.version,
+                }
+                for name, entry in found.items()
+            ]
+    return {**pinned, "files": files}
+
+
+def _identity(name: str, etag: str | None, path: Path | None) -> str | None:
+    """What tells a file's content from another's: the store's ETag, or the SHA-256 of a data file on this disk. The
+    time of change would not do: a volume that is filled anew for every pod has other times and the same content."""
+    if not name.startswith("/"):
+        return etag
+    return None if path is None else f"sha256:{sha256(path)}"
+
+
+def _is_model_file(key: str) -> bool:
+    return key.endswith(MODEL_FILES) and "/" not in key
+
+
+def _is_small_model_file(key: str) -> bool:
+    return _is_model_file(key) and not key.endswith(safetensors_stub.SUFFIX)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Puller:
+    """Brings one kind of input after the other to this disk.
+
+    Each method may raise DataError (something is missing), DeniedError (credentials or a licence) and StorageError
+    (unreachable past the patience, or the disk is full).
+    """
+
+    directory: Path
+    patience_seconds: float
+    names: frozenset[str] | None
+    """What an earlier attempt read; None for the first."""
+    weights: bool
+    """False leaves stand-ins in the place of remote weights, with their headers and sizes."""
+
+    @classmethod
+    def of(cls, config: Config, *, scratch: Path, pinned: dict[str, Any] | None, weights: bool = True) -> Puller:
+        """Args: scratch: where downloads are kept and found again. pinned: `inputs.json` of an earlier attempt, exactly
+        whose files are read."""
+        return cls(
+            directory=scratch / "inputs",
+            patience_seconds=config.storage_patience_minutes * 60,
+            names=None if pinned is None else frozenset(file["name"] for file in pinned["files"]),
+            weights=weights,
+        )
+
+    def rest(self, config: Config, model: ModelFiles, *, date: str | None) -> Inputs:
+        """The data and the template, to go with a model.
+
+        Args:
+            date: of the run's first attempt (ISO 8601); today where None.
+        """
+        text, template_files = self.template(config.chat_template)
+        return Inputs(
+            model=model.path,
+            model_files=model.files,
+            model_revision=model.revision,
+            dataset=self.data(config.dataset),
+            eval_dataset=self.data(config.eval_dataset),
+            template_text=text,
+            template_files=template_files,
+            date=day(date),
+        )
+
+    def model(self, name: str) -> ModelFiles:
+        """The base model."""
+        place = self._place(name if self.weights else f"{name} without weights")
+        if HUB_NAME.fullmatch(name):
+            found = hub.fetch_model(name, place, patience_seconds=self.patience_seconds, weights=self.weights)
+            return ModelFiles(path=found.path, files=_hub_files(found), revision=found.commit)
+        files = self._fetch(name, place, wanted=_is_model_file if self.weights else _is_small_model_file)
+        if not self.weights:
+            files += safetensors_stub.fetch_headers(name, place, patience_seconds=self.patience_seconds)
+        if not name.startswith("s3://"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            link = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
+            link.symlink_to(name)
+            link.replace(place)  # at once: another run may be reading through it
+        read = (_file(file, named=False) for file in files)
+        identified = tuple(dataclasses.replace(f, etag=_identity(f.name, f.etag, None)) for f in read)
+        return ModelFiles(path=place, files=identified, revision=None)
+
+    def template(self, name: str) -> tuple[str | None, tuple[File, ...]]:
+        """The text of a chat template that is a file, and the file; None for any other."""
+        if not name.startswith(NAMED_TEMPLATE):
+            return None, ()
+        files = self.data([name])
+        return _text(files[0]), files
+
+    def data(self, uris: Sequence[str]) -> tuple[File, ...]:
+        """The files of all these places."""
+        found: list[File] = []
+        for uri in uris:
+            if uri.startswith("hf://"):
+                found += _hub_files(hub.fetch_dataset(uri, self._place(uri), patience_seconds=self.patience_seconds))
+            else:
+                found += [
+                    dataclasses.replace(_file(f, named=f.name == uri), etag=_identity(f.name, f.etag, f.path))
+                    for f in self._fetch(uri, self._place(uri))
+                ]
+        return tuple(found)
+
+    def _fetch(self, uri: str, place: Path, **options: Any) -> list[Fetched]:
+        return fetch(uri, place, patience_seconds=self.patience_seconds, names=self.names, **options)
+
+    def _place(self, uri: str) -> Path:
+        return self.directory / hashlib.sha256(uri.encode()).hexdigest()[:16]
+
+
+def _text(file: File) -> str:
+    try:
+        return file.path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file.name} is not UTF-8: {error}.", remedy="Save the template as UTF-8.") from None
+
+
+def _file(fetched: Fetched, *, named: bool) -> File:
+    return File(
+        name=fetched.name,
+        path=fetched.path,
+        size=fetched.size,
+        etag=fetched.etag,
+        version=fetched.version,
+        named=named,
+    )
+
+
+def _hub_files(found: hub.HubFetched) -> tuple[File, ...]:
+    return tuple(
+        File(
+            name=f"{found.name}/{name}",
+            path=found.path / name,
+            size=(found.path / name).stat().st_size,
+            etag=None,
+            version=found.commit,
+            named=False,
+        )
+        for name in found.files
+    )

@@ -1,0 +1,223 @@
+"""Whether this machine is fit for a run, told before anything is downloaded or loaded.
+
+It knows devices, drivers and mounts by what the system says of them, and imports no training library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+
+from job.config import rules
+from job.config.schema import Config
+from job.observability import logs
+from job.runtime import process
+from job.runtime.errors import ConfigError, DeniedError, JobError, StorageError, known
+from job.runtime.process import Process
+from job.storage.open import open_store
+
+log = structlog.get_logger()
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the mount itself
+SHARED_MEMORY_BYTES = 64 << 20  # what Docker gives by default
+DRIVER = "libcuda.so.1"
+CUDA_OF_TORCH = re.compile(r"^cuda\b.*=\s*'(\d+)\.(\d+)'", re.MULTILINE)
+PATIENCE_SECONDS = 10.0
+
+
+def machine(config: Config) -> bool:
+    """Check that this process is alone, and its GPU, driver, scratch and shared memory.
+
+    Returns:
+        whether the run will be on a GPU.
+
+    Raises:
+        ConfigError: with everything that is wrong with this machine.
+    """
+    gpu = config.device == "cuda" or (config.device == "auto" and process.gpu_present())
+    problems: list[JobError] = []
+    if (processes := Process.current().world_size) > 1:
+        problems.append(
+            ConfigError(
+                f"WORLD_SIZE={processes}, but this job trains on one GPU.", remedy="Start one process without it."
+            )
+        )
+    if gpu:
+        with _collected(problems):
+            check_gpu(config.device)
+    elif config.batching in rules.FLAT:
+        problems.append(
+            ConfigError(
+                f"TUNE_BATCHING={config.batching} needs a GPU, and this machine shows none.",
+                remedy="Request a GPU for the container, or set TUNE_BATCHING=auto or padded.",
+            )
+        )
+    with _collected(problems):
+        check_scratch(process.scratch(), compiles=gpu)
+    check_shared_memory(SHARED_MEMORY)
+    if len(problems) > 1:
+        raise ConfigError(
+            "This machine is not fit for the run.",
+            remedy="Correct what is named here.",
+            problems=[str(problem) for problem in problems],
+        )
+    if problems:
+        raise problems[0]
+    return gpu
+
+
+def everything(config: Config) -> None:
+    """`python -m job preflight`: the machine, and what the credentials may do at the output; one line for each.
+
+    Raises:
+        JobError: as a run would end.
+    """
+    logs.bind(run_id=config.identity())
+    log.info("preflight_passed", check="configuration")
+    gpu = machine(config)
+    if gpu and (driver := driver_cuda()):
+        log.info("preflight_passed", check="gpu", gpus=Process.current().gpus, driver_cuda=".".join(map(str, driver)))
+    scratch = process.scratch()
+    log.info("preflight_passed", check="scratch", path=str(scratch), free_bytes=shutil.disk_usage(scratch).free)
+    log.info("preflight_passed", check="output", uri=config.output, conditional_writes=probe_output(config.output))
+    log.info("preflight_complete", gpu=gpu)
+
+
+@contextlib.contextmanager
+def _collected(problems: list[JobError]) -> Iterator[None]:
+    try:
+        yield
+    except JobError as error:
+        problems.append(error)
+
+
+def no_gpu(asked: str, why: str) -> ConfigError:
+    """The error for a GPU that was expected and is not there: training on the CPU instead would take for ever."""
+    return ConfigError(
+        f"TUNE_DEVICE={asked}, but {why}.",
+        remedy="Request a GPU for the container (--gpus all, or nvidia.com/gpu) and check its driver with nvidia-smi, "
+        "or set TUNE_DEVICE=cpu to train on the CPU on purpose.",
+    )
+
+
+def check_gpu(asked: str) -> None:
+    """A GPU device is in sight, and its driver is new enough for the CUDA that torch was built for.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not process.gpu_present():
+        raise no_gpu(asked, "this machine shows no GPU device")
+    driver, built = driver_cuda(), torch_cuda()
+    if driver is None:
+        raise ConfigError(
+            f"There is a GPU, but its driver's library {DRIVER} is not in this container.",
+            remedy="Run it with NVIDIA's container runtime and NVIDIA_DRIVER_CAPABILITIES=compute,utility.",
+        )
+    check_driver(driver, built)
+
+
+def check_driver(driver: tuple[int, int], built: tuple[int, int] | None) -> None:
+    """A driver runs what was built for its own major version of CUDA or an older one (NVIDIA's "minor version
+    compatibility").
+
+    Raises:
+        ConfigError: it is too old.
+    """
+    if built is not None and driver[0] < built[0]:
+        raise ConfigError(
+            f"The GPU's driver is for CUDA {driver[0]}.{driver[1]}, and this image needs CUDA {built[0]}.",
+            remedy="Update the driver of the node (nvidia-smi shows its version), or choose nodes with a newer one.",
+        )
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the driver knows; None where there is no driver. Does not touch the GPU."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL(DRIVER).cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return None
+    # 13020 is 13.2
+    return None if failed or not version.value else (version.value // 1000, version.value % 1000 // 10)
+
+
+def torch_cuda() -> tuple[int, int] | None:
+    """The CUDA that the installed torch was built for, read without importing it; None for a build without."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    found = CUDA_OF_TORCH.search(Path(spec.origin).with_name("version.py").read_text())
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def check_scratch(directory: Path, *, compiles: bool) -> None:
+    """Files can be written in `directory`, and what is compiled there can be loaded.
+
+    Raises:
+        ConfigError: they cannot.
+        StorageError: it is full.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"\0" * 4096)
+    except OSError as error:
+        if isinstance(full := known(error), StorageError):
+            raise full from None
+        raise ConfigError(
+            f"The scratch directory {directory} cannot be written: {error.strerror}.",
+            remedy="Mount a writable volume there, or point TMPDIR to one that this user may write.",
+        ) from None
+    if compiles and os.statvfs(directory).f_flag & os.ST_NOEXEC:
+        raise ConfigError(
+            f"The scratch directory {directory} is mounted noexec, and a GPU's kernels are compiled and loaded there.",
+            remedy="Mount it with exec (--tmpfs /scratch:exec, or a volume), or point TMPDIR to another volume.",
+        )
+
+
+def check_shared_memory(mount: Path) -> None:
+    """Warn where there is less than Docker's own default: no run of one process needs it, and yet it is a sign of a
+    container that was set up wrong."""
+    total = shutil.disk_usage(mount).total if mount.is_dir() else 0
+    if total < SHARED_MEMORY_BYTES:
+        log.warning(
+            "shared_memory_small",
+            path=str(mount),
+            total_bytes=total,
+            remedy="Mount a memory-backed volume there (--shm-size=1g, or an emptyDir with medium: Memory).",
+        )
+
+
+def probe_output(uri: str) -> bool:
+    """Write, read back and delete one small object under the output.
+
+    Returns:
+        whether the store honours conditional writes.
+
+    Raises:
+        DeniedError: one of them is refused.
+        StorageError: the store is not reached, or returns something else.
+    """
+    store = open_store(uri, patience_seconds=PATIENCE_SECONDS, denied_patience_seconds=PATIENCE_SECONDS)
+    key, content = f"preflight-{uuid.uuid4().hex}", b"written by a pre-flight check; may be deleted\n"
+    store.create(key, content)
+    try:
+        if store.read(key) != content:
+            raise StorageError(
+                f"{uri} does not return what was written to it.", remedy="Check what stands between here and the store."
+            )
+        return not store.create(key, content)
+    finally:
+        try:
+            store.delete(key)
+        except DeniedError as error:  # a run only warns, too: it then keeps every checkpoint
+            log.warning("preflight_object_left", key=key, reason=error.message, remedy="Delete it by other means.")

@@ -1,0 +1,210 @@
+"""The order of things in a run: numbered records that are created once and never changed, `checkpoints/commits/`.
+
+Whoever creates a number owns it, so that the records of all attempts stand in one order without clocks or leases. An
+attempt fences the others by creating a record: whoever meets the record of a higher attempt where its own should go
+knows that it has been replaced.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import structlog
+
+from job.runtime.errors import FencedError, StorageError
+from job.storage.base import Store, create
+from job.storage.faults import DamagedError
+
+Kind = Literal["checkpoint", "fence", "fresh", "final"]
+LAYOUT = 1
+TRIES = 10_000
+VANISHED_TRIES = 5
+SHAPES: dict[str, dict[str, type]] = {
+    "fence": {},
+    "fresh": {},
+    "checkpoint": {"step": int, "data": str, "files": list, "fingerprint": dict, "plan": dict},
+    "final": {"steps": int, "plan": dict, "fingerprint": dict, "results": dict, "versions": dict},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One record of the ledger."""
+
+    number: int
+    body: dict[str, Any] | None
+    """None where the object cannot be understood."""
+
+    @property
+    def kind(self) -> str | None:
+        """Its kind, or None where it is damaged."""
+        return None if self.body is None else str(self.body["kind"])
+
+    @property
+    def attempt(self) -> int:
+        """The attempt that wrote it; 0 where it is damaged."""
+        return 0 if self.body is None else int(self.body["attempt"])
+
+
+@dataclass(kw_only=True)
+class Ledger:
+    """One run's records, as one attempt reads and writes them."""
+
+    store: Store
+    run_id: str
+    attempt: int = 0
+    owner: str = ""
+    """The nonce of the attempt's claim: where a store let two attempts claim one number, they still differ."""
+    life: int = 0
+    """The attempt that last began the run anew; 0 for the first life."""
+    conditional: bool = True
+    """Whether the store honours conditional writes. Where it does not, a record is looked for before it is created
+    and read back afterwards, which leaves a moment in which two writers may both believe to have won."""
+    last: int = 0
+    """The number of this attempt's last record. The next is the one after it, never what a new listing shows."""
+
+    def fence(self) -> int:
+        """Create this attempt's first record behind all that there are; from here on lower attempts cannot commit.
+
+        Returns:
+            its number. What this attempt reads lies below it.
+
+        Raises:
+            FencedError: a higher attempt was quicker.
+        """
+        self.last = max(self._numbers(), default=0)
+        number = self.append("fence")
+        # A higher attempt may have fenced while this one was on its way: then its record lies below. Behind any other
+        # record than a fence all attempts are at most the record's own, so that nothing further back need be read.
+        for entry in self._backwards(below=number):
+            self._yield_to(entry)
+            if entry.body is not None and entry.kind != "fence":
+                self.life = entry.attempt if entry.kind == "fresh" else entry.body["life"]
+                break
+        return number
+
+    def begin_anew(self) -> None:
+        """Leave all that there is to an older life of the run. Only behind the own fence.
+
+        Raises:
+            FencedError: a higher attempt has taken over.
+        """
+        self.append("fresh")
+        self.life = self.attempt
+
+    def check(self) -> None:
+        """Look whether a higher attempt has taken over since the last record.
+
+        Raises:
+            FencedError: one has.
+        """
+        found = self.read(self.last + 1)
+        if found is not None:
+            self._yield_to(found)
+
+    def append(self, kind: Kind, *, nonce: str | None = None, **facts: Any) -> int:
+        """Create the next record.
+
+        Args:
+            kind: what it means.
+            nonce: the same one makes a repetition of an append, whose outcome was lost, find the first.
+            facts: what it says.
+
+        Returns:
+            its number.
+
+        Raises:
+            FencedError: a higher attempt has written where this record should go.
+        """
+        nonce = nonce or uuid.uuid4().hex
+        body = {"layout": LAYOUT, "kind": kind, "attempt": self.attempt, "owner": self.owner, "life": self.life}
+        body |= {"nonce": nonce, **facts}
+        data = json.dumps(body, indent=1, default=str).encode()
+        for number in range(self.last + 1, self.last + 1 + TRIES):
+            if self._take(number, data):
+                self.last = number
+                return number
+        raise StorageError(f"No free number after {self.last} under {self._key(0)}.", remedy="Use another TUNE_RUN_ID.")
+
+    def _take(self, number: int, data: bytes) -> bool:
+        """Whether the number is now ours."""
+        mine = json.loads(data)
+        for _ in range(VANISHED_TRIES):
+            if self._create(self._key(number), data):
+                return True
+            found = self.read(number)
+            if found is None:
+                continue  # a store that shows an object to one request and not to the next
+            if found.body is not None and found.body.get("nonce") == mine["nonce"]:
+                return True
+            self._yield_to(found)
+            return False
+        raise StorageError(
+            f"{self._key(number)} exists for writing and not for reading.",
+            remedy="The store contradicts itself: check for a cache or a replica between this job and the bucket.",
+        )
+
+    def _yield_to(self, entry: Entry) -> None:
+        other = entry.body is not None and entry.attempt == self.attempt and entry.body["owner"] != self.owner
+        if entry.attempt > self.attempt or other:
+            raise FencedError(
+                f"Attempt {entry.attempt} of run {self.run_id} has taken over; this is attempt {self.attempt}.",
+                remedy="Nothing is lost: the newer attempt goes on. Do not run one run id twice at the same time.",
+            )
+
+    def _create(self, key: str, data: bytes) -> bool:
+        return create(self.store, key, data, conditional=self.conditional)
+
+    def read(self, number: int) -> Entry | None:
+        """One record, or None if there is none."""
+        try:
+            data = self.store.read(self._key(number))
+            if data is None:
+                return None
+            body = json.loads(data)
+        except (ValueError, DamagedError):
+            body = None
+        return Entry(number=number, body=body if _is_record(body) else None)
+
+    def newest_first(self, *, below: int | None = None) -> Iterator[Entry]:
+        """The records of this run's present life, back to a `fresh` one, which is left out.
+
+        Args:
+            below: only records with lower numbers.
+        """
+        return itertools.takewhile(lambda entry: entry.kind != "fresh", self._backwards(below=below))
+
+    def _backwards(self, *, below: int | None) -> Iterator[Entry]:
+        for number in sorted(self._numbers(), reverse=True):
+            found = self.read(number) if below is None or number < below else None
+            if found is not None:
+                yield found
+
+    def newest(self, kind: Kind, *, below: int | None = None, above: int = 0) -> Entry | None:
+        """The newest record of a kind between two numbers."""
+        within = itertools.takewhile(lambda entry: entry.number > above, self.newest_first(below=below))
+        return next((entry for entry in within if entry.kind == kind), None)
+
+    def _numbers(self) -> list[int]:
+        stems = [PurePosixPath(entry.key).stem for entry in self.store.entries(f"{self.run_id}/checkpoints/commits/")]
+        strange = [stem for stem in stems if not stem.isdecimal()]
+        if strange:
+            structlog.get_logger().warning("ledger_strangers", names=strange[:10])
+        return [int(stem) for stem in stems if stem.isdecimal()]
+
+    def _key(self, number: int) -> str:
+        return f"{self.run_id}/checkpoints/commits/{number:06d}.json"
+
+
+def _is_record(body: Any) -> bool:
+    """Whether everything that anybody will look up is there, and of its type."""
+    if not isinstance(body, dict) or body.get("kind") not in SHAPES:
+        return False
+    shape = {"attempt": int, "owner": str, "life": int, "nonce": str} | SHAPES[body["kind"]]
+    return all(isinstance(body.get(name), wanted) for name, wanted in shape.items())

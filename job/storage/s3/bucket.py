@@ -1,0 +1,172 @@
+"""One bucket and the patience with it: every request to S3 goes through `Bucket.call`."""
+
+from __future__ import annotations
+
+import datetime
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
+from tenacity import RetryCallState, Retrying, retry_if_exception, sleep_using_event
+
+from job.runtime.errors import ConfigError, DataError, DeniedError, JobError, StorageError
+from job.storage.parallel import Stopped
+from job.storage.s3.client import Connection
+from job.storage.s3.failures import Kind, Verdict, has_meaning, in_words, judge
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+T = TypeVar("T")
+
+_FIRST_SECONDS = 0.5
+_LONGEST_SECONDS = {Kind.WAIT: 30.0, Kind.DENIED: 5.0, Kind.UNTRUSTED: 5.0}
+# Of its own: training seeds the global one, which would send all pods of one seed back at the same moments.
+_jitter = random.SystemRandom()
+_PERMISSIONS = {
+    "GetObject": "s3:GetObject (and s3:GetObjectVersion where the bucket keeps versions,"
+    " kms:Decrypt where it encrypts with a KMS key)",
+    "HeadObject": "s3:GetObject and s3:ListBucket (without the second a missing object looks like a refusal)",
+    "ListObjectsV2": "s3:ListBucket",
+    "DeleteObject": "s3:DeleteObject",
+}
+_WRITE_PERMISSION = "s3:PutObject (and kms:GenerateDataKey where the bucket encrypts with a KMS key)"
+
+
+class Bucket:
+    """A bucket that is asked again while asking may help."""
+
+    def __init__(
+        self, name: str, connection: Connection, *, patience_seconds: float, denied_patience_seconds: float
+    ) -> None:
+        self.name = name
+        self.connection = connection
+        self.patience_seconds = patience_seconds
+        self.denied_patience_seconds = denied_patience_seconds
+
+    def call(self, operation: str, key: str, act: Callable[[S3Client], T], *, stop: threading.Event | None = None) -> T:
+        """What `act` returns, retried with full jitter to the patience that its failures deserve.
+
+        Args:
+            operation: the S3 operation's name, for logs and errors.
+            key: the object's key, or the prefix listed.
+            act: called with a client, perhaps several times.
+            stop: ends the waiting and retrying when set.
+
+        Raises:
+            StorageError, DeniedError, DataError: as `Store` says.
+            Stopped: `stop` was set.
+            ClientError: a reply that says something about the object (`verdict.has_meaning`).
+        """
+        return _Call(self, operation, key, stop or threading.Event()).run(act)
+
+    def failure(self, operation: str, key: str, error: Exception, *, seconds: float) -> JobError:
+        """The error to give up with."""
+        what = f"{operation} on s3://{self.name}/{key} at {self.connection.endpoint}"
+        kind = judge(error).kind
+        if kind is Kind.NO_BUCKET:
+            return DataError(
+                f"The bucket {self.name!r} does not exist at {self.connection.endpoint}.",
+                remedy="Correct its name, or the endpoint in AWS_ENDPOINT_URL_S3.",
+            )
+        if isinstance(error, ParamValidationError):
+            return ConfigError(f"{what} cannot be asked for: {error}.", remedy="Correct the address.")
+        if kind is Kind.DENIED:
+            return DeniedError(
+                f"{what} was refused for {seconds:.0f} s: {in_words(error)}."
+                f" Credentials tried: {self.connection.credentials()}.",
+                remedy=f"Give this identity {_PERMISSIONS.get(operation, _WRITE_PERMISSION)}, or other credentials.",
+            )
+        if kind is Kind.UNTRUSTED:
+            return StorageError(
+                f"{what}: the server's certificate is not trusted: {in_words(error)}.",
+                remedy="Point AWS_CA_BUNDLE at the CA that signed it.",
+            )
+        return StorageError(
+            f"{what} failed, retried for {seconds:.0f} s: {in_words(error)}.",
+            remedy="Run again when the store answers; TUNE_STORAGE_PATIENCE_MINUTES waits longer.",
+        )
+
+
+class _Call:
+    """One operation with its clocks. They start at the first failure: a slow transfer is no outage."""
+
+    def __init__(self, bucket: Bucket, operation: str, key: str, stop: threading.Event) -> None:
+        self.bucket, self.operation, self.key, self.stop = bucket, operation, key, stop
+        self.since: dict[bool, float] = {}  # first failure of any kind (False), and first refusal (True)
+        self.client: S3Client | None = None
+
+    def run(self, act: Callable[[S3Client], T]) -> T:
+        def attempt() -> T:
+            if self.stop.is_set():
+                raise Stopped
+            self.client = self.bucket.connection.client()
+            return act(self.client)
+
+        retrying = Retrying(
+            retry=retry_if_exception(lambda error: self._verdict(error).kind in _LONGEST_SECONDS),
+            wait=self._wait,
+            stop=lambda state: time.monotonic() >= self._deadline(state),
+            sleep=sleep_using_event(self.stop),
+            before_sleep=self._before_sleep,
+            reraise=True,
+        )
+        try:
+            return retrying(attempt)
+        except ClientError as error:
+            if has_meaning(error):
+                raise
+            raise self._failure(error) from error
+        except Exception as error:
+            if judge(error).kind is Kind.OTHER and not isinstance(error, BotoCoreError):
+                raise
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> JobError:
+        seconds = time.monotonic() - self.since.get(False, time.monotonic())
+        return self.bucket.failure(self.operation, self.key, error, seconds=seconds)
+
+    def _verdict(self, error: BaseException) -> Verdict:
+        verdict = judge(error)
+        self.since.setdefault(False, time.monotonic())
+        if verdict.kind is not Kind.WAIT:
+            self.since.setdefault(True, time.monotonic())
+        return verdict
+
+    def _deadline(self, state: RetryCallState) -> float:
+        if judge(_error(state)).kind is Kind.WAIT:
+            return self.since[False] + self.bucket.patience_seconds
+        patience = min(self.bucket.denied_patience_seconds, self.bucket.patience_seconds)
+        return self.since[True] + patience
+
+    def _wait(self, state: RetryCallState) -> float:
+        left = self._deadline(state) - time.monotonic()
+        most = min(_LONGEST_SECONDS[judge(_error(state)).kind], _FIRST_SECONDS * 2 ** min(state.attempt_number, 20))
+        return max(0.0, min(_jitter.uniform(0.0, most), left))
+
+    def _before_sleep(self, state: RetryCallState) -> None:
+        error, pause = _error(state), state.upcoming_sleep
+        verdict = judge(error)
+        if verdict.renew and self.client is not None:
+            self.bucket.connection.renew(self.client, other_payer=verdict.kind is Kind.DENIED)
+        deadline = datetime.datetime.now(datetime.UTC) + datetime.timedelta(
+            seconds=self._deadline(state) - time.monotonic()
+        )
+        structlog.get_logger().warning(
+            "storage_retry",
+            operation=self.operation,
+            key=f"s3://{self.bucket.name}/{self.key}",
+            error=in_words(error),
+            tries=state.attempt_number,
+            next_seconds=round(pause, 3),
+            deadline=deadline.isoformat(timespec="seconds"),
+        )
+
+
+def _error(state: RetryCallState) -> BaseException:
+    error = state.outcome.exception() if state.outcome else None
+    return error or RuntimeError("no failure")

@@ -1,0 +1,240 @@
+"""The store in a bucket: the small operations. Large transfers are in `upload` and `download`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import ClientError, FlexibleChecksumError
+
+from job.storage.base import Entry
+from job.storage.faults import DamagedError, MissingError
+from job.storage.s3.bucket import Bucket
+from job.storage.s3.checksum import upload_arguments
+from job.storage.s3.client import Connection
+from job.storage.s3.download import again_if_damaged, download
+from job.storage.s3.failures import Kind, error_code, is_missing, is_precondition_failed, judge
+from job.storage.s3.upload import upload
+from job.storage.uri import S3Address, checked_key
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+class S3Store:
+    """Objects of a bucket under one prefix."""
+
+    def __init__(
+        self,
+        address: S3Address,
+        *,
+        patience_seconds: float,
+        denied_patience_seconds: float,
+        reply_seconds: float,
+    ) -> None:
+        self.uri = address.uri
+        prefix = address.key.strip("/")
+        self._root = f"{prefix}/" if prefix else ""
+        self._bucket = Bucket(
+            address.bucket,
+            Connection(reply_seconds=reply_seconds),
+            patience_seconds=patience_seconds,
+            denied_patience_seconds=denied_patience_seconds,
+        )
+
+    def entries(self, prefix: str = "") -> list[Entry]:
+        """See `Store.entries`. Empty objects whose key ends in `/` are folders that a console made: left out."""
+        found = [self._listed(item) for item in self._pages(self._root + prefix) if not _is_folder(item)]
+        return sorted(found, key=lambda entry: entry.key)
+
+    def _pages(self, prefix: str) -> Iterator[Any]:
+        token: dict[str, str] = {}
+        while True:
+            page = self._page(prefix, token)
+            yield from page.get("Contents", [])
+            if not page.get("NextContinuationToken"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _page(self, prefix: str, extra: dict[str, str]) -> Any:
+        def act(client: S3Client) -> Any:
+            return client.list_objects_v2(Bucket=self._bucket.name, Prefix=prefix, **extra)  # type: ignore[arg-type]
+
+        return self._bucket.call("ListObjectsV2", prefix, act)
+
+    def _listed(self, item: Any) -> Entry:
+        key = checked_key(item["Key"].removeprefix(self._root))
+        return Entry(key=key, size=item["Size"], etag=_etag(item), version=None)
+
+    def names(self, prefix: str) -> list[str]:
+        """See `Store.names`."""
+        page = self._page(self._root + prefix, {"Delimiter": "/"})
+        keys = [item["Key"] for item in page.get("Contents", [])]
+        folders = [item["Prefix"] for item in page.get("CommonPrefixes", [])]
+        return sorted(name.removeprefix(self._root) for name in keys + folders)
+
+    def head(self, key: str) -> Entry | None:
+        """See `Store.head`."""
+        name = self._key(key)
+
+        def act(client: S3Client) -> Entry:
+            reply = client.head_object(Bucket=self._bucket.name, Key=name)
+            version = reply.get("VersionId", "null")  # "null": written before the bucket kept versions
+            return Entry(
+                key=key,
+                size=reply["ContentLength"],
+                etag=_etag(reply),
+                version=None if version == "null" else version,
+            )
+
+        with _absent():
+            return self._bucket.call("HeadObject", name, act)
+        return None
+
+    def read(self, key: str) -> bytes | None:
+        """See `Store.read`."""
+        name = self._key(key)
+
+        def act(client: S3Client) -> bytes:
+            try:
+                return client.get_object(Bucket=self._bucket.name, Key=name)["Body"].read()
+            except FlexibleChecksumError as error:
+                raise DamagedError(f"{self.uri}/{key} is damaged: {error}.", remedy="Write it again.") from error
+
+        with _absent():
+            return again_if_damaged(lambda: self._bucket.call("GetObject", name, act))
+        return None
+
+    def read_start(self, key: str, size: int) -> bytes | None:
+        """See `Store.read_start`."""
+        name = self._key(key)
+
+        def act(client: S3Client) -> bytes:
+            reply = client.get_object(Bucket=self._bucket.name, Key=name, Range=f"bytes=0-{size - 1}")
+            with contextlib.closing(reply["Body"]) as body:
+                # Not to its end: some stores send the whole object's checksum along, which boto3 then compares.
+                return body.read(min(size, reply["ContentLength"]))
+
+        with _absent():
+            return self._bucket.call("GetObject", name, act)
+        return None
+
+    def write(self, key: str, data: bytes) -> None:
+        """See `Store.write`."""
+        name = self._key(key)
+
+        def act(client: S3Client) -> None:
+            client.put_object(Bucket=self._bucket.name, Key=name, Body=data, **upload_arguments(client, [data]))
+
+        self._bucket.call("PutObject", name, act)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See `Store.create`. Atomic where the store honours `If-None-Match: *`.
+
+        When a reply was lost, "exists already" may mean this very request: then the object's content tells.
+        """
+        name = self._key(key)
+        lost = False
+
+        def act(client: S3Client) -> None:
+            nonlocal lost
+            try:
+                extra = upload_arguments(client, [data])
+                client.put_object(Bucket=self._bucket.name, Key=name, Body=data, IfNoneMatch="*", **extra)
+            except Exception as error:
+                lost = lost or _may_have_succeeded(error)
+                raise
+
+        try:
+            self._bucket.call("PutObject", name, act)
+        except ClientError as error:
+            if not is_precondition_failed(error):
+                raise
+            return lost and self.read(key) == data
+        return True
+
+    def upload(self, path: Path, key: str, *, sha256: str | None = None) -> None:
+        """See `Store.upload`."""
+        upload(self._bucket, self._key(key), path, sha256=sha256)
+
+    def download(self, entry: Entry, path: Path) -> None:
+        """See `Store.download`."""
+        download(self._bucket, self._key(entry.key), entry, path)
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+        name = self._key(key)
+        with _absent():
+            self._bucket.call(
+                "DeleteObject", name, lambda client: client.delete_object(Bucket=self._bucket.name, Key=name)
+            )
+
+    def copy(self, key: str, target: str) -> None:
+        """See `Store.copy`. The server copies; boto3 does so in parts where the object is large."""
+        source = {"Bucket": self._bucket.name, "Key": self._key(key)}
+        name = self._key(target)
+
+        def act(client: S3Client) -> None:
+            client.copy(source, self._bucket.name, name)  # type: ignore[arg-type]
+
+        try:
+            self._bucket.call("CopyObject", name, act)
+        except ClientError as error:
+            if not is_missing(error):
+                raise
+            raise MissingError(f"{self.uri}/{key} is gone.", remedy="Restore it.") from None
+
+    def sweep(self, prefix: str) -> int:
+        """See `Store.sweep`."""
+        found = self._unfinished(self._root + prefix)
+        for name, upload_id in found:
+
+            def act(client: S3Client, name: str = name, upload_id: str = upload_id) -> None:
+                client.abort_multipart_upload(Bucket=self._bucket.name, Key=name, UploadId=upload_id)
+
+            with _absent():
+                self._bucket.call("AbortMultipartUpload", name, act)
+        return len(found)
+
+    def _unfinished(self, prefix: str) -> list[tuple[str, str]]:
+        """Key and upload id of every multipart upload that was begun under a prefix and not ended."""
+
+        def act(client: S3Client) -> list[tuple[str, str]]:
+            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket.name, Prefix=prefix)
+            return [(item["Key"], item["UploadId"]) for page in pages for item in page.get("Uploads", [])]
+
+        try:
+            return self._bucket.call("ListMultipartUploads", prefix, act)
+        except ClientError:  # a reply with a meaning: some stores say "no such upload" where there is none
+            return []
+
+    def _key(self, key: str) -> str:
+        return self._root + checked_key(key)
+
+
+@contextlib.contextmanager
+def _absent() -> Iterator[None]:
+    """Leave the block when the key does not exist."""
+    try:
+        yield
+    except ClientError as error:
+        if not is_missing(error):
+            raise
+
+
+def _may_have_succeeded(error: Exception) -> bool:
+    """A cut connection or a server error says nothing about what the server did; a conflict or a limit does."""
+    if isinstance(error, ClientError):
+        return judge(error).kind is Kind.WAIT and error_code(error) not in {"ConditionalRequestConflict", "SlowDown"}
+    return judge(error).kind is Kind.WAIT
+
+
+def _is_folder(item: Any) -> bool:
+    return bool(item["Key"].endswith("/") and item["Size"] == 0)
+
+
+def _etag(item: Any) -> str | None:
+    etag: str = item.get("ETag", "")
+    return etag.strip('"') or None

@@ -1,0 +1,239 @@
+"""Models and datasets come from a hub, in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from structlog.testing import capture_logs
+
+from job.inputs.hub import fetch_dataset, fetch_model
+from job.inputs.hub_files import data_files, model_files
+from job.runtime.errors import ConfigError, DataError, DeniedError, StorageError
+from tests.hub_server import COMMIT, Hub, serve_hub
+
+MODEL = {
+    "config.json": b"{}",
+    "model.safetensors": b"weights" * 1000,
+    "tokenizer.json": b"{}",
+    "chat_template.jinja": b"{{ messages }}",
+    "pytorch_model.bin": b"a pickle",
+    "original/consolidated.00.pth": b"a pickle",
+    "onnx/model.onnx": b"another format",
+    "README.md": b"# a model",
+}
+PICKLED = {"config.json": b"{}", "pytorch_model.bin": b"a pickle"}
+DATA = {"README.md": b"# data", "data/train-00000-of-00001.jsonl": b"{}\n", "data/test-00000-of-00001.jsonl": b"{}\n"}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    with serve_hub({"org/model": MODEL, "org/pickled": PICKLED, "org/data": DATA}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        yield hub
+
+
+def test_model(hub: Hub, tmp_path: Path) -> None:
+    """A model comes as safetensors, configuration, tokenizer and template, with its commit; once."""
+    found = fetch_model("org/model", tmp_path / "model")
+    assert ("org/model", COMMIT) == (found.name, found.commit)
+    assert ("chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json") == found.files
+    for name in found.files:
+        assert MODEL[name] == (found.path / name).read_bytes()
+    assert set(found.files) == set(hub.resolved)
+    hub.resolved.clear()
+    assert found == fetch_model(f"org/model@{COMMIT}", tmp_path / "model")
+    assert hub.resolved == []
+
+
+def test_dataset(hub: Hub, tmp_path: Path) -> None:
+    """A dataset's split comes as its data files; training data is `train` where nothing else is said."""
+    found = fetch_dataset("hf://datasets/org/data@main:test", tmp_path / "test")
+    assert ("data/test-00000-of-00001.jsonl",) == found.files
+    assert (found.path / found.files[0]).read_bytes() == b"{}\n"
+    found = fetch_dataset("hf://datasets/org/data", tmp_path / "train")
+    assert ("data/train-00000-of-00001.jsonl",) == found.files
+
+
+def test_pickles_are_refused(hub: Hub, tmp_path: Path) -> None:
+    """A model whose weights are only pickles is refused by name, and not downloaded."""
+    with pytest.raises(DataError, match=r"org/pickled.*pytorch_model\.bin"):
+        fetch_model("org/pickled", tmp_path)
+    assert hub.resolved == []
+
+
+def test_gated(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gated model without a token is refused with the page of its licence; with a token it is read."""
+    hub.gated.add("org/model")
+    with pytest.raises(DeniedError) as caught:
+        fetch_model("org/model", tmp_path)
+    assert f"{hub.endpoint}/org/model" in caught.value.remedy
+    assert "No token was found: looked at HF_TOKEN" in caught.value.message
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert fetch_model("org/model", tmp_path).commit == COMMIT
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "text"),
+    [
+        ("org/nothing", DataError, "org/nothing"),
+        ("org/model@v9", DataError, "v9"),
+        ("no name at all", ConfigError, "no name"),
+        ("org/model:train", ConfigError, "org/model:train"),
+    ],
+)
+def test_missing(hub: Hub, tmp_path: Path, name: str, error: type[Exception], text: str) -> None:
+    """A repository or revision that does not exist is the data's fault, a malformed name the configuration's."""
+    with pytest.raises(error, match=text):
+        fetch_model(name, tmp_path)
+
+
+def test_outage(hub: Hub, tmp_path: Path) -> None:
+    """A hub that fails for a while is waited for, with a line in the log."""
+    hub.failing = 1
+    with capture_logs() as logs:
+        assert fetch_model("org/model", tmp_path, patience_seconds=60).commit == COMMIT
+    assert ["storage_retry"] == [entry["event"] for entry in logs if entry["log_level"] == "warning"]
+
+
+def test_unreachable(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the patience an unreachable hub is a storage error that names the repository."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match="org/model"):
+        fetch_model("org/model", tmp_path, patience_seconds=0)
+
+
+def test_offline(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user who is offline gets what the cache holds, or is told at once that it holds nothing."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(StorageError, match="HF_HUB_OFFLINE"):
+        fetch_model("org/model", tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    program = "import huggingface_hub as h; h.snapshot_download('org/model')"
+    subprocess.run([sys.executable, "-c", program], check=True, env=dict(os.environ), capture_output=True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = fetch_model("org/model", tmp_path)
+    assert COMMIT == found.commit
+    assert (found.path / "model.safetensors").read_bytes() == MODEL["model.safetensors"]
+
+
+def test_child_ends_with_its_parent(hub: Hub, tmp_path: Path) -> None:
+    """When the parent is killed in the middle of a download, nothing of it goes on."""
+    hub.hang = True
+    program = (
+        "import sys, pathlib; from job.inputs.hub import fetch_model; "
+        "fetch_model('org/model', pathlib.Path(sys.argv[1]))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).parents[2])
+    try:
+        child = _wait_for(lambda: next(iter(psutil.Process(parent.pid).children()), None))
+        _wait_for(child.net_connections)  # it has begun to ask
+    finally:
+        parent.kill()
+        parent.wait()
+    _wait_for(lambda: not _alive(child))
+
+
+def _wait_for(condition: object) -> psutil.Process:
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        with contextlib.suppress(psutil.Error):
+            if found := condition():  # type: ignore[operator]
+                return found  # type: ignore[no-any-return]
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def _alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+SHARDS = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/validation-0.parquet"]
+HEADER = """---
+license: mit
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: "raw/*.jsonl"
+  - split: held_out
+    path: [raw/extra/**, other.jsonl]
+- config_name: small
+  data_files: small.jsonl
+---
+# text
+"""
+
+
+@pytest.mark.parametrize(
+    ("split", "names", "readme", "expected"),
+    [
+        pytest.param("train", SHARDS, "", SHARDS[:2], id="shards"),
+        pytest.param("validation", SHARDS, "", SHARDS[2:], id="another split"),
+        pytest.param(None, SHARDS, "", SHARDS[:2], id="train by default"),
+        pytest.param("validation", ["dev.csv", "train.csv"], "", ["dev.csv"], id="the hub's other words"),
+        pytest.param(
+            "train", ["data/train/a.json.gz", "data/test/a.json.gz"], "", ["data/train/a.json.gz"], id="folders"
+        ),
+        pytest.param(None, ["all.jsonl.zst", "README.md"], "", ["all.jsonl.zst"], id="no splits"),
+        pytest.param(None, ["test.jsonl"], "", ["test.jsonl"], id="the only split"),
+        pytest.param(None, ["a.jsonl", "dataset_infos.json", ".x/b.jsonl"], "", ["a.jsonl"], id="not data"),
+        pytest.param("train", ["raw/a.jsonl", "raw/b/c.jsonl", "x.jsonl"], HEADER, ["raw/a.jsonl"], id="declared"),
+        pytest.param(
+            "held_out",
+            ["raw/extra/b/c.jsonl", "other.jsonl", "raw/a.jsonl"],
+            HEADER,
+            ["raw/extra/b/c.jsonl", "other.jsonl"],
+            id="declared list",
+        ),
+    ],
+)
+def test_splits(split: str | None, names: list[str], readme: str, expected: list[str]) -> None:
+    """A split is what the README declares, else what the file names say."""
+    assert expected == data_files("org/data", split, names, readme)
+
+
+@pytest.mark.parametrize(
+    ("split", "names", "readme", "text"),
+    [
+        pytest.param("nope", SHARDS, "", "no split 'nope'.*validation", id="no such split"),
+        pytest.param(None, ["test.csv", "dev.csv"], "", "no split 'train'.*dev.csv", id="which one"),
+        pytest.param(None, ["a.txt"], "", "no data files", id="no data"),
+        pytest.param(None, ["train.csv", "train.jsonl"], "", "several formats.*train.csv", id="twice"),
+        pytest.param(None, ["a.jsonl"], HEADER.replace("default", "large"), "several configurations", id="configs"),
+    ],
+)
+def test_unclear_splits(split: str | None, names: list[str], readme: str, text: str) -> None:
+    """Where it is not clear which files are meant, the error lists them."""
+    with pytest.raises(DataError, match=text):
+        data_files("org/data", split, names, readme)
+
+
+def test_model_files() -> None:
+    """Weights are taken once: not the copies that some repositories carry in other formats."""
+    names = ["consolidated.safetensors", "model-1.safetensors", "model.safetensors.index.json", "onnx/config.json"]
+    assert ["model-1.safetensors", "model.safetensors.index.json"] == model_files("org/model", names)
+
+
+def test_a_model_without_its_weights(hub: Hub, tmp_path: Path) -> None:
+    """Asked for without weights, a model comes with stand-ins: the size and the header of each file, and nothing
+    behind it. They have a place of their own, so that no run takes them for weights."""
+    header = b'{"a": {"dtype": "BF16", "shape": [300000], "data_offsets": [0, 600000]}}'
+    weights = len(header).to_bytes(8, "little") + header + b"w" * 600_000
+    hub.repositories["org/model"] = {**MODEL, "model.safetensors": weights}
+    found = fetch_model("org/model", tmp_path / "model", weights=False)
+    stand_in = (found.path / "model.safetensors").read_bytes()
+    assert len(stand_in) == len(weights)
+    assert stand_in.startswith(weights[: 8 + len(header)])
+    assert not stand_in.rstrip(b"\0").endswith(b"w" * 200_000)
+    assert (found.path / "config.json").read_bytes() == b"{}"
