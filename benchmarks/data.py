@@ -57,7 +57,7 @@ file = File(name=rows.name, path=rows, size=rows.stat().st_size, etag=None, vers
 pulled = Inputs(model=model, model_files=(), model_revision=None, dataset=(file,), eval_dataset=(), template_text=None,
                 template_files=(), date=datetime.date(2026, 1, 1))
 began = time.perf_counter()
-data.glance(config, pulled)
+data.validate_head(config, pulled)
 read = time.perf_counter()
 made = data.prepare(config, pulled, directory=work)
 sets = [made.train.counts, *([made.evaluation.counts] if made.evaluation else [])]

@@ -203,12 +203,12 @@ def steady(ends: Sequence[float], tokens: Sequence[int], *, skip: int, count: in
         raise ValueError(f"{len(ends)} steps are too few for {count} after {skip}")
     seconds = ends[skip + count - 1] - ends[skip - 1]
     each = [ends[step] - ends[step - 1] for step in range(skip, skip + count)]
-    learnt = sum(tokens[skip : skip + count])
+    learned = sum(tokens[skip : skip + count])
     return Steady(
         steps=count,
         seconds=round(seconds, 4),
-        tokens=learnt,
-        tokens_per_second=round(learnt / seconds, 1),
+        tokens=learned,
+        tokens_per_second=round(learned / seconds, 1),
         median_step_seconds=round(statistics.median(each), 4),
         began=ends[skip - 1],
         ended=ends[skip + count - 1],

@@ -179,7 +179,7 @@ def dequantise(model: Any) -> None:
 
 
 def rows(count: int, vocabulary: int) -> Any:
-    """Log-normal lengths, mean about 520, at most 2048; the first quarter is not learnt."""
+    """Log-normal lengths, mean about 520, at most 2048; the first quarter is not learned."""
     import datasets
 
     generator = random.Random(0)
@@ -241,18 +241,18 @@ def cut_by(
 ) -> tuple[Any, Any]:
     """The variant's cut, and what puts it in force."""
     from job.model import shape
-    from job.tuning.fit.plan import Cut, plan
-    from job.tuning.fit.search import Fitting
+    from job.tuning.fit.plan import PassConfig, plan
+    from job.tuning.fit.search import PassSearch
 
     gpu = device.kind == "cuda"
-    fitting = Fitting(
+    fitting = PassSearch(
         plan=plan(config, device, lengths=lengths, learning_rate=1e-4),
         device=device,
         shape=shape.of(base),
         lengths=lengths,
         state_bytes=2 * loaded.trainable_parameters,
     )
-    cut = Cut(
+    cut = PassConfig(
         micro_batch=asked.rows,
         tokens_in_pass=sum(sorted(lengths)[-asked.rows :]) if gpu else None,
         gradient_checkpointing="unsloth" if variant == "unsloth" else "off",

@@ -205,7 +205,7 @@ def compared(
         "largest_difference": difference(*adapters),
         "resumed_step": event["resumed_step"],
         "seconds_to_first_step": event["seconds_to_first_step"],
-        "bitwise_equality_ended": resumed.events("bitwise_equality_ended"),
+        "resume_not_bitwise": resumed.events("resume_not_bitwise"),
         "checkpoints": checkpoints(whole),
     }
 

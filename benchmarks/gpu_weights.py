@@ -31,7 +31,7 @@ from benchmarks.gpu_deterministic import make_model, settings  # noqa: E402
 from benchmarks.gpu_resume import LIMIT_SECONDS, MIDDLING, Attempt  # noqa: E402
 from benchmarks.gpu_run import LLAMA_1B, card  # noqa: E402
 
-Cut = tuple[str, int, str]
+PassConfig = tuple[str, int, str]
 ROWS, STEPS, STEADY = 8, 16, 5  # the first steps compile
 WEIGHTS, ONES, ALMOST = "assistant=1,user=0.1", "assistant=1,user=1", "assistant=1,user=1.000001"
 # Of bf16: by hand each row stands alone and has all its logits, in another kernel.
@@ -99,7 +99,7 @@ def run_id(name: str) -> str:
 class ByHand:
     """tests/by_hand.py in a process of its own: a model is compiled for one trainer."""
 
-    def __init__(self, scratch: Path, asked: argparse.Namespace, model: Path, rows: Path, cut: Cut) -> None:
+    def __init__(self, scratch: Path, asked: argparse.Namespace, model: Path, rows: Path, cut: PassConfig) -> None:
         self.log = scratch / f"by-hand-{id(self)}.log"
         command = [sys.executable, "-m", "tests.by_hand", str(model), str(rows), "--device", asked.device]
         command += ["--precision", cut[0], "--micro", str(cut[1]), "--weights", cut[2]]

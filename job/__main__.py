@@ -19,7 +19,7 @@ from job.commands import variables  # noqa: E402
 from job.config import environment  # noqa: E402
 from job.observability import logs, termination  # noqa: E402
 from job.runtime import errors, process  # noqa: E402
-from job.runtime.errors import ConfigError, InterruptedError, JobError, Stop  # noqa: A004, E402
+from job.runtime.errors import ConfigError, InterruptedError, JobError, StopRequested  # noqa: A004, E402
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     """Run a subcommand; the return value is the process's exit code (README, "Exit codes")."""
     signals.last_words(_say_interrupted)
     try:
-        signals.ready()
+        signals.enable()
         chosen = _parse(arguments)
         if chosen.command == "variables":
             sys.stdout.write(variables.render(chosen.form))
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     except SystemExit as asked:  # argparse's --help
         return asked.code if isinstance(asked.code, int) else 0
     except BaseException as error:  # noqa: BLE001 - every end of the process is reported here
-        signals.hear()
+        signals.acknowledge()
         logs.configure(form=environment.asked_log_format(), level="info", secrets=process.secret_values())
         return _report(error)
 
@@ -94,7 +94,7 @@ def _preflight() -> int:
 def _report(error: BaseException) -> int:
     """Log how the run ended, tell Kubernetes, and choose the exit code."""
     log = structlog.get_logger()
-    if isinstance(error, Stop):
+    if isinstance(error, StopRequested):
         ended: JobError = InterruptedError(f"{error.signal_name} asked the run to stop.", remedy="Start it again.")
         log.warning("interrupted", signal=error.signal_name, exit_code=ended.exit_code)
     elif isinstance(error, JobError):
@@ -132,7 +132,7 @@ def _end_children() -> None:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     try:
-        signals.hear()  # whatever comes now, this is how the run ended
+        signals.acknowledge()  # whatever comes now, this is how the run ended
         _end_children()
         logs.close()
         sys.stdout.flush()

@@ -11,21 +11,21 @@ from typing import Any
 import structlog
 
 from job.config.schema import Config
-from job.data.prepare import glance, prepare
+from job.data.prepare import prepare, validate_head
 from job.model.base_model import BaseModel
 from job.observability import logs, prometheus
 from job.observability.timeline import Timeline
 from job.report import build
 from job.runtime import libraries, process, signals
-from job.runtime.errors import ConfigError, FencedError, JobError, Stop, known
+from job.runtime.errors import ConfigError, FencedError, JobError, StopRequested, known
 from job.runtime.process import Process
 from job.runtime.workspace import workspace
 from job.stages import preflight
 from job.stages.context import RunContext
 from job.stages.evaluate import look
-from job.stages.fetch import arrived, finished, gather
+from job.stages.fetch import await_model, fetch_inputs, finished
 from job.stages.publish import export, model_card
-from job.stages.resume import begin, restore, say_differences
+from job.stages.resume import begin, restore, warn_if_not_bitwise
 from job.stages.train import train
 from job.state import fingerprint
 from job.state.attempts import Attempts
@@ -44,7 +44,7 @@ def run(config: Config) -> None:
 
     Raises:
         JobError: of the kind that says why it could not.
-        Stop: SIGTERM or SIGINT; the attempt's end is recorded.
+        StopRequested: SIGTERM or SIGINT; the attempt's end is recorded.
     """
     signals.grace(config.grace_seconds)
     here = Process.current()
@@ -67,7 +67,7 @@ def run(config: Config) -> None:
         if config.resume == "fresh":
             ledger.fence()
             ledger.begin_anew()
-            log.warning("run_set_aside", uri=record.set_aside())
+            log.warning("run_archived", uri=record.set_aside())
         scratch = process.scratch()
         with workspace(scratch, record.run_id) as work:
             life = RunContext(
@@ -118,19 +118,19 @@ def _recorded(attempts: Attempts, record: Record) -> Iterator[None]:
     """Whatever ends the attempt is written down, and may turn out to be one time too many."""
     try:
         yield
-    except Stop:
-        signals.hear()
+    except StopRequested:
+        signals.acknowledge()
         _quietly(lambda: attempts.end("interrupted"))
         raise
     except Exception as error:
         if (name := signals.asked()) and not isinstance(error, FencedError):
-            signals.hear()  # a library caught `Stop` and made an error of it
+            signals.acknowledge()  # a library caught `StopRequested` and made an error of it
             _quietly(lambda: attempts.end("interrupted"))
-            raise Stop(name) from error
+            raise StopRequested(name) from error
         reason, step = known(error) or error, next((entry["step"] for entry in record.noted("train_progress")), None)
-        hopeless = _quietly(lambda: attempts.fail(reason, step=step))
-        if hopeless:
-            raise hopeless from error
+        final = _quietly(lambda: attempts.fail(reason, step=step))
+        if final:
+            raise final from error
         raise
 
 
@@ -139,10 +139,10 @@ def _live(life: RunContext) -> None:
     config, record, spans = life.config, life.record, life.timeline.span
     log.info("run_started", uri=record.uri, config=config.as_variables(), versions=versions())
 
-    pulled, coming = gather(life)
-    glance(config, pulled)
+    pulled, coming = fetch_inputs(life)
+    validate_head(config, pulled)
     finetuning = _import_tuning(life, coming.base)
-    pulled, base, base_hashes = arrived(life, pulled, coming)
+    pulled, base, base_hashes = await_model(life, pulled, coming)
     with spans("tokenise"):
         data = prepare(config, pulled, directory=life.work / "data")
     mark = fingerprint.fingerprint(
@@ -165,9 +165,9 @@ def _live(life: RunContext) -> None:
 
     def ready() -> None:
         if restored is None:
-            begin(life, pulled, mark, finetune.circumstances())
+            begin(life, pulled, mark, finetune.reproducibility_facts())
         else:
-            say_differences(finetune, restored)
+            warn_if_not_bitwise(finetune, restored)
 
     final = train(life, finetune, data, mark, restored, ready=ready)
 
@@ -226,5 +226,5 @@ def _quietly(write: Callable[[], Any]) -> Any:
     try:
         return write()
     except (JobError, OSError) as error:
-        log.warning("record_incomplete", reason=str(error))
+        log.warning("end_not_recorded", reason=str(error))
         return None

@@ -1,7 +1,7 @@
 """The chat templates of real models (tests/templates), each with a tokenizer of its family and what it should learn.
 
 `EXPECTED` is written by hand from the models' own documentation: an oracle that shares nothing with the code. The parts
-between ⟦ and ⟧ are learnt. `║` separates the sequences of a template that rewrites earlier turns.
+between ⟦ and ⟧ are learned. `║` separates the sequences of a template that rewrites earlier turns.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Model:
 
     family: Family
     answer: str
-    """What is learnt of an answer: its text stands at {}."""
+    """What is learned of an answer: its text stands at {}."""
     trims: str = ""
     """The characters that are stripped around an answer; `all` for any white space."""
     system: bool = True

@@ -17,7 +17,7 @@ from job.data.prepare import read, render
 from job.inputs import pull
 from job.model import base_model
 from job.runtime import libraries
-from job.runtime.errors import HopelessError
+from job.runtime.errors import PermanentError
 
 STEPS = 4
 
@@ -82,7 +82,7 @@ def trained(tuned, limit: int, torch) -> dict:
     with structlog.testing.capture_logs() as logs:
         try:
             tuned.train(hooks, resume_from=None)
-        except HopelessError as error:
+        except PermanentError as error:
             ended = f"{error.exit_code}: {error.message}"
     layer.remove()
     return {
@@ -90,7 +90,7 @@ def trained(tuned, limit: int, torch) -> dict:
         "micro_batch": tuned.plan.micro_batch,
         "reasons": tuned.plan.reasons,
         "out_of_memory": [line for line in logs if line["event"] == "out_of_memory"],
-        "unequal": [line for line in logs if line["event"] == "bitwise_equality_ended"],
+        "unequal": [line for line in logs if line["event"] == "resume_not_bitwise"],
         "ended": ended,
     }
 

@@ -400,7 +400,7 @@ def test_no_evaluation_is_broken_off_where_there_is_none(settings, tmp_path):
     none = {"eval_fraction": 0, "eval_steps": 1, "run_id": "nothing-held-out", "max_steps": 500}
     ended = stop_at(start(tmp_path, **{**settings, **none}), "train_progress")
     assert ended.code == 75
-    assert ended.events("evaluation_broken_off") == []
+    assert ended.events("evaluation_cancelled") == []
 
 
 def test_prequantised_bases_work(settings, place, tiny_model, tmp_path):
@@ -431,13 +431,13 @@ def test_divergence_is_hopeless():
     code = """
 import job.tuning
 from types import SimpleNamespace as N
-from job.errors import HopelessError
+from job.errors import PermanentError
 from job.tuning.callbacks import Progress
 from job.tuning.trainer import CountingCollator
 progress = Progress(device=N(kind="cpu", dtype=None), collator=CountingCollator(None), log_steps=1, hooks=None)
 try:
     progress.on_log(None, N(global_step=3, max_steps=9, epoch=0.1), None, {"loss": float("nan"), "grad_norm": 1.0})
-except HopelessError as error:
+except PermanentError as error:
     assert "loss is nan at step 3" in str(error), error
 else:
     raise SystemExit(1)

@@ -69,7 +69,7 @@ ASIDES = (
     "",
     "",
     "",
-    "The last parcel arrived safely.",
+    "The last parcel await_model safely.",
     "Invoice as usual.",
     "We spoke at the fair.",
     "Nice new website!",

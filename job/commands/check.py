@@ -34,7 +34,7 @@ from job.observability import logs, termination
 from job.report import build
 from job.report.page import Report
 from job.runtime import errors, libraries, process
-from job.runtime.errors import ConfigError, DeniedError, InterruptedError, JobError, Stop, StorageError  # noqa: A004
+from job.runtime.errors import AccessDeniedError, ConfigError, InterruptedError, JobError, StopRequested, StorageError  # noqa: A004
 from job.stages import preflight
 from job.stages.fetch import finished
 from job.state import attempts, checkpoints, fingerprint
@@ -81,7 +81,7 @@ class Checked:
         """Note what goes wrong in one check, and go on with the next."""
         try:
             yield
-        except Stop as stop:
+        except StopRequested as stop:
             self.add(check, InterruptedError(f"{stop.signal_name} asked the run to stop.", remedy="Start it again."))
             raise
         except Exception as error:
@@ -122,7 +122,7 @@ def command(*, as_json: bool, report: Path | None) -> int:
     result = logs.to_stderr()
     logs.configure(form=environment.asked_log_format(), level="warning", secrets=process.secret_values())
     checked = Checked()
-    with contextlib.suppress(Stop):
+    with contextlib.suppress(StopRequested):
         check(checked)
     written = None
     with checked.collecting("report"):
@@ -160,7 +160,7 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
     with checked.collecting("output"):
         checked.conditional_writes = preflight.probe_output(config.output)
         began = _begun(checked, config, record)
-    if any(isinstance(problem.error, DeniedError | StorageError) for problem in checked.problems):
+    if any(isinstance(problem.error, AccessDeniedError | StorageError) for problem in checked.problems):
         config = dataclasses.replace(config, storage_patience_minutes=PATIENCE_SPENT_SECONDS / 60)
     before = len(checked.problems)
     pulled = _pull(checked, config, scratch, began)

@@ -17,8 +17,8 @@ def by_role(pairs: Sequence[str]) -> dict[str, float]:
     return {role: float(weight) for role, _, weight in (pair.partition("=") for pair in pairs)}
 
 
-def learnt(pairs: Sequence[str]) -> dict[str, float]:
-    """The roles that are learnt at all, by weight; all 1 where they weigh the same, since only ratios count."""
+def learned(pairs: Sequence[str]) -> dict[str, float]:
+    """The roles that are learned at all, by weight; all 1 where they weigh the same, since only ratios count."""
     found = {role: weight for role, weight in by_role(pairs).items() if weight > 0}
     return found if differ(found) else dict.fromkeys(found, 1.0)
 
@@ -30,7 +30,7 @@ def differ(weights: Mapping[str, float]) -> bool:
 
 def held_out(weights: Mapping[str, float]) -> dict[str, float]:
     """What the loss on held-out rows looks at: the answers alone, so that runs with other weights can be compared; if
-    answers are not learnt, whatever is, each token alike."""
+    answers are not learned, whatever is, each token alike."""
     return {"assistant": 1.0} if "assistant" in weights else dict.fromkeys(weights, 1.0)
 
 

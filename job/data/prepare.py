@@ -14,7 +14,7 @@ from job.config import role_weights
 from job.config.schema import Config
 from job.data.examples import Example, RowError
 from job.data.findings import Finding
-from job.data.quality.survey import Level, Survey, Surveyed
+from job.data.quality.survey import Level, QualityScan, ScanResult
 from job.data.quality.verdicts import is_grave
 from job.data.reading import columns, dataset
 from job.data.rendering.renderer import Prompt, Renderer
@@ -36,7 +36,7 @@ class Examples:
     split: dataset.Split
     files: tuple[dataset.FileFacts, ...]
     skipped: tuple[str, ...]
-    surveyed: Surveyed
+    surveyed: ScanResult
     """What was found in the rows, and how many repeat others."""
 
 
@@ -57,21 +57,21 @@ class Data:
     """Files under a prefix that are no data, by their suffix."""
 
 
-def glance(config: Config, pulled: Inputs) -> None:
+def validate_head(config: Config, pulled: Inputs) -> None:
     """Read a little, before anything that takes long is begun: most mistakes are in the first rows already.
 
     Raises what reading raises, with all invalid rows of a file in number.
     """
     files = _Files.of(config, pulled)
-    complete = files.train.glance()
+    complete = files.train.validate_head()
     if files.held_out and (complete or not config.columns):  # a column may be further on
-        files.held_out.glance()
+        files.held_out.validate_head()
 
 
 def read(config: Config, pulled: Inputs) -> Examples:
     """Go through the files once: examples, surveyed and split into training and evaluation. Needs no tokenizer."""
     files = _Files.of(config, pulled)
-    survey = Survey(level=_level(config, pulled))
+    survey = QualityScan(level=_level(config, pulled))
     for example in files.train:
         survey.add(example)
     for example in files.held_out or ():
@@ -87,7 +87,7 @@ def render(config: Config, pulled: Inputs, examples: Examples, *, directory: Pat
 def prepare(config: Config, pulled: Inputs, *, directory: Path) -> Data:
     """Both at once, going through the files only once; in between, what was found is judged (see `judge`)."""
     files = _Files.of(config, pulled)
-    survey = Survey(level=_level(config, pulled))
+    survey = QualityScan(level=_level(config, pulled))
 
     def examples() -> Examples:
         found = _examples(config, files, survey.result())
@@ -99,8 +99,8 @@ def prepare(config: Config, pulled: Inputs, *, directory: Path) -> Data:
 
 @dataclass(frozen=True, kw_only=True)
 class _Files:
-    train: dataset.Reading
-    held_out: dataset.Reading | None
+    train: dataset.ExampleStream
+    held_out: dataset.ExampleStream | None
     """Of the user's own evaluation files."""
 
     @classmethod
@@ -124,7 +124,7 @@ def _level(config: Config, pulled: Inputs) -> Level:
     return "alike" if config.eval_fraction > 0 and not pulled.eval_dataset else "exact"
 
 
-def _examples(config: Config, files: _Files, surveyed: Surveyed) -> Examples:
+def _examples(config: Config, files: _Files, surveyed: ScanResult) -> Examples:
     if files.held_out:
         split = dataset.given(rows=surveyed.rows, held_out=surveyed.held_out)
         found, skipped = (*files.train.facts, *files.held_out.facts), (*files.train.skipped, *files.held_out.skipped)
@@ -132,7 +132,7 @@ def _examples(config: Config, files: _Files, surveyed: Surveyed) -> Examples:
         split = dataset.split(surveyed.group_keys(), fraction=config.eval_fraction)
         found, skipped = files.train.facts, files.train.skipped
     if split.note:
-        log.warning("evaluation_off", reason=split.note)
+        log.warning("evaluation_disabled", reason=split.note)
     return Examples(split=split, files=found, skipped=skipped, surveyed=surveyed)
 
 
@@ -167,7 +167,7 @@ def _rendered(
     examples: Callable[[], Examples],
     *,
     directory: Path,
-    survey: Survey | None = None,
+    survey: QualityScan | None = None,
 ) -> Data:
     """Args: examples: what was read, asked for when all was; survey: sees all rows, if it has not seen them before."""
     tokenizer = tokenizers.load(
@@ -192,7 +192,9 @@ def _rendered(
         train, held_out = parts(draft, wanted, directory=directory, micro_batch=config.rows_in_pass)
     surveyed = found.surveyed
     if held_out.counts.rows and not held_out.counts.sequences:
-        log.warning("evaluation_off", reason=f"nothing is left to learn of the {held_out.counts.rows:,} held-out rows")
+        log.warning(
+            "evaluation_disabled", reason=f"nothing is left to learn of the {held_out.counts.rows:,} held-out rows"
+        )
     log.info(
         "dataset_ready",
         **asdict(train.counts),
@@ -224,13 +226,15 @@ def _renderers(config: Config, tokenizer: Tokenizer) -> tuple[Renderer, Renderer
     renderer = Renderer(
         tokenizer=tokenizer, train_on=config.train_on, max_length=config.max_length, overlong=config.overlong
     )
-    weights = role_weights.learnt(config.role_weights)
+    weights = role_weights.learned(config.role_weights)
     if not weights:
         return renderer, renderer
     return replace(renderer, weights=weights), replace(renderer, weights=role_weights.held_out(weights))
 
 
-def _passing(reading: dataset.Reading, survey: Survey | None, *, held_out: bool = False) -> Iterator[Example]:
+def _passing(
+    reading: dataset.ExampleStream, survey: QualityScan | None, *, held_out: bool = False
+) -> Iterator[Example]:
     """The rows, once the survey has seen them; after an invalid one they are only read, for the error at the end."""
     for example in reading:
         if reading.invalid:

@@ -20,7 +20,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 
 from job.inputs.hub_files import Request
 from job.runtime import libraries
-from job.runtime.errors import ConfigError, DataError, DeniedError, JobError, StorageError
+from job.runtime.errors import AccessDeniedError, ConfigError, DataError, JobError, StorageError
 
 _NAME = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^:@]+))?(:(?P<split>[\w.-]+))?")
 
@@ -49,11 +49,11 @@ def fetch_model(name: str, directory: Path, *, patience_seconds: float = 3600.0,
         name: `org/name` or `org/name@revision`.
         directory: where to; what is there already is not fetched again.
         patience_seconds: how long an outage is waited for.
-        weights: False brings stand-ins with the headers and sizes of the weights.
+        weights: False brings stubs with the headers and sizes of the weights.
 
     Raises:
         DataError: no such repository or revision, or no safetensors in it.
-        DeniedError: gated or private, and the token does not open it.
+        AccessDeniedError: gated or private, and the token does not open it.
         StorageError: unreachable past the patience, or offline.
     """
     return _fetch(replace(_request("model", name, directory), weights=weights), patience_seconds)
@@ -69,7 +69,7 @@ def fetch_dataset(uri: str, directory: Path, *, patience_seconds: float = 3600.0
 
     Raises:
         DataError: no such repository, revision or split, or it is not clear which files are meant.
-        DeniedError: gated or private, and the token does not open it.
+        AccessDeniedError: gated or private, and the token does not open it.
         StorageError: unreachable past the patience, or offline.
     """
     return _fetch(_request("dataset", uri.removeprefix("hf://datasets/"), directory), patience_seconds)
@@ -149,7 +149,7 @@ def _understood(outcome: dict[str, Any], status: int) -> HubFetched:
         )
     message = outcome.get("message", f"the process that downloads ended with status {status}")
     remedy = outcome.get("remedy", "")
-    kinds: dict[str, type[JobError]] = {"data": DataError, "denied": DeniedError, "storage": StorageError}
+    kinds: dict[str, type[JobError]] = {"data": DataError, "denied": AccessDeniedError, "storage": StorageError}
     if outcome.get("kind") in kinds:
         raise kinds[outcome["kind"]](message, remedy=remedy)
     raise _UnreachableError(message)

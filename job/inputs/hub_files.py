@@ -35,7 +35,7 @@ class Request:
     split: str | None
     directory: str
     weights: bool = True
-    """False asks for stand-ins with the headers of the weights (`job.inputs.safetensors_stub`)."""
+    """False asks for stubs with the headers of the weights (`job.inputs.safetensors_stub`)."""
 
 
 def model_files(repo: str, names: list[str]) -> list[str]:

@@ -62,7 +62,7 @@ def _download(request: Request) -> dict[str, Any]:
     whole = [name for name in files if name not in skimmed]
     _require_free(directory, sum(sizes[name] for name in whole))
     for name in skimmed:
-        safetensors_stub.stand_in(Path(directory, name), sizes[name], functools.partial(_start, repo, info.sha, name))
+        safetensors_stub.write_stub(Path(directory, name), sizes[name], functools.partial(_start, repo, info.sha, name))
     with _progress(request, whole, sum(sizes[name] for name in whole)):
         # The names are escaped because they are patterns here; the commit spares another look at the branch.
         patterns = [glob.escape(name) for name in whole]
@@ -116,7 +116,7 @@ def _require_free(directory: str, size: int) -> None:
 
 @contextlib.contextmanager
 def _progress(request: Request, files: list[str], total: int) -> Iterator[None]:
-    """Tell every few seconds how much has arrived, finished or not."""
+    """Tell every few seconds how much has await_model, finished or not."""
     over, start = threading.Event(), time.monotonic()
 
     def tell() -> None:

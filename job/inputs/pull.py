@@ -130,8 +130,8 @@ def _is_small_model_file(key: str) -> bool:
 class Puller:
     """Brings one kind of input after the other to this disk.
 
-    Each method may raise DataError (something is missing), DeniedError (credentials or a licence) and StorageError
-    (unreachable past the patience, or the disk is full).
+    Each method may raise DataError (something is missing), AccessDeniedError (credentials or a licence) and
+    StorageError (unreachable past the patience, or the disk is full).
     """
 
     directory: Path
@@ -139,7 +139,7 @@ class Puller:
     names: frozenset[str] | None
     """What an earlier attempt read; None for the first."""
     weights: bool
-    """False leaves stand-ins in the place of remote weights, with their headers and sizes."""
+    """False leaves stubs in the place of remote weights, with their headers and sizes."""
 
     @classmethod
     def of(cls, config: Config, *, scratch: Path, pinned: dict[str, Any] | None, weights: bool = True) -> Puller:

@@ -1,6 +1,6 @@
 """The header of a safetensors file without the weights behind it.
 
-A stand-in is a file that begins like the original and has its size, and holds nothing else: on a disk with sparse files
+A stub is a file that begins like the original and has its size, and holds nothing else: on a disk with sparse files
 it takes no room. What reads headers and sizes only (`job.model.base_model`) cannot tell them apart.
 """
 
@@ -25,8 +25,8 @@ LONGEST_HEADER = 100_000_000
 LENGTH_BYTES = 8
 
 
-def stand_in(path: Path, size: int, read: Callable[[int], bytes]) -> None:
-    """Write the stand-in of a file of `size` bytes; `read` returns so many of its first bytes."""
+def write_stub(path: Path, size: int, read: Callable[[int], bytes]) -> None:
+    """Write the stub of a file of `size` bytes; `read` returns so many of its first bytes."""
     start = read(min(FIRST_BYTES, size)) if size else b""
     length = struct.unpack("<Q", start[:LENGTH_BYTES].ljust(LENGTH_BYTES, b"\0"))[0]
     whole = min(LENGTH_BYTES + length, LENGTH_BYTES + LONGEST_HEADER, size)
@@ -53,7 +53,7 @@ def fetch_headers(uri: str, directory: Path, *, patience_seconds: float = 3600.0
             return found.store.read_start(entry.key, size) or b""
 
         with disk_errors(directory):
-            stand_in(directory / entry.key, entry.size, read)
+            write_stub(directory / entry.key, entry.size, read)
 
     each(take, found.entries, workers=WORKERS)
     return [found.fetched(entry, directory / entry.key) for entry in found.entries]

@@ -24,7 +24,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from job.config.schema import Config
-from job.model.schedule import Pace
+from job.model.schedule import Schedule
 from job.model.shape import Shape
 
 NF4 = 0.5 + 1 / 64 + 4 / 64 / 256
@@ -162,7 +162,7 @@ def fits(needed: int) -> tuple[Fit, ...]:
 
 def estimate(
     config: Config,
-    pace: Pace,
+    schedule: Schedule,
     shape: Shape | None,
     *,
     parameters: int,
@@ -179,20 +179,20 @@ def estimate(
         longest: tokens of the longest sequence.
     """
     checkpointing = "unsloth" if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
-    in_pass = longest * (1 if config.micro_batch == "auto" else pace.micro_batch)
+    in_pass = longest * (1 if config.micro_batch == "auto" else schedule.micro_batch)
     peaks = {
         name: memory(shape, config, tokens=in_pass, checkpointing=name)
         for name in ("unsloth", "on", "off")
         if shape is not None
     }
     return Estimate(
-        steps=pace.steps,
-        epochs=pace.epochs,
-        micro_batch=pace.micro_batch,
-        accumulation=pace.accumulation,
+        steps=schedule.steps,
+        epochs=schedule.epochs,
+        micro_batch=schedule.micro_batch,
+        accumulation=schedule.accumulation,
         tokens_per_epoch=tokens,
-        tokens=round(tokens * pace.epochs),
-        labelled_tokens=round(labelled_tokens * pace.epochs),
+        tokens=round(tokens * schedule.epochs),
+        labelled_tokens=round(labelled_tokens * schedule.epochs),
         parameters=parameters,
         adapter_parameters=shape.adapter(config.lora_r, config.lora_targets) if shape else 0,
         checkpointing=checkpointing,

@@ -10,7 +10,7 @@ from job.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
+class Schedule:
     """The steps of a run, and how each is cut."""
 
     steps: int
@@ -26,7 +26,7 @@ class Pace:
         return self.steps / self.per_epoch
 
 
-def pace(config: Config, *, examples: int) -> Pace:
+def schedule(config: Config, *, examples: int) -> Schedule:
     """Decide what `auto` means for this many training sequences.
 
     Raises:
@@ -41,7 +41,7 @@ def pace(config: Config, *, examples: int) -> Pace:
             f"TUNE_WARMUP={config.warmup:g} is {warmup} steps, and the run has {steps}.",
             remedy="Lower the warm-up: the learning rate would never reach its value.",
         )
-    return Pace(
+    return Schedule(
         steps=steps,
         per_epoch=per_epoch,
         micro_batch=micro,

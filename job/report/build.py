@@ -16,9 +16,9 @@ from job.data.tokenized.counts import Counts, Noted
 from job.model import shape
 from job.model.base_model import BaseModel
 from job.model.memory import Estimate, estimate
-from job.model.schedule import pace
+from job.model.schedule import schedule
 from job.report import charts
-from job.report.page import Answer, Curve, Cut, Lengths, Report, shown_bytes
+from job.report.page import Answer, Curve, Lengths, LimitEffect, Report, shown_bytes
 from job.report.token_view import samples
 from job.runtime.errors import ConfigError, JobError
 from job.state.record import Record, versions
@@ -36,7 +36,7 @@ def expect(config: Config, base: BaseModel, data: Data) -> Estimate:
     counts = data.train.counts
     return estimate(
         config,
-        pace(config, examples=counts.sequences),
+        schedule(config, examples=counts.sequences),
         shape.of(base),
         parameters=base.parameters,
         tokens=counts.tokens,
@@ -108,7 +108,7 @@ def lengths(data: Data, config: Config) -> Lengths:
     width = found.histogram_width
     bins = [charts.Bin(start=at * width + 1, end=(at + 1) * width + 1, count=n) for at, n in enumerate(found.histogram)]
     cuts = [
-        Cut(
+        LimitEffect(
             max_length=limit.max_length,
             sequences=limit.longer,
             share=limit.longer / found.sequences,

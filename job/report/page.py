@@ -72,7 +72,7 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class LimitEffect:
     """What a maximum length would cut."""
 
     max_length: int
@@ -98,7 +98,7 @@ class Lengths:
     padding_waste: float
     """Share of padding if passes were padded."""
     bins: tuple[Bin, ...]
-    cuts: tuple[Cut, ...]
+    cuts: tuple[LimitEffect, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ class DataError(JobError):
     retry = False
 
 
-class DeniedError(JobError):
+class AccessDeniedError(JobError):
     """Credentials or a permission were refused."""
 
     kind = "denied"
@@ -69,10 +69,10 @@ class DeniedError(JobError):
     retry = False
 
 
-class HopelessError(JobError):
+class PermanentError(JobError):
     """Trying again would end the same way: the loss diverged, or memory does not suffice."""
 
-    kind = "hopeless"
+    kind = "permanent"
     exit_code = 70
     meaning = "trying again would end the same way: diverged, or out of memory"
     retry = False
@@ -106,8 +106,8 @@ class InterruptedError(JobError):  # noqa: A001 - the domain's word; the builtin
 KINDS: tuple[type[JobError], ...] = (
     ConfigError,
     DataError,
-    DeniedError,
-    HopelessError,
+    AccessDeniedError,
+    PermanentError,
     FencedError,
     StorageError,
     InterruptedError,
@@ -127,13 +127,13 @@ def known(error: BaseException) -> JobError | None:
     if number in NO_SPACE or any(f"os error {code}" in str(error) for code in NO_SPACE):
         return StorageError(f"The disk is full: {error}.", remedy="Give the scratch directory (TMPDIR) more room.")
     if number in REFUSED:
-        return DeniedError(f"A file may not be read or written: {error}.", remedy="Correct its owner or mode.")
+        return AccessDeniedError(f"A file may not be read or written: {error}.", remedy="Correct its owner or mode.")
     if isinstance(error, MemoryError):
-        return HopelessError("The machine ran out of memory.", remedy="Give the job more memory.")
+        return PermanentError("The machine ran out of memory.", remedy="Give the job more memory.")
     return None
 
 
-class Stop(BaseException):
+class StopRequested(BaseException):
     """Raised in the main thread by SIGTERM or SIGINT. Not an Exception, so that few libraries swallow it."""
 
     def __init__(self, signal_name: str) -> None:

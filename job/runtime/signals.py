@@ -1,9 +1,10 @@
 """SIGTERM and SIGINT: ask the run to stop, tell those who want to know, and end the process before it is ended.
 
-The first signal raises `Stop` in the main thread, or only sets a flag inside `deferred()`, where the training loop
-looks at it between two steps. A thread of its own hears of every signal at once, also while the main thread is inside
-C code: it calls the listeners, raises `Stop` again where somebody swallowed it (an exception that a finaliser or a
-bare `except` meets is lost), and ends the process when the grace is used up. A second signal ends it at once.
+The first signal raises `StopRequested` in the main thread, or only sets a flag inside `deferred()`, where the training
+loop looks at it between two steps. A thread of its own is told of every signal at once, also while the main thread is
+inside C code: it calls the listeners, raises `StopRequested` again where somebody swallowed it (an exception that a
+finaliser or a bare `except` meets is lost), and ends the process when the grace is used up. A second signal ends it at
+once.
 
 The standard library only, and little of it: this is imported before everything else.
 """
@@ -18,14 +19,14 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from job.runtime.errors import InterruptedError, Stop  # noqa: A004 - the domain's word
+from job.runtime.errors import InterruptedError, StopRequested  # noqa: A004 - the domain's word
 
 SAME_SIGNAL_SECONDS = 1.0  # `timeout`, make and terminals signal a whole group: the same wish arrives twice
 MARGIN_SECONDS = 1.0  # of the grace, kept for the end itself
-RING_SECONDS = 1.0
+WAKEUP_SECONDS = 1.0
 LAST_WORDS_SECONDS = 0.7
 ASKING = (signal.SIGTERM, signal.SIGINT)
-_RING = signal.SIGUSR1  # only ever sent by this module to this process
+_WAKEUP = signal.SIGUSR1  # only ever sent by this module to this process
 
 
 class _State:
@@ -35,12 +36,12 @@ class _State:
     asked_at = 0.0
     grace_seconds = 15.0
     raised = False
-    heard = False
+    acknowledged = False
     deferring = 1
     """How many want signals to set the flag only; the first is the start of the program, until `ready`."""
     listeners: list[Callable[[], None]] = []  # noqa: RUF012 - there is one state
     last_words: Callable[[], None] = staticmethod(lambda: None)
-    bell: tuple[int, int] | None = None
+    wakeup_pipe: tuple[int, int] | None = None
 
 
 _state = _State()
@@ -53,16 +54,16 @@ def install() -> None:
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    _state.bell = (reading, writing)
+    _state.wakeup_pipe = (reading, writing)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in ASKING:
         signal.signal(number, _on_signal)
-    signal.signal(_RING, _on_ring)
+    signal.signal(_WAKEUP, _on_wakeup)
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
 
 
-def ready() -> None:
-    """From here on somebody catches `Stop`; raises it if a signal came meanwhile."""
+def enable() -> None:
+    """From here on somebody catches `StopRequested`; raises it if a signal came meanwhile."""
     _state.deferring -= 1
     _raise_if_asked()
 
@@ -94,14 +95,14 @@ def last_words(say: Callable[[], None]) -> None:
     _state.last_words = say
 
 
-def hear() -> None:
-    """`Stop` has arrived where it belongs: it need not be raised again."""
-    _state.heard = True
+def acknowledge() -> None:
+    """`StopRequested` has await_model where it belongs: it need not be raised again."""
+    _state.acknowledged = True
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, a signal only sets the flag; raises `Stop` on leaving, or on entering, if it is set."""
+    """Inside, a signal only sets the flag; raises `StopRequested` on leaving, or on entering, if it is set."""
     _raise_if_asked()
     _state.deferring += 1
     try:
@@ -125,18 +126,18 @@ def immediate() -> Iterator[None]:
 def _raise_if_asked() -> None:
     if _state.name is not None and not _state.deferring:
         _state.raised = True
-        raise Stop(_state.name)
+        raise StopRequested(_state.name)
 
 
 def _on_signal(number: int, _: FrameType | None) -> None:
     """In the main thread, as soon as it runs Python code."""
     _note(number)
-    if not (_state.raised or _state.heard):
+    if not (_state.raised or _state.acknowledged):
         _raise_if_asked()
 
 
-def _on_ring(_: int, __: FrameType | None) -> None:
-    if not _state.heard:
+def _on_wakeup(_: int, __: FrameType | None) -> None:
+    if not _state.acknowledged:
         _raise_if_asked()
 
 
@@ -160,12 +161,12 @@ def _watch(reading: int) -> None:
 
 
 def _attend() -> None:
-    """Ring until `Stop` was heard, and end the process when the grace is over."""
+    """Wake the main thread until `StopRequested` was acknowledged, and end the process when the grace is over."""
     main = threading.main_thread().ident
     while (left := seconds_left()) > 0:
-        time.sleep(min(RING_SECONDS, left))
-        if not (_state.heard or _state.deferring or main is None):
-            signal.pthread_kill(main, _RING)
+        time.sleep(min(WAKEUP_SECONDS, left))
+        if not (_state.acknowledged or _state.deferring or main is None):
+            signal.pthread_kill(main, _WAKEUP)
     _end()
 
 

@@ -42,7 +42,7 @@ def _sweep(place: Path) -> None:
     for work in place.iterdir():
         if work.is_dir() and _abandoned(work):
             shutil.rmtree(work, ignore_errors=True)
-            log.info("scratch_swept", path=str(work))
+            log.info("scratch_cleaned", path=str(work))
 
 
 def _abandoned(work: Path) -> bool:

@@ -21,7 +21,7 @@ SHOWN_CHARACTERS = 2000  # of a sample in the log; the record has it whole
 def look(life: RunContext, finetune: Any, data: Data, *, phase: str, step: int) -> float | None:
     """Evaluate and answer the sample prompts; both go to the log and the record."""
     record = life.record
-    loss = look_at_loss(life, finetune, data, step=step)
+    loss = evaluate_held_out(life, finetune, data, step=step)
     with life.timeline.span("evaluate"):
         answers = finetune.answer(data.prompts)
     for index, (prompt, answer) in enumerate(zip(data.prompts, answers, strict=True)):
@@ -32,7 +32,7 @@ def look(life: RunContext, finetune: Any, data: Data, *, phase: str, step: int) 
     return loss
 
 
-def look_at_loss(life: RunContext, finetune: Any, data: Data, *, step: int) -> float | None:
+def evaluate_held_out(life: RunContext, finetune: Any, data: Data, *, step: int) -> float | None:
     """The loss on the held-out rows, if there are any; logs `evaluated`."""
     if data.evaluation is None:
         return None

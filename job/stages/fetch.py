@@ -27,7 +27,7 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coming:
+class PendingModel:
     """The model on its way here."""
 
     model: Background[Model]
@@ -53,11 +53,11 @@ def finished(config: Config, record: Record) -> dict[str, Any] | None:
     return done
 
 
-def gather(life: RunContext) -> tuple[Inputs, Coming]:
+def fetch_inputs(life: RunContext) -> tuple[Inputs, PendingModel]:
     """Bring the inputs here, the same as the run's first attempt read, and refuse what cannot be trained.
 
     What a model's small files say is checked first. Its weights then come in the background, and of a model that is
-    not on this disk the inputs name stand-ins until `arrived`.
+    not on this disk the inputs name stubs until `await_model`.
     """
     config, record = life.config, life.record
     first = record.first()
@@ -77,7 +77,7 @@ def gather(life: RunContext) -> tuple[Inputs, Coming]:
         pulled = puller.rest(config, small, date=began["date"] if began else None)
     if pinned is not None:
         record.check_inputs(pinned, pulled.as_json())
-    return pulled, Coming(model=model, base=base, pinned=pinned)
+    return pulled, PendingModel(model=model, base=base, pinned=pinned)
 
 
 def _inspected(config: Config, files: ModelFiles) -> BaseModel:
@@ -95,7 +95,7 @@ def _pull_model(life: RunContext, puller: Puller) -> Model:
         return Model(files=files, base=base, hashes=fingerprint.weights(base))
 
 
-def arrived(life: RunContext, pulled: Inputs, coming: Coming) -> tuple[Inputs, BaseModel, dict[str, str]]:
+def await_model(life: RunContext, pulled: Inputs, coming: PendingModel) -> tuple[Inputs, BaseModel, dict[str, str]]:
     """Wait for the weights: all inputs as they are, the model, and the hashes of its weights."""
     whole = coming.model.result()
     pulled = pulled.with_model(whole.files)

@@ -22,7 +22,7 @@ from job.config import rules
 from job.config.schema import Config
 from job.observability import logs
 from job.runtime import process
-from job.runtime.errors import ConfigError, DeniedError, JobError, StorageError, known
+from job.runtime.errors import AccessDeniedError, ConfigError, JobError, StorageError, known
 from job.runtime.process import Process
 from job.storage.open import open_store
 
@@ -204,7 +204,7 @@ def probe_output(uri: str) -> bool:
         whether the store honours conditional writes.
 
     Raises:
-        DeniedError: one of them is refused.
+        AccessDeniedError: one of them is refused.
         StorageError: the store is not reached, or returns something else.
     """
     store = open_store(uri, patience_seconds=PATIENCE_SECONDS, denied_patience_seconds=PATIENCE_SECONDS)
@@ -219,5 +219,7 @@ def probe_output(uri: str) -> bool:
     finally:
         try:
             store.delete(key)
-        except DeniedError as error:  # a run only warns, too: it then keeps every checkpoint
-            log.warning("preflight_object_left", key=key, reason=error.message, remedy="Delete it by other means.")
+        except AccessDeniedError as error:  # a run only warns, too: it then keeps every checkpoint
+            log.warning(
+                "preflight_object_not_deleted", key=key, reason=error.message, remedy="Delete it by other means."
+            )

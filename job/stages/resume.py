@@ -39,17 +39,17 @@ def restore(
     return restored
 
 
-def begin(life: RunContext, pulled: Inputs, mark: dict[str, Any], circumstances: dict[str, Any]) -> None:
+def begin(life: RunContext, pulled: Inputs, mark: dict[str, Any], reproducibility_facts: dict[str, Any]) -> None:
     """Write down what the run is, now that all is checked and the first step is about to begin."""
     config, record = life.config, life.record
-    pinned = record.pin(config, inputs=pulled.as_json(), fingerprint=mark, circumstances=circumstances)
+    pinned = record.pin(config, inputs=pulled.as_json(), fingerprint=mark, reproducibility_facts=reproducibility_facts)
     if not pinned and not fingerprint.contents_may_change(config):
         record.check_inputs(record.inputs() or {}, pulled.as_json())
 
 
-def say_differences(finetune: Any, restored: Restored) -> None:
+def warn_if_not_bitwise(finetune: Any, restored: Restored) -> None:
     """Warn where the resumed run will not be, bit for bit, the run that was interrupted."""
-    now = {**finetune.circumstances(), "versions": versions()}
+    now = {**finetune.reproducibility_facts(), "versions": versions()}
     del now["asked"]  # another wish that comes to the same plan changes nothing
     differences = {
         name: {"was": restored.body.get(name), "is": value}
@@ -57,7 +57,7 @@ def say_differences(finetune: Any, restored: Restored) -> None:
         if restored.body.get(name) != value
     }
     if differences:
-        log.warning("bitwise_equality_ended", **differences)
+        log.warning("resume_not_bitwise", **differences)
 
 
 def published_before(

@@ -13,9 +13,9 @@ import structlog
 from job.data.prepare import Data
 from job.observability.timeline import compile_seconds
 from job.runtime import process, signals
-from job.runtime.errors import JobError, Stop
+from job.runtime.errors import JobError, StopRequested
 from job.stages.context import RunContext
-from job.stages.evaluate import evaluation_steps, look, look_at_loss
+from job.stages.evaluate import evaluate_held_out, evaluation_steps, look
 from job.stages.resume import published_before
 from job.state import checkpoints
 from job.state.checkpoints import Restored
@@ -57,8 +57,8 @@ def train(
         life.cache.save_now()
         with spans("upload"):
             uploader.drain()
-    except Stop:
-        signals.hear()
+    except StopRequested:
+        signals.acknowledge()
         committed = _hand_over(uploader)
         log.info("stopped_between_steps", step=finetune.step, committed=committed)
         raise
@@ -74,7 +74,7 @@ def train(
     loss = next(entry["loss"] for entry in record.noted("train_progress"))
     facts = {
         "steps": finetune.plan.steps,
-        "plan": finetune.circumstances()["plan"],
+        "plan": finetune.reproducibility_facts()["plan"],
         "fingerprint": mark,
         "results": {"train_loss": loss, "eval_loss_before": before, "eval_loss": after},
         "versions": versions(),
@@ -115,7 +115,7 @@ def _hooks(
         (directory / checkpoints.HISTORY).write_bytes(record.history_text())
         staging.mkdir(exist_ok=True)
         staged = directory.rename(staging / f"{directory.name}-{time.monotonic_ns()}")
-        facts = {"fingerprint": mark, "versions": versions(), **finetune.circumstances()}
+        facts = {"fingerprint": mark, "versions": versions(), **finetune.reproducibility_facts()}
         saved = Saved(step=step, directory=staged, stall_seconds=stalled(), facts=facts)
         life.timeline.add("checkpoint_stall", saved.stall_seconds)
         uploader.submit(saved)
@@ -137,7 +137,7 @@ def _hooks(
         note=record.note,
         ready=ready,
         first_step=first_step,
-        evaluate=(lambda step: look_at_loss(life, finetune, data, step=step)) if data.evaluation else None,
+        evaluate=(lambda step: evaluate_held_out(life, finetune, data, step=step)) if data.evaluation else None,
         evaluated=lambda step: any(True for _ in record.noted("evaluated", step=step)),
         evaluate_every=evaluation_steps(config, steps, rows),
         save=save,

@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 
 from job.observability import logs
-from job.runtime.errors import ConfigError, DeniedError, FencedError, HopelessError, JobError, StorageError
+from job.runtime.errors import AccessDeniedError, ConfigError, FencedError, JobError, PermanentError, StorageError
 from job.runtime.process import Process
 from job.storage.base import Store
 
@@ -101,7 +101,7 @@ class Attempts:
 
     def _numbers(self) -> set[int]:
         prefix = f"{self.run_id}/attempts/"
-        found = (_NUMBER.match(entry.key.removeprefix(prefix)) for entry in self.store.entries(prefix))
+        found = (_NUMBER.match(entry.key.removeprefix(prefix)) for entry in self.store.list_objects(prefix))
         return {int(match[1]) for match in found if match}
 
     def end(self, outcome: str, **facts: Any) -> None:
@@ -133,14 +133,14 @@ class Attempts:
         if isinstance(error, FencedError):  # the run belongs to somebody else, also its failure.json
             self.end(error.kind, exit_code=error.exit_code)
             return None
-        hopeless = None
+        final = None
         if not isinstance(error, JobError) and self._failures_before(step) + 1 >= MOST_FAILURES:
-            hopeless = HopelessError(
+            final = PermanentError(
                 f"{MOST_FAILURES} attempts in a row ended at the same step ({step or 'before training'}), the last by "
                 f"{type(error).__name__}: {error}",
                 remedy="The log has the traceback. Mend the cause, then start the run again: it resumes.",
             )
-        shown = hopeless or error
+        shown = final or error
         body: dict[str, Any] = {
             "attempt": self.number,
             "kind": shown.kind if isinstance(shown, JobError) else "unknown",
@@ -152,11 +152,11 @@ class Attempts:
             "time": now(),
         }
         # A store that has just used up all patience gets no more of it.
-        patience = LAST_PATIENCE_SECONDS if isinstance(error, StorageError | DeniedError) else PATIENCE_SECONDS
-        with contextlib.suppress(StorageError, DeniedError):
+        patience = LAST_PATIENCE_SECONDS if isinstance(error, StorageError | AccessDeniedError) else PATIENCE_SECONDS
+        with contextlib.suppress(StorageError, AccessDeniedError):
             self.closing(patience).write(f"{self.run_id}/failure.json", _redacted(body))
         self._end(patience, body["kind"], exit_code=body["exit_code"], step=step)
-        return hopeless
+        return final
 
     def check_progress(self, from_step: int) -> None:
         """Refuse to go on where others died without a word, one after the other, and none got any further.
@@ -165,11 +165,11 @@ class Attempts:
             from_step: of the newest checkpoint.
 
         Raises:
-            HopelessError: the attempts before this one were killed from outside and left no new checkpoint.
+            PermanentError: the attempts before this one were killed from outside and left no new checkpoint.
         """
         before = [self._look(number) for number in range(self.number - 1, self.number - 1 - MOST_FAILURES, -1)]
         if all(found and found[1] is None and found[0].get("from_step") == from_step for found in before):
-            raise HopelessError(
+            raise PermanentError(
                 f"{MOST_FAILURES} attempts in a row died without a word, none got past step {from_step}.",
                 remedy="Most often the kernel killed them for their memory: give the job more, then start it again.",
             )

@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from job.runtime.errors import ConfigError, DataError, HopelessError, JobError
+from job.runtime.errors import ConfigError, DataError, JobError, PermanentError
 from job.runtime.hashing import hashes
 from job.state.ledger import Entry, Ledger
 from job.storage.base import Store
@@ -74,8 +74,8 @@ def restore(ledger: Ledger, directory: Path, *, check: Callable[[Path, dict[str,
             their record.
 
     Raises:
-        HopelessError: checkpoints exist, and none is good.
-        StorageError, DeniedError: the store; never taken for "no checkpoint".
+        PermanentError: checkpoints exist, and none is good.
+        StorageError, AccessDeniedError: the store; never taken for "no checkpoint".
     """
     bad: list[str] = []
     for entry in ledger.newest_first(below=ledger.last):
@@ -88,7 +88,7 @@ def restore(ledger: Ledger, directory: Path, *, check: Callable[[Path, dict[str,
             log.warning("checkpoint_damaged", commit=entry.number, reason=error.message)
             _mark(ledger, entry, error)
     if bad:
-        raise HopelessError(
+        raise PermanentError(
             f"No checkpoint of run {ledger.run_id} is whole ({'; '.join(bad[:3])}).",
             remedy="Restore the objects from the bucket's versions or a backup, or start over with TUNE_RESUME=fresh.",
         )
@@ -177,7 +177,7 @@ def prune(store: Store, *, run_id: str, attempts: range, kept: Iterable[str]) ->
     """
     stay = tuple(f"{prefix}/" for prefix in kept)
     deleted = 0
-    for entry in store.entries(f"{run_id}/checkpoints/data/"):
+    for entry in store.list_objects(f"{run_id}/checkpoints/data/"):
         place = _DATA.match(entry.key.removeprefix(f"{run_id}/"))
         if place and int(place["attempt"]) in attempts and not entry.key.startswith(stay):
             store.delete(entry.key)

@@ -192,10 +192,12 @@ class Ledger:
         return next((entry for entry in within if entry.kind == kind), None)
 
     def _numbers(self) -> list[int]:
-        stems = [PurePosixPath(entry.key).stem for entry in self.store.entries(f"{self.run_id}/checkpoints/commits/")]
+        stems = [
+            PurePosixPath(entry.key).stem for entry in self.store.list_objects(f"{self.run_id}/checkpoints/commits/")
+        ]
         strange = [stem for stem in stems if not stem.isdecimal()]
         if strange:
-            structlog.get_logger().warning("ledger_strangers", names=strange[:10])
+            structlog.get_logger().warning("ledger_unexpected_objects", names=strange[:10])
         return [int(stem) for stem in stems if stem.isdecimal()]
 
     def _key(self, number: int) -> str:

@@ -18,7 +18,7 @@ import structlog
 
 from job.config.schema import Config
 from job.observability import logs
-from job.runtime.errors import ConfigError, DeniedError, FencedError, StorageError
+from job.runtime.errors import AccessDeniedError, ConfigError, FencedError, StorageError
 from job.storage.base import Store, create
 
 log = structlog.get_logger()
@@ -81,13 +81,18 @@ class Record:
         return self._read("inputs.json")
 
     def pin(
-        self, config: Config, *, inputs: dict[str, Any], fingerprint: dict[str, Any], circumstances: dict[str, Any]
+        self,
+        config: Config,
+        *,
+        inputs: dict[str, Any],
+        fingerprint: dict[str, Any],
+        reproducibility_facts: dict[str, Any],
     ) -> bool:
         """Create `run.json` and `inputs.json`, when all is checked and training is about to begin: from here on the
         run is what it is, and a mistake that was found before leaves no trace.
 
         Args:
-            circumstances: the plan and the device, for an attempt that finds no checkpoint.
+            reproducibility_facts: the plan and the device, for an attempt that finds no checkpoint.
 
         Returns:
             Whether the inputs are now pinned to these, not to what another attempt read.
@@ -98,7 +103,7 @@ class Record:
             "config": config.as_variables(),
             "fingerprint": fingerprint,
             "versions": versions(),
-            **circumstances,
+            **reproducibility_facts,
         }
         self._create("run.json", body)
         return self._create("inputs.json", inputs)
@@ -165,7 +170,7 @@ class Record:
             where to, or None if there was nothing.
         """
         prefix = f"{self.run_id}/"
-        keys = [e.key for e in self.store.entries(prefix) if not e.key.removeprefix(prefix).startswith(STAYS)]
+        keys = [e.key for e in self.store.list_objects(prefix) if not e.key.removeprefix(prefix).startswith(STAYS)]
         aside = f"{prefix}aside/{self.attempt:04d}/"
         for key in keys:
             self.store.copy(key, aside + key.removeprefix(prefix))
@@ -177,11 +182,11 @@ class Record:
         """Remove what broken-off uploads of this run have left. Only for the attempt that publishes."""
         try:
             swept = self.store.sweep(f"{self.run_id}/")
-        except (DeniedError, StorageError) as error:
-            log.warning("uploads_not_swept", reason=error.message)
+        except (AccessDeniedError, StorageError) as error:
+            log.warning("unfinished_uploads_not_removed", reason=error.message)
         else:
             if swept:
-                log.info("uploads_swept", count=swept)
+                log.info("unfinished_uploads_removed", count=swept)
 
     def _read(self, name: str) -> dict[str, Any] | None:
         data = self.store.read(f"{self.run_id}/{name}")

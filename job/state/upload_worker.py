@@ -127,9 +127,9 @@ class Uploads:
                 attempts = range(self._ledger.life, self._attempt + 1)
                 prune(self._tidying, run_id=self._run_id, attempts=attempts, kept=self._kept)
         except StorageError as error:
-            log.warning("checkpoints_not_tidied", reason=error.message)
+            log.warning("old_checkpoints_not_deleted", reason=error.message)
         except JobError as error:
-            log.warning("checkpoints_kept", reason=error.message, remedy=error.remedy)
+            log.warning("old_checkpoints_kept", reason=error.message, remedy=error.remedy)
             self._may_delete = False  # it would be refused again
 
 

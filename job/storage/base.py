@@ -24,13 +24,13 @@ class Entry:
 class Store(Protocol):
     """A flat space of objects under one root.
 
-    Every method may raise StorageError (unreachable past the patience, disk full), DeniedError (refused past the
+    Every method may raise StorageError (unreachable past the patience, disk full), AccessDeniedError (refused past the
     denied patience) and DataError (no such bucket, or a key that is refused, see `uri.checked_key`).
     """
 
     uri: str
 
-    def entries(self, prefix: str = "") -> list[Entry]:
+    def list_objects(self, prefix: str = "") -> list[Entry]:
         """All objects whose key starts with `prefix` (a plain string prefix), sorted by key."""
         ...
 

@@ -27,8 +27,8 @@ class DirectoryStore:
         self.root = root
         self.uri = str(root)
 
-    def entries(self, prefix: str = "") -> list[Entry]:
-        """See `Store.entries`. Links to files are followed, links to directories are not."""
+    def list_objects(self, prefix: str = "") -> list[Entry]:
+        """See `Store.list_objects`. Links to files are followed, links to directories are not."""
         top = self.root / prefix.rpartition("/")[0]
         with disk_errors(top):
             found = [_entry(checked_key(key), path) for key, path in self._files(top) if key.startswith(prefix)]

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from job.runtime.errors import DeniedError, StorageError
+from job.runtime.errors import AccessDeniedError, StorageError
 
 _TEMPORARY_PREFIX = ".finetune-job-"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -31,14 +31,14 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise _explained(error, path) from error
 
 
-def _explained(error: OSError, path: Path) -> DeniedError | StorageError:
+def _explained(error: OSError, path: Path) -> AccessDeniedError | StorageError:
     if error.errno in _FULL:
         return StorageError(
             f"The disk is full: {path} could not be written ({error.strerror}).",
             remedy="Give the volume that holds it more space.",
         )
     if error.errno in _REFUSED:
-        return DeniedError(
+        return AccessDeniedError(
             f"{path} may not be used: {error.strerror}, as uid {os.geteuid()}.",
             remedy="Make it accessible for that user.",
         )

@@ -66,7 +66,7 @@ def fetch(
     Raises:
         MissingError: nothing is there; it names what stands near.
         ChangedError: an object was written again and again while it was read.
-        StorageError, DeniedError, DataError: see `Store`.
+        StorageError, AccessDeniedError, DataError: see `Store`.
     """
     for attempt in range(1, _CHANGED_ATTEMPTS):
         try:
@@ -125,7 +125,7 @@ def find(uri: str, patience_seconds: float, wanted: Callable[[str], bool] | None
 def _find_local(path: Path) -> Found:
     if path.is_dir():
         store = open_store(str(path))
-        return Found(store=store, entries=store.entries())
+        return Found(store=store, entries=store.list_objects())
     store = open_store(str(path.parent))
     entry = store.head(path.name) if path.name else None
     return Found(store=store, entries=[entry] if entry else [])
@@ -145,7 +145,7 @@ def _find_remote(address: S3Address, patience_seconds: float) -> Found:
         if entry is not None:
             return Found(store=store, entries=[entry])
     store = open_store(f"s3://{address.bucket}/{key}", patience_seconds=patience_seconds)
-    return Found(store=store, entries=store.entries())
+    return Found(store=store, entries=store.list_objects())
 
 
 def _near(address: S3Address, patience_seconds: float) -> list[str]:

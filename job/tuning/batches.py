@@ -31,7 +31,7 @@ def by_length(lengths: Sequence[int], size: int, run: Callable[[list[int]], None
             error = str(found).splitlines()[0]
         if error:  # only here: what the batch had allocated is let go with its error
             torch.cuda.empty_cache()
-            log.warning("batch_halved", reason=error, was=size, now=size // 2)
+            log.warning("evaluation_batch_halved", reason=error, was=size, now=size // 2)
             size //= 2
             continue
         order = order[size:]

@@ -19,7 +19,7 @@ from job.model import shape
 from job.model.base_model import BaseModel
 from job.model.memory import STATE_BYTES, STATE_BYTES_OTHERS
 from job.runtime import signals
-from job.runtime.errors import ConfigError, HopelessError
+from job.runtime.errors import ConfigError, PermanentError
 from job.tuning import checkpoint_files
 from job.tuning import model as models
 from job.tuning.callbacks.callbacks import Evaluations, Hooks, Hyperparameters, Progress, SavePoints, Settled
@@ -27,7 +27,7 @@ from job.tuning.device import MORE_ROOM, Device, choose, memory, out_of_memory
 from job.tuning.evaluate import Evaluation, answer, evaluate
 from job.tuning.export import export
 from job.tuning.fit.plan import Plan, as_trained, asked, plan, taken_over
-from job.tuning.fit.search import Fitting
+from job.tuning.fit.search import PassSearch
 from job.tuning.trainer import CountingCollator, build, train
 
 log = structlog.get_logger()
@@ -49,7 +49,7 @@ def explained(remedy: str = MORE_ROOM) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if out_of_memory(error):
-            raise HopelessError(
+            raise PermanentError(
                 f"The GPU ran out of memory: {str(error).splitlines()[0]}",
                 remedy=remedy,
             ) from error
@@ -68,9 +68,9 @@ class Finetune:
 
     config: Config
     device: Device
-    fitting: Fitting
+    fitting: PassSearch
     earlier: dict[str, Any]
-    """`circumstances` of the attempt before; empty if there was none."""
+    """`reproducibility_facts` of the attempt before; empty if there was none."""
     model: Any
     tokenizer: Any
     dataset: Any
@@ -87,7 +87,7 @@ class Finetune:
         Args:
             data: with `tokenizer` and `train`, as `run.Data` has them.
             directory: scratch of this attempt.
-            earlier: `circumstances` that an earlier attempt of the run recorded.
+            earlier: `reproducibility_facts` that an earlier attempt of the run recorded.
         """
         started = time.monotonic()
         device = choose(asked=config.device)
@@ -112,7 +112,7 @@ class Finetune:
             load_seconds=round(time.monotonic() - started, 3),
             **now,
         )
-        fitting = Fitting(
+        fitting = PassSearch(
             plan=planned,
             device=device,
             shape=shape.of(base),
@@ -141,9 +141,9 @@ class Finetune:
         """Optimizer steps done."""
         return self.progress.step if self.progress else 0
 
-    def circumstances(self) -> dict[str, Any]:
+    def reproducibility_facts(self) -> dict[str, Any]:
         """What a checkpoint must meet again for the run to go on bit for bit, and what was asked when it was made."""
-        return {"plan": self.plan.circumstances(), "device": self.device.name, "asked": asked(self.config)}
+        return {"plan": self.plan.reproducibility_facts(), "device": self.device.name, "asked": asked(self.config)}
 
     def hooks(self, **hooks: Any) -> Hooks:
         """The events of the training loop; `Hooks` has the names."""
@@ -159,8 +159,8 @@ class Finetune:
             changed: whether settings of the optimizer may differ from the checkpoint's.
 
         Raises:
-            HopelessError: it diverged, ran out of memory, or ended early.
-            Stop: a signal came; a checkpoint was saved if there was time.
+            PermanentError: it diverged, ran out of memory, or ended early.
+            StopRequested: a signal came; a checkpoint was saved if there was time.
         """
         directory, done = resume_from or (None, 0)
         if directory is not None and done >= self.plan.steps:
@@ -188,7 +188,7 @@ class Finetune:
             train(trainer, callbacks, resume_from=directory)
         self.fitting.forget()
         if trainer.state.global_step != self.plan.steps:
-            raise HopelessError(
+            raise PermanentError(
                 f"Training stopped after {trainer.state.global_step} of {self.plan.steps} steps.",
                 remedy="Check the log for what the trainer printed.",
             )
@@ -208,7 +208,7 @@ class Finetune:
                 found = None
             found = found or self._loss(dataset)  # only here: the error held on to what had been allocated
         if not math.isfinite(found.loss):
-            raise HopelessError(
+            raise PermanentError(
                 f"The loss on the held-out rows is {found.loss}.",
                 remedy="Lower TUNE_LEARNING_RATE, or look for broken weights in the base model.",
             )

@@ -15,7 +15,7 @@ from unsloth import FastLanguageModel
 from job.config.schema import Config
 from job.model import shape
 from job.model.base_model import BaseModel
-from job.runtime.errors import ConfigError, DataError, HopelessError
+from job.runtime.errors import ConfigError, DataError, PermanentError
 from job.tuning.device import MORE_ROOM, Device, out_of_memory
 
 log = structlog.get_logger()
@@ -44,7 +44,7 @@ def load(base: BaseModel, config: Config, device: Device, *, directory: Path) ->
     Raises:
         ConfigError: a target matches nothing, or this machine cannot load the asked precision.
         DataError: the library does not know the architecture, or the weights are damaged.
-        HopelessError: they do not fit into the card's memory.
+        PermanentError: they do not fit into the card's memory.
     """
     model = _load_base(base, config, device, directory)
     _check_precision(model, base, config)
@@ -90,7 +90,7 @@ def _load_base(base: BaseModel, config: Config, device: Device, directory: Path)
             raise
         # Transformers makes an error of its own of memory that runs out while weights are quantised.
         if SPILLED in str(error) or torch.cuda.memory_stats().get("num_ooms"):
-            raise HopelessError(
+            raise PermanentError(
                 f"{base.name} does not fit into the GPU's memory: {str(error).partition('. ')[0]}.", remedy=MORE_ROOM
             ) from error
         raise DataError(

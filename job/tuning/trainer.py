@@ -14,14 +14,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from job.config.schema import Config
-from job.runtime.errors import NO_SPACE, HopelessError
+from job.runtime.errors import NO_SPACE, PermanentError
 from job.tuning import model as adapter
 from job.tuning.checkpoint_files import write_adapter
 from job.tuning.curriculum import ShortFirst
 from job.tuning.device import out_of_memory
 from job.tuning.fit.micro_batches import cut
 from job.tuning.fit.plan import Plan, padded
-from job.tuning.fit.search import Fitting
+from job.tuning.fit.search import PassSearch
 from job.tuning.weighted_loss import COLUMN, WeightedLoss, use_log_probs
 
 log = structlog.get_logger()
@@ -34,7 +34,7 @@ class _Trainer(SFTTrainer):
 
     order: ShortFirst | None = None
     """None shuffles every epoch."""
-    fitting: Fitting
+    fitting: PassSearch
     """How a step's batch is cut."""
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -43,7 +43,7 @@ class _Trainer(SFTTrainer):
         A step that runs out of memory begins again, cut smaller.
 
         Raises:
-            HopelessError: it takes several passes, and the loss of each would be a mean of its own.
+            PermanentError: it takes several passes, and the loss of each would be a mean of its own.
         """
         while True:
             error = ""
@@ -86,8 +86,8 @@ class _WeightedTrainer(WeightedLoss, _Trainer):
     """The same, for rows that carry weights."""
 
 
-def _not_a_sum(model: Any, passes: int) -> HopelessError:
-    return HopelessError(
+def _not_a_sum(model: Any, passes: int) -> PermanentError:
+    return PermanentError(
         f"The loss of {model.config.model_type} models is a mean over each pass, so that {passes} passes do not add up "
         "to the batch's.",
         remedy="Lower TUNE_BATCH_SIZE, or raise TUNE_MICRO_BATCH, until one pass holds the batch, and report this with "
@@ -111,7 +111,7 @@ def _disk_full(error: Exception, directory: Path) -> bool:
 
 
 def build(
-    model: Any, dataset: Any, hf_tokenizer: Any, *, config: Config, fitting: Fitting, directory: Path
+    model: Any, dataset: Any, hf_tokenizer: Any, *, config: Config, fitting: PassSearch, directory: Path
 ) -> SFTTrainer:
     """The trainer, checked. It takes whole batches; `fitting` cuts them.
 
@@ -121,7 +121,7 @@ def build(
 
     Raises:
         ConfigError: Unsloth does not train the model with the batches that were asked for.
-        HopelessError: it changed other settings.
+        PermanentError: it changed other settings.
     """
     plan = fitting.plan
     weighted = COLUMN in dataset.column_names
@@ -147,7 +147,7 @@ def build(
     return trainer
 
 
-def _arguments(config: Config, fitting: Fitting, directory: Path) -> SFTConfig:
+def _arguments(config: Config, fitting: PassSearch, directory: Path) -> SFTConfig:
     """All of them: where one is left out, the library decides."""
     plan, device = fitting.plan, fitting.device
     return SFTConfig(
@@ -208,7 +208,7 @@ def _check(trainer: SFTTrainer, plan: Plan, config: Config) -> None:
     }
     changed = [f"{name} {found} instead of {wanted}" for name, (found, wanted) in effective.items() if found != wanted]
     if changed:
-        raise HopelessError(
+        raise PermanentError(
             f"The training library changed the settings: {'; '.join(changed)}.",
             remedy="Report this with the log: the versions in the image do not fit together.",
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from trl.trainer import utils as trl_utils
 
-from job.runtime.errors import HopelessError
+from job.runtime.errors import PermanentError
 from job.tuning.batches import IGNORED
 
 COLUMN = "weights"
@@ -42,7 +42,7 @@ class WeightedCollator:
         for line, values in zip(filled, lines, strict=True):
             line[: len(values)] = values
         if not torch.equal(filled > 0, batch["labels"] != IGNORED):
-            raise HopelessError(
+            raise PermanentError(
                 "The training library moved or changed labels: the weights of TUNE_ROLE_WEIGHTS do not fit them.",
                 remedy="Report this with the log: the versions in the image do not fit together.",
             )

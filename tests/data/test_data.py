@@ -90,7 +90,7 @@ def test_each_side_is_as_if_rendered_by_itself(model: Path, tmp_path: Path, way:
     read = prepare.read(asked, inputs)
     rows = list(dataset.read([dataset.Source(name=path.name, path=path)]))
     rows += list(dataset.read([dataset.Source(name=held_out.name, path=held_out)])) if held_out else []
-    weights = role_weights.learnt(asked.role_weights) or None
+    weights = role_weights.learned(asked.role_weights) or None
     train = alone(asked, model, list(compress(rows, read.split.train)), weights, tmp_path / "train")
     shown = list(compress(rows, read.split.held_out))
     evaluation = alone(
@@ -159,13 +159,13 @@ def test_a_glance_tells_what_the_first_rows_show(model: Path, tmp_path: Path, mo
     early, late = tmp_path / "early.jsonl", tmp_path / "late.jsonl"
     early.write_text('{"messages": []}\n' + good.read_text() + "no\n")
     late.write_text(good.read_text() + "no\n")
-    prepare.glance(config(), given(model, late))
+    prepare.validate_head(config(), given(model, late))
     for inputs in (given(model, early), given(model, good, early)):
         with pytest.raises(DataError, match="2 of 42 rows are invalid"):
-            prepare.glance(config(), inputs)
+            prepare.validate_head(config(), inputs)
     short = write(tmp_path / "short.jsonl", [talk(1)])
     with pytest.raises(ConfigError, match="no row has `reply`"):
-        prepare.glance(config(columns=("messages=reply",), format="messages"), given(model, short))
+        prepare.validate_head(config(columns=("messages=reply",), format="messages"), given(model, short))
 
 
 def test_a_draft_holds_no_texts_in_memory(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +219,7 @@ def test_an_evaluation_of_which_nothing_is_left(model: Path, tmp_path: Path, ove
     code = {"truncate": "fully_masked", "drop": "dropped_overlong"}[overlong]
     (finding,) = [one for one in all_findings(found) if "evaluation" in one.message]
     assert (finding.code, finding.count) == (code, sum(sides))
-    assert [line["reason"] for line in said if line["event"] == "evaluation_off"] == [
+    assert [line["reason"] for line in said if line["event"] == "evaluation_disabled"] == [
         f"nothing is left to learn of the {sum(sides)} held-out rows"
     ]
 

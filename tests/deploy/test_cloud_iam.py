@@ -17,7 +17,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from job.commands.demo.local_s3 import serve
-from job.runtime.errors import DeniedError
+from job.runtime.errors import AccessDeniedError
 from job.storage.open import open_store
 from tests.jobs import ROOT
 
@@ -112,13 +112,13 @@ def steps(account: Account, directory: Path) -> dict[str, Callable[[], Any]]:
     return {
         "list inputs": inputs.entries,
         "pin an input": lambda: inputs.head("rows.jsonl"),
-        "fetch what is listed": lambda: inputs.download(inputs.entries()[0], directory / "listed"),
+        "fetch what is listed": lambda: inputs.download(inputs.list_objects()[0], directory / "listed"),
         "fetch what is pinned": lambda: inputs.download(inputs.head("rows.jsonl"), directory / "pinned"),
         "claim": lambda: outputs.create("claim", b"1"),
         "meet a claim": lambda: outputs.create("kept", b"1"),
         "read a record": lambda: outputs.read("kept"),
         "write a record": lambda: outputs.write("kept", b"kept"),
-        "list records": lambda: outputs.entries("k"),
+        "list records": lambda: outputs.list_objects("k"),
         "upload a small file": lambda: outputs.upload(small, "small"),
         "upload a large file": lambda: outputs.upload(large, "large"),
         "restore a checkpoint": lambda: outputs.download(outputs.head("kept"), directory / "restored"),
@@ -129,11 +129,11 @@ def steps(account: Account, directory: Path) -> dict[str, Callable[[], Any]]:
 
 
 def refused(account: Account, directory: Path) -> Iterator[str]:
-    """The steps that end with DeniedError under the policy in force."""
+    """The steps that end with AccessDeniedError under the policy in force."""
     for name, step in steps(account, directory).items():
         try:
             step()
-        except DeniedError:
+        except AccessDeniedError:
             yield name
 
 
@@ -178,7 +178,7 @@ def test_the_policy_is_minimal(account: Account, tmp_path: Path, statement: int,
 def test_the_policy_allows_nothing_else(account: Account, step: Callable[[], Any]) -> None:
     """Inputs cannot be changed, and outside its prefix the job can do nothing in the output bucket."""
     account.give(POLICY)
-    with pytest.raises(DeniedError):
+    with pytest.raises(AccessDeniedError):
         step()
 
 

@@ -185,7 +185,7 @@ def test_sigterm_and_resume(yard, undisturbed, measured):
     resumed = second.events("resumed")[0]
     measured["resume_seconds_to_first_step"] = resumed["seconds_to_first_step"]
     assert resumed["resumed_step"] >= STOPPED_AFTER
-    assert not second.events("bitwise_equality_ended")
+    assert not second.events("resume_not_bitwise")
     assert _adapter(yard, "stopped") == _adapter(yard, SETTINGS_OF_THE_RUN["TUNE_RUN_ID"])
 
 

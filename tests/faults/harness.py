@@ -32,7 +32,7 @@ SETTINGS = {
     "log_format": "json",
     "storage_patience_minutes": 0.5,
 }
-INTERRUPTED, FENCED, STORAGE, HOPELESS, DENIED, CONFIG, KILLED = 75, 76, 74, 70, 77, 78, -signal.SIGKILL
+INTERRUPTED, FENCED, STORAGE, PERMANENT, DENIED, CONFIG, KILLED = 75, 76, 74, 70, 77, 78, -signal.SIGKILL
 
 
 class Zygote:

@@ -427,14 +427,14 @@ def test_micro_batch_auto_takes_the_recorded_one(bench, run_id):
     """TUNE_MICRO_BATCH=auto goes on with the cut of the checkpoint's attempt, for the same bits."""
     job = bench.start(run_id, micro_batch=None).ends(0)
     assert job.event("plan_made")["plan"]["micro_batch"] == 2
-    assert not job.events("bitwise_equality_ended")
+    assert not job.events("resume_not_bitwise")
     bench.check_whole(run_id)
 
 
 def test_another_micro_batch(bench, run_id):
     """Another TUNE_MICRO_BATCH is no other run: it goes on, and says that the bits may differ."""
     job = bench.start(run_id, micro_batch=4).ends(0)
-    assert job.event("bitwise_equality_ended")["plan"]["is"]["micro_batch"] == 4
+    assert job.event("resume_not_bitwise")["plan"]["is"]["micro_batch"] == 4
     assert job.event("resumed")["resumed_step"] == 8
     found, usual = bench.result(run_id)[1], bench.baseline()[1]
     assert found == pytest.approx(usual, rel=0.2)
@@ -445,7 +445,7 @@ def test_deterministic(bench, run_id):
     """TUNE_DETERMINISTIC is recorded, is no other run, and refuses by name an operation that may not repeat itself."""
     job = bench.start(run_id, deterministic=True, hooks=[["unrepeatable_kernel", 9]]).ends(CONFIG)
     assert job.event("plan_made")["plan"]["deterministic"] is True
-    assert job.event("bitwise_equality_ended")["plan"]["was"]["deterministic"] is False
+    assert job.event("resume_not_bitwise")["plan"]["was"]["deterministic"] is False
     failed = job.event("run_failed")
     assert failed["message"].startswith("TUNE_DETERMINISTIC=true cannot be had with these settings: put_ does not have")
     assert "TUNE_DETERMINISTIC=false" in failed["remedy"]

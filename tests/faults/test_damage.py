@@ -6,7 +6,7 @@ import json
 import pytest
 
 from job.tuning.checkpoint_files import FILES
-from tests.faults.harness import HOPELESS, KILLED, commits, copied_run, damaged, killed_run
+from tests.faults.harness import KILLED, PERMANENT, commits, copied_run, damaged, killed_run
 
 NEWEST, BEFORE = 8, 6
 HOW = ("missing", "empty", "truncated", "flipped")
@@ -144,7 +144,7 @@ def test_everything_damaged(bench, run_id):
     stored = set(bench.place.names(bench.key(run_id, "checkpoints/commits/")))
     data = set(bench.place.names(bench.key(run_id, PRESENT)))
     for _ in range(2):
-        job = bench.start(run_id).ends(HOPELESS)
+        job = bench.start(run_id).ends(PERMANENT)
         failed = job.event("run_failed")
         assert "TUNE_RESUME=fresh" in failed["remedy"]
         assert run_id in failed["message"]

@@ -10,7 +10,7 @@ import pytest
 from job.runtime.errors import FencedError
 from job.state.ledger import Ledger
 from job.storage.open import open_store
-from tests.faults.harness import FENCED, HOPELESS, INTERRUPTED, KILLED
+from tests.faults.harness import FENCED, INTERRUPTED, KILLED, PERMANENT
 
 CONTENT = {"data": "", "files": [], "fingerprint": {}, "plan": {}}  # of a record that is no checkpoint
 
@@ -131,9 +131,9 @@ def test_the_same_step_failing_three_times(bench):
     """An error of the program's own at the same step is tried three times, the third end is 70, and whoever starts the
     run again after mending the cause goes on."""
     run_id, hooks = bench.name("broken"), [["fail_at_step", 7]]
-    assert [bench.start(run_id, hooks=hooks).wait() for _ in range(3)] == [1, 1, HOPELESS]
+    assert [bench.start(run_id, hooks=hooks).wait() for _ in range(3)] == [1, 1, PERMANENT]
     failure = bench.place.json(bench.key(run_id, "failure.json"))
-    assert (failure["kind"], failure["exit_code"]) == ("hopeless", HOPELESS)
+    assert (failure["kind"], failure["exit_code"]) == ("permanent", PERMANENT)
     assert "the test broke step 7" in failure["message"]
     bench.start(run_id).ends(0)
     bench.check_whole(run_id)
@@ -150,9 +150,9 @@ def test_three_deaths_without_a_word(bench):
     run_id = bench.name("oom")
     for _ in range(3):
         bench.start(run_id, hooks=[["kill_at_step", 1]]).ends(KILLED)
-    hopeless = bench.start(run_id).ends(HOPELESS)
-    assert not hopeless.events("run_started")
-    assert "memory" in hopeless.event("run_failed")["remedy"]
+    permanent = bench.start(run_id).ends(PERMANENT)
+    assert not permanent.events("run_started")
+    assert "memory" in permanent.event("run_failed")["remedy"]
     bench.start(run_id).ends(0)
     bench.check_whole(run_id)
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tests.faults.harness import CONFIG, HOPELESS, INTERRUPTED
+from tests.faults.harness import CONFIG, INTERRUPTED, PERMANENT
 
 BREAK = ["fail_at_step", 2]
 BLOCK = ["block", "job.tuning.model:load", 20]
@@ -43,8 +43,8 @@ def test_every_end_leaves_its_message(bench, message, code, kind, variables, hoo
 def test_the_third_failure_says_that_it_is_hopeless(bench, message):
     """The message is of the end that is reported, not of the error beneath."""
     run_id, hooks = bench.name("message"), [["termination_log", str(message)], BREAK]
-    assert [bench.start(run_id, hooks=hooks).wait() for _ in range(3)][-1] == HOPELESS
-    assert json.loads(message.read_bytes())["exit_code"] == HOPELESS
+    assert [bench.start(run_id, hooks=hooks).wait() for _ in range(3)][-1] == PERMANENT
+    assert json.loads(message.read_bytes())["exit_code"] == PERMANENT
 
 
 def test_the_end_of_the_grace_leaves_its_message(bench, message):

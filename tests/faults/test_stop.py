@@ -17,7 +17,7 @@ from tests.servers import serve_proxy
 SLACK_SECONDS = 1.0  # for a machine that is busy with other tests
 PHASES = {
     "download": "job.inputs.pull:Puller.rest",
-    "waiting for the weights": "job.run:arrived",
+    "waiting for the weights": "job.run:await_model",
     "tokenising": "job.run:prepare",
     "restoring": "job.state.checkpoints:restore",
     "model load": "job.tuning.model:load",
@@ -106,7 +106,7 @@ def test_a_signal_in_each_phase(bench, phase):
 
 def test_a_signal_while_the_plan_is_made(bench):
     """What fits is no longer looked for, and no step is begun."""
-    hooks = [["call_before", "job.tuning.fit.search:Fitting.settle", 1, "SIGTERM"]]
+    hooks = [["call_before", "job.tuning.fit.search:PassSearch.settle", 1, "SIGTERM"]]
     job = bench.start(bench.name("plan"), hooks=hooks).ends(INTERRUPTED)
     assert job.events("plan_made") + job.events("train_progress") == []
 

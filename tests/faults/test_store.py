@@ -180,7 +180,7 @@ def test_orphans_of_multipart_uploads(bench):
         key: client.create_multipart_upload(Bucket=bench.place.bucket, Key=key)["UploadId"] for key in mine + foreign
     }
     job = bench.start(run_id).ends(0)
-    assert job.event("uploads_swept")["count"] == 2
+    assert job.event("unfinished_uploads_removed")["count"] == 2
     uploads = client.list_multipart_uploads(Bucket=bench.place.bucket).get("Uploads", [])
     assert sorted(upload["Key"] for upload in uploads) == sorted(foreign)
     bench.check_whole(run_id)
@@ -197,5 +197,5 @@ def test_sweeping_is_refused(bench, answer):
     with through(bench, fault) as url:
         job = bench.start(run_id, endpoint=url, storage_patience_minutes=0.03).ends(0)
     assert fault.hits
-    assert len(job.events("uploads_not_swept")) <= 1
+    assert len(job.events("unfinished_uploads_not_removed")) <= 1
     bench.check_whole(run_id)

@@ -192,8 +192,8 @@ def test_deletes_are_denied(bench):
     run_id = bench.name("keep")
     with through(bench, Fault(on=r"DELETE|POST .*\?delete", act=NO_ENTRY)) as url:
         job = bench.start(run_id, endpoint=url, hooks=SLOW).ends(0)
-    assert len(job.events("checkpoints_kept")) == 1
-    assert "s3:DeleteObject" in job.event("checkpoints_kept")["remedy"]
+    assert len(job.events("old_checkpoints_kept")) == 1
+    assert "s3:DeleteObject" in job.event("old_checkpoints_kept")["remedy"]
     steps = {line["step"] for line in job.events("checkpoint_committed")}
     kept = bench.place.names(bench.key(run_id, "checkpoints/data/"))
     assert {int(key.split("/step-")[1][:6]) for key in kept} == steps

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from job.inputs.hub import fetch_dataset, fetch_model
 from job.inputs.hub_files import data_files, model_files
-from job.runtime.errors import ConfigError, DataError, DeniedError, StorageError
+from job.runtime.errors import AccessDeniedError, ConfigError, DataError, StorageError
 from tests.hub_server import COMMIT, Hub, serve_hub
 
 MODEL = {
@@ -75,7 +75,7 @@ def test_pickles_are_refused(hub: Hub, tmp_path: Path) -> None:
 def test_gated(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gated model without a token is refused with the page of its licence; with a token it is read."""
     hub.gated.add("org/model")
-    with pytest.raises(DeniedError) as caught:
+    with pytest.raises(AccessDeniedError) as caught:
         fetch_model("org/model", tmp_path)
     assert f"{hub.endpoint}/org/model" in caught.value.remedy
     assert "No token was found: looked at HF_TOKEN" in caught.value.message
@@ -226,14 +226,14 @@ def test_model_files() -> None:
 
 
 def test_a_model_without_its_weights(hub: Hub, tmp_path: Path) -> None:
-    """Asked for without weights, a model comes with stand-ins: the size and the header of each file, and nothing
+    """Asked for without weights, a model comes with stubs: the size and the header of each file, and nothing
     behind it. They have a place of their own, so that no run takes them for weights."""
     header = b'{"a": {"dtype": "BF16", "shape": [300000], "data_offsets": [0, 600000]}}'
     weights = len(header).to_bytes(8, "little") + header + b"w" * 600_000
     hub.repositories["org/model"] = {**MODEL, "model.safetensors": weights}
     found = fetch_model("org/model", tmp_path / "model", weights=False)
-    stand_in = (found.path / "model.safetensors").read_bytes()
-    assert len(stand_in) == len(weights)
-    assert stand_in.startswith(weights[: 8 + len(header)])
-    assert not stand_in.rstrip(b"\0").endswith(b"w" * 200_000)
+    write_stub = (found.path / "model.safetensors").read_bytes()
+    assert len(write_stub) == len(weights)
+    assert write_stub.startswith(weights[: 8 + len(header)])
+    assert not write_stub.rstrip(b"\0").endswith(b"w" * 200_000)
     assert (found.path / "config.json").read_bytes() == b"{}"

@@ -7,7 +7,7 @@ import pytest
 from job.config.schema import Config
 from job.model import memory, shape
 from job.model.base_model import inspect
-from job.model.schedule import pace
+from job.model.schedule import schedule
 from job.runtime.errors import ConfigError
 from tests.jobs import ROOT
 
@@ -51,7 +51,7 @@ def test_steps_and_micro_batch_are_those_of_the_run(name):
     """Steps, epochs and how a step is cut are what training planned for the same settings and data."""
     events = measured(name)
     plan, config = events["model_loaded"]["plan"], events["run_started"]["config"]
-    cut = pace(settings(max_steps=config["TUNE_MAX_STEPS"]), examples=plan["examples"])
+    cut = schedule(settings(max_steps=config["TUNE_MAX_STEPS"]), examples=plan["examples"])
     assert (cut.steps, cut.epochs) == (plan["steps"], plan["epochs"])
     assert cut.micro_batch == plan["micro_batch"]
     assert cut.warmup_steps == plan["warmup_steps"]
@@ -59,15 +59,15 @@ def test_steps_and_micro_batch_are_those_of_the_run(name):
 
 def test_steps():
     """The last step of an epoch may be smaller; part of an epoch is rounded up."""
-    assert pace(settings(epochs=3.0, batch_size=8), examples=17).steps == 9
-    assert pace(settings(epochs=0.5, batch_size=8), examples=24).steps == 2
-    assert pace(settings(batch_size=12, micro_batch="auto"), examples=24).micro_batch == 8
+    assert schedule(settings(epochs=3.0, batch_size=8), examples=17).steps == 9
+    assert schedule(settings(epochs=0.5, batch_size=8), examples=24).steps == 2
+    assert schedule(settings(batch_size=12, micro_batch="auto"), examples=24).micro_batch == 8
 
 
 def test_a_warm_up_as_long_as_the_run_is_refused():
     """The learning rate would never reach its value."""
     with pytest.raises(ConfigError, match="TUNE_WARMUP=50 is 50 steps"):
-        pace(settings(warmup=50.0), examples=8)
+        schedule(settings(warmup=50.0), examples=8)
 
 
 def test_the_shape_by_tensors_and_by_configuration_is_the_same(tiny_model):

@@ -101,7 +101,7 @@ def test_order_is_the_trainers():
 
 
 def test_steady_speed_counts_from_the_end_of_a_step_to_the_end_of_another():
-    """4 s between the ends of the 2nd and the 5th step, in which 20 + 30 + 40 tokens were learnt."""
+    """4 s between the ends of the 2nd and the 5th step, in which 20 + 30 + 40 tokens were learned."""
     found = numbers.steady([10, 12, 13, 15, 16], [900, 10, 20, 30, 40], skip=2, count=3)
     assert (found.seconds, found.tokens, found.tokens_per_second, found.median_step_seconds) == (4, 90, 22.5, 1)
     assert (found.began, found.ended) == (12, 16)

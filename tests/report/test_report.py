@@ -14,12 +14,12 @@ from job.data.reading.formats import example
 from job.data.rendering.labels import IGNORED
 from job.data.rendering.renderer import Renderer
 from job.data.tokenized.arrow import prepare
-from job.data.tokenized.provenance import Places
+from job.data.tokenized.provenance import Provenance
 from job.data.tokenizer.chat_template import named
 from job.data.tokenizer.load import wrap
 from job.model.base_model import inspect
 from job.model.memory import estimate
-from job.model.schedule import pace
+from job.model.schedule import schedule
 from job.observability import logs
 from job.report import charts
 from job.report.build import all_findings, lengths, publish, report
@@ -98,7 +98,7 @@ def full(tmp_path, texts) -> Report:
     counts = data.train.counts
     expected = estimate(
         config,
-        pace(config, examples=counts.sequences),
+        schedule(config, examples=counts.sequences),
         LLAMA_1B,
         parameters=1,
         tokens=counts.tokens,
@@ -220,7 +220,7 @@ def test_tools_and_reasoning_that_no_model_sees_are_found(tmp_path):
 
 def test_places():
     """The place of every sequence is that of its row, over the borders of files, also where a row made several."""
-    places = Places()
+    places = Provenance()
     wanted = [("a", 1), ("a", 1), ("a", 9), ("b", 2), ("a", 3)]
     for source, line in wanted:
         places.add(source, line)

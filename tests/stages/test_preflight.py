@@ -69,7 +69,7 @@ def test_deletes_denied(moto, s3_env):
     with serve_proxy(moto, rule) as proxy:
         code, lines, _ = _preflight(TUNE_OUTPUT=f"s3://{s3_env}/runs", AWS_ENDPOINT_URL_S3=proxy)
     assert code == 0
-    left = next(line for line in lines if line["event"] == "preflight_object_left")
+    left = next(line for line in lines if line["event"] == "preflight_object_not_deleted")
     found = boto3.client("s3").list_objects_v2(Bucket=s3_env)["Contents"]
     assert [entry["Key"] for entry in found] == [f"runs/{left['key']}"]
 

@@ -101,7 +101,7 @@ def events(logged: list, name: str) -> list:
 
 
 def kept(uri: str) -> list[str]:
-    return [entry.key for entry in open_store(uri).entries()]
+    return [entry.key for entry in open_store(uri).list_objects()]
 
 
 def test_what_a_run_compiled_comes_back(uri, machine, logged):

@@ -28,7 +28,7 @@ def test_custom_ca(moto: str, s3_env: str, monkeypatch: pytest.MonkeyPatch, tmp_
         store = open_store(f"s3://{s3_env}", patience_seconds=5)
         store.write("key", b"data")
         store.upload(source, "large")
-        (large,) = store.entries("large")
+        (large,) = store.list_objects("large")
         store.download(large, tmp_path / "target")
     assert source.read_bytes() == (tmp_path / "target").read_bytes()
     assert {"UNSIGNED-PAYLOAD"} == {seen["x-amz-content-sha256"] for seen in headers if "x-amz-checksum-crc32c" in seen}

@@ -74,7 +74,7 @@ def test_absent(store: Store) -> None:
     """What is not there reads as None, lists as nothing, and is deleted without complaint."""
     assert store.read("nothing") is None
     assert store.head("nothing") is None
-    assert store.entries("nothing/") == []
+    assert store.list_objects("nothing/") == []
     store.delete("nothing")
 
 
@@ -82,10 +82,10 @@ def test_entries(store: Store) -> None:
     """A listing has every object below the prefix and none else, sorted by key, as `head` describes them."""
     for key in ("b/2", "a", "b/1", "b/c/3", "bb"):
         store.write(key, key.encode())
-    assert ["a", "b/1", "b/2", "b/c/3", "bb"] == [entry.key for entry in store.entries()]
-    assert ["b/1", "b/2", "b/c/3"] == [entry.key for entry in store.entries("b/")]
-    assert ["b/1", "b/2", "b/c/3", "bb"] == [entry.key for entry in store.entries("b")]
-    assert store.entries("b/") == [store.head(key) for key in ("b/1", "b/2", "b/c/3")]
+    assert ["a", "b/1", "b/2", "b/c/3", "bb"] == [entry.key for entry in store.list_objects()]
+    assert ["b/1", "b/2", "b/c/3"] == [entry.key for entry in store.list_objects("b/")]
+    assert ["b/1", "b/2", "b/c/3", "bb"] == [entry.key for entry in store.list_objects("b")]
+    assert store.list_objects("b/") == [store.head(key) for key in ("b/1", "b/2", "b/c/3")]
 
 
 def test_delete(store: Store) -> None:
@@ -94,9 +94,9 @@ def test_delete(store: Store) -> None:
     store.write("dir/b", b"2")
     store.delete("dir/a")
     store.delete("dir/a")
-    assert ["dir/b"] == [entry.key for entry in store.entries()]
+    assert ["dir/b"] == [entry.key for entry in store.list_objects()]
     store.delete("dir/b")
-    assert store.entries() == []
+    assert store.list_objects() == []
     store.write("dir/c", b"3")
     assert store.read("dir/c") == b"3"
 
@@ -135,7 +135,7 @@ def test_changed_object_is_noticed(store: Store, tmp_path: Path, large: bool) ->
     source = tmp_path / "source"
     _large(source) if large else source.write_bytes(b"one")
     store.upload(source, "file")
-    (entry,) = store.entries()
+    (entry,) = store.list_objects()
     with source.open("r+b") as file:
         file.write(b"two")
     store.upload(source, "file")
@@ -170,7 +170,7 @@ def test_create_once(conditional: Store) -> None:
     assert conditional.create("claims/1", b"second") is False
     assert conditional.create("claims/1", b"first") is False
     assert conditional.read("claims/1") == b"first"
-    assert [entry.key for entry in conditional.entries()] == ["claims/1"]
+    assert [entry.key for entry in conditional.list_objects()] == ["claims/1"]
 
 
 def test_create_race(conditional: Store) -> None:

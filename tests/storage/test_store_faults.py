@@ -14,7 +14,7 @@ import boto3
 import pytest
 from structlog.testing import capture_logs
 
-from job.runtime.errors import DataError, DeniedError, JobError, StorageError
+from job.runtime.errors import AccessDeniedError, DataError, JobError, StorageError
 from job.storage.base import Store
 from job.storage.disk import disk_errors
 from job.storage.faults import ChangedError, DamagedError
@@ -183,7 +183,7 @@ def test_lost_upload_starts_again(through: Any, tmp_path: Path) -> None:
     source.write_bytes(b"x" * LARGE)
     store = through(rule)
     store.upload(source, "file")
-    (entry,) = store.entries()
+    (entry,) = store.list_objects()
     assert entry.size == LARGE
 
 
@@ -197,7 +197,7 @@ def test_denied(through: Any, act: str) -> None:
     store = through(rule, denied_patience_seconds=0.5)
     arguments = {"entries": ("",), "write": ("key", b"x")}.get(act, ("key",))
     started = time.monotonic()
-    with pytest.raises(DeniedError, match="`env`") as caught:
+    with pytest.raises(AccessDeniedError, match="`env`") as caught:
         getattr(store, act)(*arguments)
     assert 0.4 < time.monotonic() - started < 5
     text = str(caught.value)
@@ -222,8 +222,8 @@ def test_wrong_key_is_denied(rclone: Rclone, s3_env: str, monkeypatch: pytest.Mo
     """A real server's refusal of a key pair is a refusal, with the secret in no message."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", rclone.endpoint)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret-value")
-    with pytest.raises(DeniedError, match="SignatureDoesNotMatch") as caught:
-        open_store(f"s3://{s3_env}", denied_patience_seconds=0.3).entries()
+    with pytest.raises(AccessDeniedError, match="SignatureDoesNotMatch") as caught:
+        open_store(f"s3://{s3_env}", denied_patience_seconds=0.3).list_objects()
     assert "another-secret-value" not in str(caught.value)
 
 
@@ -231,7 +231,7 @@ def test_no_credentials(s3_env: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without credentials the error says where they were looked for."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(DeniedError, match=r"none found: looked at env, assume-role.*iam-role"):
+    with pytest.raises(AccessDeniedError, match=r"none found: looked at env, assume-role.*iam-role"):
         open_store(f"s3://{s3_env}", denied_patience_seconds=0.3).head("key")
 
 
@@ -298,7 +298,7 @@ def test_damage_on_the_stores_disk(
     boto3.client("s3").create_bucket(Bucket=s3_env)
     store = open_store(f"s3://{s3_env}")
     store.write("file", b"some data")
-    (entry,) = store.entries()
+    (entry,) = store.list_objects()
     with (rclone.directory / s3_env / "file").open("r+b") as file:
         file.write(b"S")
     with pytest.raises(ChangedError, match="changed"):
@@ -309,7 +309,7 @@ def test_disk_full(s3_env: str, tmp_path: Path) -> None:
     """A file that does not fit on the disk fails before the transfer, with the path and what to do."""
     store = open_store(f"s3://{s3_env}")
     store.write("file", b"x")
-    (entry,) = store.entries()
+    (entry,) = store.list_objects()
     huge = entry.__class__(key="file", size=1 << 60, etag=entry.etag, version=None)
     with pytest.raises(StorageError, match="do not fit") as caught:
         store.download(huge, tmp_path / "target")

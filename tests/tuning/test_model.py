@@ -5,7 +5,7 @@ import torch
 
 from job.config.schema import Config
 from job.model import base_model
-from job.runtime.errors import DataError, HopelessError
+from job.runtime.errors import DataError, PermanentError
 from job.tuning import model
 from job.tuning.device import Device
 
@@ -19,7 +19,7 @@ SPILLED = (
 @pytest.mark.parametrize(
     ("said", "expected", "remedy"),
     [
-        pytest.param(SPILLED, HopelessError, "a card with more memory", id="no room"),
+        pytest.param(SPILLED, PermanentError, "a card with more memory", id="no room"),
         pytest.param("header too small", DataError, "Check that the checkpoint is whole", id="damaged"),
     ],
 )

@@ -11,7 +11,7 @@ from job.model.shape import llama
 from job.runtime.errors import ConfigError
 from job.tuning.device import Device, out_of_memory
 from job.tuning.fit.plan import (
-    Cut,
+    PassConfig,
     as_recorded,
     as_trained,
     asked,
@@ -51,7 +51,7 @@ def ordered(config=None, shape=ONE_B, *, rate=FAST, graphs=True, device=None):
 def test_the_whole_batch_at_once_comes_first():
     """Where launches cost more than arithmetic, everything in one recorded pass is quickest."""
     first = ordered()[0].cut
-    assert first == Cut(micro_batch=8, tokens_in_pass=8 * 2048, gradient_checkpointing="off", cuda_graphs=True)
+    assert first == PassConfig(micro_batch=8, tokens_in_pass=8 * 2048, gradient_checkpointing="off", cuda_graphs=True)
 
 
 @pytest.mark.parametrize("shape", [ONE_B, EIGHT_B])
@@ -184,8 +184,8 @@ def test_what_may_be_recorded(changed, capability, batching, expected):
 def test_what_a_later_attempt_takes_over(then, now, expected):
     """The recorded cut, also one that memory forced, unless the wish for another one is new."""
     planned = plan(settings(), card(), lengths=LENGTHS, learning_rate=2e-4)
-    shrunk = Cut(micro_batch=4, tokens_in_pass=4 * 2048, gradient_checkpointing="unsloth", cuda_graphs=False)
-    earlier = {"plan": planned.recut(shrunk).circumstances(), "device": "card"}
+    shrunk = PassConfig(micro_batch=4, tokens_in_pass=4 * 2048, gradient_checkpointing="unsloth", cuda_graphs=False)
+    earlier = {"plan": planned.with_pass(shrunk).reproducibility_facts(), "device": "card"}
     earlier |= {} if then is None else {"asked": asked(settings(**then))}
     config = settings(**now)
     found = taken_over(earlier, plan(config, card(), lengths=LENGTHS, learning_rate=2e-4), config, card())
@@ -211,10 +211,10 @@ def test_how_memory_runs_out(error, expected):
 def test_another_card_plans_anew():
     """And says so."""
     planned = plan(settings(), card(), lengths=LENGTHS, learning_rate=2e-4)
-    earlier = {"plan": planned.circumstances(), "device": "another card"}
+    earlier = {"plan": planned.reproducibility_facts(), "device": "another card"}
     with capture_logs() as logs:
         assert taken_over(earlier, planned, settings(), card()) is None
-    assert [(line["event"], line["was"], line["now"]) for line in logs] == [("plan_made_anew", "another card", "card")]
+    assert [(line["event"], line["was"], line["now"]) for line in logs] == [("plan_recomputed", "another card", "card")]
     with capture_logs() as logs:
         assert taken_over({}, planned, settings(), card()) is None
     assert logs == []
@@ -224,7 +224,7 @@ def test_a_run_that_has_trained_keeps_the_plan_that_it_trained_by():
     """Where nothing is left to train, the plan on record is the one of the last step, whatever would be chosen now."""
     planned = plan(settings(), card(), lengths=LENGTHS, learning_rate=2e-4)
     trained = replace(planned, batching="padded", micro_batch=2, tokens_in_pass=None, gradient_checkpointing="on")
-    assert as_trained(planned, {"plan": trained.circumstances(), "device": "another card"}) == trained
+    assert as_trained(planned, {"plan": trained.reproducibility_facts(), "device": "another card"}) == trained
     assert as_trained(planned, {"plan": {"micro_batch": 2, "accumulation": 4}}) == planned
     assert as_trained(planned, {}) == planned
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from job.runtime.errors import HopelessError
+from job.runtime.errors import PermanentError
 from job.tuning.fit.micro_batches import Limit
 from job.tuning.trainer import _Trainer
 
@@ -32,6 +32,6 @@ def test_passes_add_up_to_the_batch(rows, items, loss):
 
 def test_means_do_not_add_up():
     """Where nothing was counted, several passes would make the gradient too large: refused, with what to change."""
-    with pytest.raises(HopelessError, match="strange models is a mean over each pass, so that 2 passes") as caught:
+    with pytest.raises(PermanentError, match="strange models is a mean over each pass, so that 2 passes") as caught:
         Adding(2).training_step(MODEL, BATCH, None)
     assert "TUNE_BATCH_SIZE" in caught.value.remedy

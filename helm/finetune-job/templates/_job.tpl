@@ -12,7 +12,7 @@ podReplacementPolicy: Failed
 # The first rule that matches decides. What no rule matches (74 storage, 1 unknown, 137 killed) counts.
 podFailurePolicy:
   rules:
-    # config 78, data 65, denied 77, hopeless 70, fenced 76: trying again would end the same way.
+    # config 78, data 65, denied 77, permanent 70, fenced 76: trying again would end the same way.
     - action: FailJob
       onExitCodes:
         containerName: finetune-job

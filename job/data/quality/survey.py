@@ -44,7 +44,7 @@ EMPTY, REPEATS, ONE_WORD, SECRET, EMAIL, GARBAGE = (1 << bit for bit in range(6)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surveyed:
+class ScanResult:
     """What one pass over all rows gave."""
 
     rows: int
@@ -65,12 +65,12 @@ class Surveyed:
             yield f"{high:016x}{low:016x}"
 
 
-def survey(examples: Iterable[Example], held_out: Iterable[Example] = (), *, level: Level = "all") -> Surveyed:
+def survey(examples: Iterable[Example], held_out: Iterable[Example] = (), *, level: Level = "all") -> ScanResult:
     """Look at all rows once: those to train on (or to split), then those of an evaluation file.
 
     `alike` looks for no more than the groups that a split needs, `exact` only for rows that are the same.
     """
-    rows = Survey(level=level)
+    rows = QualityScan(level=level)
     for example in examples:
         rows.add(example)
     for example in held_out:
@@ -79,7 +79,7 @@ def survey(examples: Iterable[Example], held_out: Iterable[Example] = (), *, lev
 
 
 @dataclass(kw_only=True)
-class Survey:
+class QualityScan:
     """What is kept of each row, while rows pass by."""
 
     level: Level
@@ -112,7 +112,7 @@ class Survey:
         if self.level == "all":
             self._look(example, said)
 
-    def result(self) -> Surveyed:
+    def result(self) -> ScanResult:
         """What was found in all rows."""
         return _surveyed(self, len(self.lines) - self.held_out)
 
@@ -190,7 +190,7 @@ class _Alike:
     """For each row its group's smallest key."""
 
 
-def _alike(rows: Survey) -> _Alike:
+def _alike(rows: QualityScan) -> _Alike:
     keys = np.frombuffer(bytes(rows.keys), dtype=">u8").astype(np.uint64).reshape(-1, 2)
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     new = np.ones(len(keys), dtype=bool)
@@ -208,7 +208,7 @@ def _alike(rows: Survey) -> _Alike:
     )
 
 
-def _surveyed(rows: Survey, trained: int) -> Surveyed:
+def _surveyed(rows: QualityScan, trained: int) -> ScanResult:
     alike = _alike(rows)
     repeated = _later(alike.content[:trained])
     near = ~repeated & _later(alike.group[:trained])
@@ -220,7 +220,7 @@ def _surveyed(rows: Survey, trained: int) -> Surveyed:
     ]
     if rows.level == "all":
         found += [*_found(rows, "shared_text", alike.boilerplate), *_of_answers(rows, trained), *_of_texts(rows)]
-    return Surveyed(
+    return ScanResult(
         rows=trained,
         held_out=len(rows.lines) - trained,
         findings=tuple(found) if rows.level == "all" else (),
@@ -237,7 +237,7 @@ def _later(numbers: Numbers) -> Flags:
     return flags
 
 
-def _of_answers(rows: Survey, trained: int) -> Iterator[Finding]:
+def _of_answers(rows: QualityScan, trained: int) -> Iterator[Finding]:
     flags, words = np.array(rows.flags), np.array(rows.words)
     yield from _found(rows, "empty_answers", flags & EMPTY > 0)
     yield from _found(rows, "answers_repeat_prompts", flags & REPEATS > 0)
@@ -247,7 +247,7 @@ def _of_answers(rows: Survey, trained: int) -> Iterator[Finding]:
         yield from _found(rows, "one_word_answers", one_word, usual=f"{usual:.0f}")
 
 
-def _conflicting(rows: Survey, trained: int) -> Flags:
+def _conflicting(rows: QualityScan, trained: int) -> Flags:
     """Training rows whose prompt has another answer elsewhere."""
     prompts, answers = np.array(rows.prompts)[:trained], np.array(rows.answers)[:trained]
     pairs = np.unique(np.stack([prompts, answers]), axis=1)
@@ -255,7 +255,7 @@ def _conflicting(rows: Survey, trained: int) -> Flags:
     return np.isin(prompts, asked[(ways > 1) & (asked > 0)])
 
 
-def _of_texts(rows: Survey) -> Iterator[Finding]:
+def _of_texts(rows: QualityScan) -> Iterator[Finding]:
     flags = np.array(rows.flags)
     kinds = ", ".join(f"{kind}: {count:,}" for kind, count in sorted(rows.garbage.items()))
     yield from _found(rows, "garbage", flags & GARBAGE > 0, kinds=kinds)
@@ -268,7 +268,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f}%" if share >= 0.1 else f"{max(100 * share, 0.001):.2g}%"  # noqa: PLR2004 - two digits
 
 
-def _found(rows: Survey, code: str, where: Flags, *, total: int = 0, **words: str) -> Iterator[Finding]:
+def _found(rows: QualityScan, code: str, where: Flags, *, total: int = 0, **words: str) -> Iterator[Finding]:
     """The finding, if it is in any row; `where` may end before the rows do, `total` is what the count is a part of."""
     count, total = int(where.sum()), total or len(where)
     if count:

@@ -28,7 +28,7 @@ LOOK_AHEAD = 100
 UNREADABLE = 1000
 """Rows without one object among them after which a file is given up."""
 GLANCED, GLANCE_SECONDS = 5000, 1.0
-"""Valid rows, and time, after which a glance at the data ends."""
+"""Valid rows, and time, after which a validate_head at the data ends."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class FileFacts:
     """Rows whose last turn is an assistant's that says nothing. They are kept, and teach to say nothing."""
 
 
-class Reading:
+class ExampleStream:
     """The examples of several files, in order, each time that it is iterated; `facts` is complete after the first."""
 
     def __init__(self, sources: Sequence[Source], *, format: str, columns: Columns) -> None:  # noqa: A002 - TUNE_FORMAT
@@ -92,7 +92,7 @@ class Reading:
         """Whether a row was invalid so far, so that the end will be an error."""
         return bool(self._invalid.total)
 
-    def glance(self) -> bool:
+    def validate_head(self) -> bool:
         """Read only the first few thousand rows, or for a second; all of them once one is invalid.
 
         Raises what iterating raises. Returns whether the end was reached.
@@ -162,7 +162,7 @@ class Reading:
         return None
 
 
-def read(sources: Sequence[Source], *, format: str = "auto", columns: Columns | None = None) -> Reading:  # noqa: A002
+def read(sources: Sequence[Source], *, format: str = "auto", columns: Columns | None = None) -> ExampleStream:  # noqa: A002
     """Read all files; `format` is `auto` (found out for each file) or one of `job.data.reading.formats.FORMATS`.
 
     `columns` are the user's names for columns; they may be shared by several readings, of which the first to end must
@@ -172,7 +172,7 @@ def read(sources: Sequence[Source], *, format: str = "auto", columns: Columns | 
     invalid rows (the first ten in words, all in number), and if there are no rows; ConfigError for a column that the
     user named and no row has.
     """
-    return Reading(sources, format=format, columns=columns or Columns())
+    return ExampleStream(sources, format=format, columns=columns or Columns())
 
 
 def _is_empty(read_row: Example) -> bool:

@@ -1,6 +1,6 @@
-"""Tokens and learnt characters -> a training sequence: which of its tokens are learnt, their labels and weights.
+"""Tokens and learned characters -> a training sequence: which of its tokens are learned, their labels and weights.
 
-A token is learnt if it lies wholly inside a span that is learnt; the first of a sequence never is. Knows nothing of
+A token is learned if it lies wholly inside a span that is learned; the first of a sequence never is. Knows nothing of
 templates, of rows that are too long, or of files.
 """
 
@@ -24,7 +24,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outline:
+class SequenceMeta:
     """One training sequence without its tokens: all that is counted."""
 
     source: str
@@ -36,7 +36,7 @@ class Outline:
     """Tokens before truncation."""
     keep: int
     """Tokens after it."""
-    learnt: tuple[Tokens, ...]
+    learned: tuple[Tokens, ...]
     """Where the labelled tokens were, before truncation."""
     roles: tuple[str, ...]
     """Whose turn each of these is."""
@@ -55,12 +55,12 @@ class Outline:
 
     def labelled(self) -> Iterator[tuple[int, int, str]]:
         """Where the labelled tokens are after truncation, and whose turn it is; some may be empty."""
-        for (start, stop), role in zip(self.learnt, self.roles, strict=True):
+        for (start, stop), role in zip(self.learned, self.roles, strict=True):
             yield min(start, self.keep), min(stop, self.keep), role
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rendered(Outline):
+class Rendered(SequenceMeta):
     """One training sequence."""
 
     input_ids: list[int]
@@ -69,33 +69,33 @@ class Rendered(Outline):
 
     @property
     def labels(self) -> list[int]:
-        """As long as input_ids; -100 where nothing is learnt."""
+        """As long as input_ids; -100 where nothing is learned."""
         found: list[int] = labels(np.array(self.input_ids, dtype=np.int32), [self]).tolist()
         return found
 
     @property
     def weights(self) -> list[float] | None:
-        """What each label counts, where that is not all the same; 0 where nothing is learnt."""
+        """What each label counts, where that is not all the same; 0 where nothing is learned."""
         return None if self.shares is None else [float(one) for one in weights([self], self.shares)]
 
 
-def labels(input_ids: NDArray[np.int32], sequences: Sequence[Outline]) -> NDArray[np.int32]:
-    """The ids of the learnt tokens, elsewhere -100, for sequences that stand one behind the other."""
+def labels(input_ids: NDArray[np.int32], sequences: Sequence[SequenceMeta]) -> NDArray[np.int32]:
+    """The ids of the learned tokens, elsewhere -100, for sequences that stand one behind the other."""
     found = np.full(len(input_ids), IGNORED, dtype=np.int32)
     for start, stop, _ in _placed(sequences):
         found[start:stop] = input_ids[start:stop]
     return found
 
 
-def weights(sequences: Sequence[Outline], shares: Mapping[str, float]) -> NDArray[np.float32]:
-    """What each label counts, 0 where nothing is learnt; the share of each role must be there."""
+def weights(sequences: Sequence[SequenceMeta], shares: Mapping[str, float]) -> NDArray[np.float32]:
+    """What each label counts, 0 where nothing is learned; the share of each role must be there."""
     found = np.zeros(sum(sequence.keep for sequence in sequences), dtype=np.float32)
     for start, stop, role in _placed(sequences):
         found[start:stop] = shares[role]
     return found
 
 
-def _placed(sequences: Sequence[Outline]) -> Iterator[tuple[int, int, str]]:
+def _placed(sequences: Sequence[SequenceMeta]) -> Iterator[tuple[int, int, str]]:
     before = 0
     for sequence in sequences:
         for start, stop, role in sequence.labelled():
@@ -104,21 +104,21 @@ def _placed(sequences: Sequence[Outline]) -> Iterator[tuple[int, int, str]]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Learnt:
-    """Where the learnt tokens of a text lie; none is empty."""
+class Learned:
+    """Where the learned tokens of a text lie; none is empty."""
 
     tokens: tuple[Tokens, ...]
     roles: tuple[str, ...]
 
 
-def learnt(encoding: Encoding, piece: Piece, shares: Mapping[str, float] | None) -> Learnt:
+def learned(encoding: Encoding, piece: Piece, shares: Mapping[str, float] | None) -> Learned:
     """The tokens of the answers; with shares, those of the roles that have one."""
     found = [(tokens, span.role) for span in spans(piece, shares) if (tokens := inside(encoding, piece, span))]
-    return Learnt(tokens=tuple(tokens for tokens, _ in found), roles=tuple(role for _, role in found))
+    return Learned(tokens=tuple(tokens for tokens, _ in found), roles=tuple(role for _, role in found))
 
 
 def spans(piece: Piece, shares: Mapping[str, float] | None) -> tuple[Span, ...]:
-    """The characters that are learnt, in order."""
+    """The characters that are learned, in order."""
     if shares is None:
         return piece.spans
     chosen = (span for span in (*piece.spans, *piece.others) if span.role in shares)

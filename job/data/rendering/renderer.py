@@ -1,11 +1,11 @@
-"""Example + tokenizer -> token ids and labels: exactly the answers are learnt, as the template renders them.
+"""Example + tokenizer -> token ids and labels: exactly the answers are learned, as the template renders them.
 
-The text is tokenised once, whole; a token is learnt if it lies wholly inside a span that is learnt
+The text is tokenised once, whole; a token is learned if it lies wholly inside a span that is learned
 (`job.data.rendering.labels`). Where a token would lie across an answer's start (a prompt that ends in a space and an
 answer that goes on with a word, say), or across the end of an end marker that is several tokens, the text is tokenised
 in parts that meet there: generation too starts from the tokens of the prompt alone. Another token across an answer's
-end is not learnt, since it holds characters of the next turn. The first token is never learnt: nothing stands before it
-from which to predict it.
+end is not learned, since it holds characters of the next turn. The first token is never learned: nothing stands before
+it from which to predict it.
 
 Special tokens that stand in the content of a turn are encoded as the plain text they are, not as control tokens. In an
 assistant's content that holds for those that open or end turns, except at its very end; others (<|python_tag|>, say)
@@ -23,13 +23,13 @@ from typing import Any, Literal
 from job.config import role_weights
 from job.data.examples import Example, RowError, Turn
 from job.data.rendering import labels
-from job.data.rendering.labels import Learnt, Outcome, Rendered
+from job.data.rendering.labels import Learned, Outcome, Rendered
 from job.data.rendering.refusals import why
 from job.data.rendering.role_spans import add_roles
 from job.data.rendering.spans import Piece, Span, answers, whole
 from job.data.rendering.truncation import Truncation, truncate
 from job.data.tokenizer.chat_template import RefusedError, Template
-from job.data.tokenizer.encoder import STAND_IN
+from job.data.tokenizer.encoder import PLACEHOLDER
 from job.data.tokenizer.encoding import Encoding
 from job.data.tokenizer.load import Tokenizer
 
@@ -70,7 +70,7 @@ class Renderer:
     max_length: int = 2048
     overlong: Overlong = "truncate"
     weights: Mapping[str, float] | None = None
-    """Of each role that is learnt, with `responses`; None learns the answers alone."""
+    """Of each role that is learned, with `responses`; None learns the answers alone."""
 
     @property
     def weighted(self) -> bool:
@@ -175,7 +175,7 @@ class Renderer:
         if all(new is old for new, old in zip(turns, example.turns, strict=True)) and tools == example.tools:
             return example
         content = [[turn.message() for turn in example.turns], example.tools]
-        if STAND_IN.search(json.dumps(content, ensure_ascii=False, default=str)):
+        if PLACEHOLDER.search(json.dumps(content, ensure_ascii=False, default=str)):
             raise RowError(
                 source=example.source,
                 line=example.line,
@@ -209,13 +209,13 @@ class Renderer:
         piece = text.pieces[part]
         if cuts := [at for at in piece.borders(self.tokenizer.spelt_end) if encoding.crosses(at)]:
             encoding = self.tokenizer.encode_parts(piece.text, cuts=cuts, disarmed=text.disarmed)
-        ids, learnt = encoding.ids, labels.learnt(encoding, piece, self.weights)
+        ids, learned = encoding.ids, labels.learned(encoding, piece, self.weights)
         if text.example.text is not None and self._needs_end(piece.text):
             ids = [*ids, self.tokenizer.eos_token_id]
-            learnt = (
-                Learnt(tokens=((1, len(ids)),), roles=("assistant",)) if len(ids) > 1 else Learnt(tokens=(), roles=())
+            learned = (
+                Learned(tokens=((1, len(ids)),), roles=("assistant",)) if len(ids) > 1 else Learned(tokens=(), roles=())
             )
-        found = self._cut(text, part, encoding, learnt, len(ids))
+        found = self._cut(text, part, encoding, learned, len(ids))
         return Rendered(
             input_ids=ids[: found.keep] if found.keep < len(ids) else ids,
             source=text.example.source,
@@ -223,8 +223,8 @@ class Renderer:
             outcome=self._outcome(text.example, found, len(ids)),
             length=len(ids),
             keep=found.keep,
-            learnt=learnt.tokens,
-            roles=learnt.roles,
+            learned=learned.tokens,
+            roles=learned.roles,
             part=part,
             parts=len(text.pieces),
             header_differs=piece.header_differs,
@@ -236,20 +236,20 @@ class Renderer:
         """Whether ready text does not end with EOS."""
         return not text.rstrip().endswith(self.tokenizer.hf.eos_token)
 
-    def _cut(self, text: Text, part: int, encoding: Encoding, learnt: Learnt, length: int) -> Truncation:
+    def _cut(self, text: Text, part: int, encoding: Encoding, learned: Learned, length: int) -> Truncation:
         """How much of the sequence stays; only one that is too long asks where its answers end."""
         if length <= self.max_length:
-            return truncate(learnt.tokens, length, self.max_length)
+            return truncate(learned.tokens, length, self.max_length)
         piece, ends = text.pieces[part], None
         if self.train_on == "all" and text.example.text is None:
             answers_only = replace(piece, spans=self._answers(text, piece.text))
-            ends = [stop for _, stop in labels.learnt(encoding, answers_only, None).tokens]
+            ends = [stop for _, stop in labels.learned(encoding, answers_only, None).tokens]
         elif self.weights is not None:
-            ends = [stop for _, stop in labels.learnt(encoding, piece, None).tokens]
-        return truncate(learnt.tokens, length, self.max_length, ends)
+            ends = [stop for _, stop in labels.learned(encoding, piece, None).tokens]
+        return truncate(learned.tokens, length, self.max_length, ends)
 
     def _answers(self, text: Text, whole_text: str) -> tuple[Span, ...]:
-        """The answers of a conversation that is learnt whole; none where the template does not show them."""
+        """The answers of a conversation that is learned whole; none where the template does not show them."""
         try:
             piece, *others = self.text(text.example, train_on="responses").pieces
         except RowError:

@@ -3,7 +3,7 @@
 An answer is found by rendering the turns before it (see `job.data.rendering.spans`). No generation prompt tells how
 another role's turn opens, and many templates refuse a conversation that ends with one. So the same conversation is
 rendered again with a stand-in character, which the text does not hold, in the place of that turn's content: what stands
-before and behind the stand-in stands before and behind the content. Learnt is the content as the template writes it,
+before and behind the stand-in stands before and behind the content. Learned is the content as the template writes it,
 and the end marker where one follows that also ends answers; headers and white space are not.
 
 Knows characters, nothing of tokens.
@@ -34,7 +34,7 @@ def add_roles(
 ) -> tuple[Piece, ...]:
     """The pieces that `spans.answers` made, with the spans of these other roles' turns.
 
-    Each turn is learnt once, in the first piece that holds it; turns behind the last answer are in none.
+    Each turn is learned once, in the first piece that holds it; turns behind the last answer are in none.
     Raises RefusedError if the template does not write a turn's content exactly once and as one stretch.
     """
     if not any(turn.role in roles for turn in turns):

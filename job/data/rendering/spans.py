@@ -1,8 +1,8 @@
-"""A conversation and a template -> text and the character spans that are learnt, by prefix rendering.
+"""A conversation and a template -> text and the character spans that are learned, by prefix rendering.
 
 The text before an answer is what the template renders for the turns before it with its generation prompt, exactly as at
 inference; the text up to an answer's end is what it renders for the turns including it. What lies between is the answer
-as the template writes it, with its end marker; white space behind the marker is not learnt, since generation stops at
+as the template writes it, with its end marker; white space behind the marker is not learned, since generation stops at
 the marker. No string is searched for, so markers inside a turn's content cannot move a span;
 `job.data.rendering.fast_spans` is a short cut to the same.
 
@@ -45,12 +45,12 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """One training text and what is learnt of it."""
+    """One training text and what is learned of it."""
 
     text: str
     spans: tuple[Span, ...]
     others: tuple[Span, ...] = ()
-    """Turns of other roles that are learnt too; see `job.data.rendering.role_spans`."""
+    """Turns of other roles that are learned too; see `job.data.rendering.role_spans`."""
     header_differs: bool = False
     """The template opens an answer otherwise than its generation prompt does (some reasoning models' templates)."""
     unshown: tuple[Unshown, ...] = ()
@@ -75,7 +75,7 @@ class _Answer:
 
 
 def whole(template: Template, turns: Sequence[Turn], tools: Sequence[JsonObject]) -> tuple[Piece, ...]:
-    """The conversation as one text, all of it learnt. Raises RefusedError.
+    """The conversation as one text, all of it learned. Raises RefusedError.
 
     Where it ends with an answer, the text before that is as at inference: some templates show the system turn or the
     tools only in a conversation that ends with a question.
@@ -93,17 +93,17 @@ def whole(template: Template, turns: Sequence[Turn], tools: Sequence[JsonObject]
 def answers(
     template: Template, turns: Sequence[Turn], tools: Sequence[JsonObject], *, only_last: bool
 ) -> tuple[Piece, ...]:
-    """The conversation with its assistant turns (or the last of them) learnt.
+    """The conversation with its assistant turns (or the last of them) learned.
 
     One piece, or one for each answer if the template renders an earlier turn otherwise once another follows it: then
     each piece ends with its answer, as at inference. Turns behind the last answer are left out, since nothing is
-    learnt from them. Raises RefusedError if the template refuses the conversation or a part of it.
+    learned from them. Raises RefusedError if the template refuses the conversation or a part of it.
     """
-    learnt = [index for index, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
-    learnt = learnt[-1:] if only_last else learnt
-    if not tools and frames(template) and (piece := _framed(template, turns[: learnt[-1] + 1], learnt)):
+    learned = [index for index, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
+    learned = learned[-1:] if only_last else learned
+    if not tools and frames(template) and (piece := _framed(template, turns[: learned[-1] + 1], learned)):
         return (piece,)
-    return _by_prefixes(template, turns, tools, learnt)
+    return _by_prefixes(template, turns, tools, learned)
 
 
 @functools.cache
@@ -111,39 +111,39 @@ def frames(template: Template) -> bool:
     """Whether `job.data.rendering.fast_spans` finds what prefix rendering finds, in short conversations of all
     shapes."""
     for turns in SAMPLES:
-        learnt = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        learned = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
         try:
-            pieces = _by_prefixes(template, turns, (), learnt)
+            pieces = _by_prefixes(template, turns, (), learned)
         except RefusedError:
             continue
-        if pieces != (_framed(template, turns, learnt),):
+        if pieces != (_framed(template, turns, learned),):
             return False
     return True
 
 
-def _framed(template: Template, turns: Sequence[Turn], learnt: Sequence[int]) -> Piece | None:
+def _framed(template: Template, turns: Sequence[Turn], learned: Sequence[int]) -> Piece | None:
     if (found := fast_spans.find(template, turns)) is None:
         return None
     text, places = found
-    spans = tuple(Span(start=start, end=end, turn=index) for index, start, end in places if index in learnt)
+    spans = tuple(Span(start=start, end=end, turn=index) for index, start, end in places if index in learned)
     _Conversation(template=template, turns=turns, tools=()).check_printed(len(turns) - 1, text)
     return Piece(text=text, spans=spans)
 
 
 def _by_prefixes(
-    template: Template, turns: Sequence[Turn], tools: Sequence[JsonObject], learnt: Sequence[int]
+    template: Template, turns: Sequence[Turn], tools: Sequence[JsonObject], learned: Sequence[int]
 ) -> tuple[Piece, ...]:
     conversation = _Conversation(template=template, turns=turns, tools=tools)
-    conversation.check_calls(learnt[-1] + 1)
-    found = [conversation.answer(index) for index in learnt]
-    conversation.check_printed(learnt[-1], found[-1].text)
+    conversation.check_calls(learned[-1] + 1)
+    found = [conversation.answer(index) for index in learned]
+    conversation.check_printed(learned[-1], found[-1].text)
     said = [
-        (index, answer.text[answer.span.start : answer.span.end]) for index, answer in zip(learnt, found, strict=True)
+        (index, answer.text[answer.span.start : answer.span.end]) for index, answer in zip(learned, found, strict=True)
     ]
     unshown = conversation.unshown(said, found[-1].text)
     if all(found[-1].text.startswith(answer.text) for answer in found[:-1]):
         return (_piece(found[-1].text, found, unshown),)
-    for index, answer in zip(learnt[:-1], found[:-1], strict=True):
+    for index, answer in zip(learned[:-1], found[:-1], strict=True):
         conversation.check_printed(index, answer.text)
     return tuple(_piece(answer.text, [answer], unshown) for answer in found)
 
@@ -190,10 +190,10 @@ class _Conversation:
         return text == self._rendered(index + 1, prompt=False)
 
     def unshown(self, answers: Sequence[tuple[int, str]], text: str) -> tuple[Unshown, ...]:
-        """What the row has and its text lacks: tools anywhere, reasoning where it would be learnt.
+        """What the row has and its text lacks: tools anywhere, reasoning where it would be learned.
 
         Args:
-            answers: the number of each turn that is learnt, and what the template makes of it.
+            answers: the number of each turn that is learned, and what the template makes of it.
             text: the whole conversation.
         """
         names = [str((tool.get("function") or tool).get("name")) for tool in self.tools]

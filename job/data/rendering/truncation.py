@@ -20,23 +20,23 @@ class Truncation:
     keep: int
     """Tokens from its start."""
     outcome: Literal["kept", "shortened", "cut", "masked"]
-    """`kept` lost nothing that is learnt, `shortened` lost whole turns, `cut` ends inside an answer, `masked` has
+    """`kept` lost nothing that is learned, `shortened` lost whole turns, `cut` ends inside an answer, `masked` has
     nothing left to learn."""
 
 
-def truncate(learnt: Sequence[Tokens], length: int, limit: int, ends: Sequence[int] | None = None) -> Truncation:
-    """End a sequence that is too long behind the last answer that fits whole, so that no answer is learnt without
+def truncate(learned: Sequence[Tokens], length: int, limit: int, ends: Sequence[int] | None = None) -> Truncation:
+    """End a sequence that is too long behind the last answer that fits whole, so that no answer is learned without
     its end; only where none fits, inside the first.
 
     Args:
-        learnt: where the learnt tokens lie, in order; none is empty.
-        ends: where answers end, if that is not where the learnt tokens do.
+        learned: where the learned tokens lie, in order; none is empty.
+        ends: where answers end, if that is not where the learned tokens do.
     """
-    if not learnt or learnt[0][0] >= limit:
+    if not learned or learned[0][0] >= limit:
         return Truncation(keep=min(length, limit), outcome="masked")
     if length <= limit:
         return Truncation(keep=length, outcome="kept")
-    last = max((end for end in (ends or [stop for _, stop in learnt]) if learnt[0][0] < end <= limit), default=0)
+    last = max((end for end in (ends or [stop for _, stop in learned]) if learned[0][0] < end <= limit), default=0)
     if last:
-        return Truncation(keep=last, outcome="kept" if last >= learnt[-1][1] else "shortened")
+        return Truncation(keep=last, outcome="kept" if last >= learned[-1][1] else "shortened")
     return Truncation(keep=limit, outcome="cut")

@@ -19,9 +19,9 @@ from job.data.examples import SHOWN, Example
 from job.data.rendering import labels
 from job.data.rendering.renderer import Renderer
 from job.data.tokenized.counts import Counts, Tally
-from job.data.tokenized.draft import Draft, Drafted
+from job.data.tokenized.draft import Draft, DraftSequence
 from job.data.tokenized.lengths import Lengths
-from job.data.tokenized.provenance import Places
+from job.data.tokenized.provenance import Provenance
 from job.runtime.errors import DataError
 
 SCHEMA = pa.schema(
@@ -40,7 +40,7 @@ class Prepared:
     differently weights (list of float32)."""
     counts: Counts
     lengths: Lengths
-    places: Places
+    places: Provenance
     """The row of each sequence."""
     digest: str
     """SHA-256 over those of all token ids, labels, lengths and weights in order: what is learned, in which order."""
@@ -118,13 +118,13 @@ class _File:
     def __exit__(self, *_: object) -> None:
         self._left.close()
 
-    def add(self, sequences: Sequence[Drafted]) -> None:
+    def add(self, sequences: Sequence[DraftSequence]) -> None:
         for sequence in sequences:
             self._tally.add(sequence.outline)
         if trained := [sequence for sequence in sequences if sequence.outline.trained]:
             self._write(trained)
 
-    def _write(self, sequences: Sequence[Drafted]) -> None:
+    def _write(self, sequences: Sequence[DraftSequence]) -> None:
         outlines = [sequence.outline for sequence in sequences]
         lengths = np.array([outline.keep for outline in outlines], dtype=np.int32)
         ids = np.concatenate([sequence.input_ids for sequence in sequences])

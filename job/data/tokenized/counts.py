@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from job.data.examples import SHOWN
-from job.data.rendering.labels import Outline
+from job.data.rendering.labels import SequenceMeta
 from job.data.tokenized.lengths import Gathering, percentile
-from job.data.tokenized.provenance import Places
+from job.data.tokenized.provenance import Provenance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,13 +41,13 @@ class Counts:
     tools_not_rendered: Noted
     """Rows with tools that the template does not print."""
     reasoning_not_rendered: Noted
-    """Rows with reasoning that the template does not print where it would be learnt."""
+    """Rows with reasoning that the template does not print where it would be learned."""
     truncated: Noted
     """Sequences, not rows, as in the next ones: a split row may lose some. Each is one of the next two."""
     lost_turns: Noted
     """Truncated behind the last answer that fits whole."""
     cut_inside: Noted
-    """Truncated inside an answer, since none fits whole, or inside ready text: its end is not learnt."""
+    """Truncated inside an answer, since none fits whole, or inside ready text: its end is not learned."""
     dropped_overlong: Noted
     fully_masked: Noted
     """Dropped because no label is left, usually since truncation cut the answer off."""
@@ -60,7 +60,7 @@ class _Places:
     count: int = 0
     first: list[str] = field(default_factory=list)
 
-    def add(self, sequence: Outline) -> None:
+    def add(self, sequence: SequenceMeta) -> None:
         self.count += 1
         if len(self.first) < SHOWN:
             self.first.append(f"{sequence.source}:{sequence.line}")
@@ -78,7 +78,7 @@ class Tally:
     rows: int = 0
     gathered: Gathering = field(default_factory=Gathering)
     weights: dict[str, float] = field(default_factory=dict)
-    places: Places = field(default_factory=Places)
+    places: Provenance = field(default_factory=Provenance)
     split: _Places = field(default_factory=_Places)
     header_differs: _Places = field(default_factory=_Places)
     tools: _Places = field(default_factory=_Places)
@@ -92,17 +92,17 @@ class Tally:
     def __post_init__(self) -> None:
         self.weights.update(dict.fromkeys(self.shares or (), 0.0))
 
-    def add(self, sequence: Outline) -> None:
+    def add(self, sequence: SequenceMeta) -> None:
         """One more sequence, trained on or not."""
         if sequence.part == 0:
             self._add_row(sequence)
-        self.gathered.add(sequence.length, sequence.learnt)
+        self.gathered.add(sequence.length, sequence.learned)
         if sequence.outcome != "kept":
             getattr(self, sequence.outcome).add(sequence)
         if sequence.trained:
             self._add_trained(sequence)
 
-    def _add_row(self, sequence: Outline) -> None:
+    def _add_row(self, sequence: SequenceMeta) -> None:
         self.rows += 1
         if sequence.parts > 1:
             self.split.add(sequence)
@@ -111,7 +111,7 @@ class Tally:
         for name in sequence.unshown:
             getattr(self, name).add(sequence)
 
-    def _add_trained(self, sequence: Outline) -> None:
+    def _add_trained(self, sequence: SequenceMeta) -> None:
         self.places.add(sequence.source, sequence.line)
         if sequence.outcome != "kept":
             self.truncated.add(sequence)

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.data.examples import Example, InvalidRows, RowError
-from job.data.rendering.labels import Outline
+from job.data.rendering.labels import SequenceMeta
 from job.data.rendering.renderer import Renderer, Text
 from job.data.tokenizer.encoding import Encoding
 
@@ -39,19 +39,19 @@ IN_FLIGHT = 2
 """Chunks that wait for their tokens while the next is rendered."""
 NEW_OBJECTS = 50_000
 """Between two looks for garbage, instead of Python's 700: rows make hardly any that needs to be looked for."""
-FIELDS = tuple(Outline.__slots__)
+FIELDS = tuple(SequenceMeta.__slots__)
 _values = attrgetter(*FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Drafted:
+class DraftSequence:
     """One sequence of the draft."""
 
     row: int
     """Of all rows, from 0."""
     renderer: int
     """Which of the draft's."""
-    outline: Outline
+    outline: SequenceMeta
     input_ids: NDArray[np.int32]
 
 
@@ -109,13 +109,13 @@ class Draft:
         """Raise DataError for invalid rows: the first ten in words, all in number."""
         self._invalid.raise_if_any(self.rows)
 
-    def sequences(self) -> Iterator[list[Drafted]]:
+    def sequences(self) -> Iterator[list[DraftSequence]]:
         """All sequences in order, some at a time."""
         self._tokens.seek(0)
         self._outlines.seek(0)
         for line in self._outlines:
             found = [
-                (row, renderer, Outline(**dict(zip(FIELDS, values, strict=True))))
+                (row, renderer, SequenceMeta(**dict(zip(FIELDS, values, strict=True))))
                 for row, renderer, values in json.loads(line)
             ]
             ids = np.frombuffer(self._tokens.read(4 * sum(outline.keep for _, _, outline in found)), dtype=np.int32)
@@ -157,10 +157,10 @@ class Draft:
         self._outlines.write(json.dumps(outlines).encode() + b"\n")
 
 
-def _drafted(found: list[tuple[int, int, Outline]], ids: NDArray[np.int32]) -> Iterator[Drafted]:
+def _drafted(found: list[tuple[int, int, SequenceMeta]], ids: NDArray[np.int32]) -> Iterator[DraftSequence]:
     start = 0
     for row, renderer, outline in found:
-        yield Drafted(row=row, renderer=renderer, outline=outline, input_ids=ids[start : start + outline.keep])
+        yield DraftSequence(row=row, renderer=renderer, outline=outline, input_ids=ids[start : start + outline.keep])
         start += outline.keep
 
 

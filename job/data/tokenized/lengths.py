@@ -29,7 +29,7 @@ class Limit:
     cut: int
     """Of these, those that would end inside an answer."""
     masked: int
-    """Of these, those that would be dropped, since nothing learnt is left."""
+    """Of these, those that would be dropped, since nothing learned is left."""
     tokens_lost: int
     labelled_tokens_lost: int
 
@@ -56,7 +56,7 @@ class Lengths:
     tokens_per_epoch: int
     """Trained on: after truncation, without what was dropped and without padding."""
     labelled_tokens_per_epoch: int
-    """Of those, learnt."""
+    """Of those, learned."""
     micro_batch: int
     padding_waste: float
     """Share of padding if batches of `micro_batch` in random order were padded to their longest (on a CPU they are);
@@ -74,14 +74,14 @@ class _WhatIf:
     tokens_lost: int = 0
     labelled_tokens_lost: int = 0
 
-    def add(self, length: int, learnt: Sequence[Tokens]) -> None:
-        found = truncate(learnt, length, self.max_length)
+    def add(self, length: int, learned: Sequence[Tokens]) -> None:
+        found = truncate(learned, length, self.max_length)
         keep = 0 if found.outcome == "masked" else found.keep
         self.longer += 1
         self.cut += found.outcome == "cut"
         self.masked += found.outcome == "masked"
         self.tokens_lost += length - keep
-        self.labelled_tokens_lost += sum(max(stop - max(start, keep), 0) for start, stop in learnt)
+        self.labelled_tokens_lost += sum(max(stop - max(start, keep), 0) for start, stop in learned)
 
     def limit(self) -> Limit:
         return Limit(**{name: getattr(self, name) for name in Limit.__slots__})
@@ -96,13 +96,13 @@ class Gathering:
     labelled: int = 0
     limits: tuple[_WhatIf, ...] = field(default_factory=lambda: tuple(_WhatIf(max_length=one) for one in THRESHOLDS))
 
-    def add(self, length: int, learnt: Sequence[Tokens]) -> None:
+    def add(self, length: int, learned: Sequence[Tokens]) -> None:
         """A sequence before truncation."""
         self.before.append(length)
         for limit in self.limits:
             if length <= limit.max_length:
                 break
-            limit.add(length, learnt)
+            limit.add(length, learned)
 
     def add_trained(self, length: int, labelled: int) -> None:
         """A sequence that is trained on, as it is."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(kw_only=True)
-class Places:
+class Provenance:
     """The places of sequences, in their order. Long runs of sequences from one file take the least room."""
 
     _lines: array[int] = field(default_factory=lambda: array("I"))

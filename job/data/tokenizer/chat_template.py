@@ -1,4 +1,4 @@
-"""A chat template applied to turns, and what can be learnt from it by trying: how it opens and ends an answer.
+"""A chat template applied to turns, and what can be learned from it by trying: how it opens and ends an answer.
 
 Knows Jinja text and strings; nothing of tokens. The templates that the job brings are `job/templates/<name>.jinja`.
 """

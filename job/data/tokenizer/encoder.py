@@ -29,7 +29,7 @@ SAMPLES = (
     "Größe, naïve, æøå, Ωμέγα, Привет, שלום, नमस्ते, 日本語のテキスト, 한국어, 🙂👩‍👩‍👧, \u00a0 \u2028",
 )
 """Texts on which offsets that are counted must be those that the library keeps account of."""
-STAND_IN = re.compile("[\U00100000-\U0010fffd]")
+PLACEHOLDER = re.compile("[\U00100000-\U0010fffd]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,17 +135,17 @@ class Encoder:
 
     def rearm(self, text: str) -> str:
         """The text with the stand-ins replaced by what they stand for."""
-        return STAND_IN.sub(lambda found: self._special[ord(found[0]) - STAND_INS], text)
+        return PLACEHOLDER.sub(lambda found: self._special[ord(found[0]) - STAND_INS], text)
 
     def encode_parts(self, text: str, *, cuts: Sequence[int] = (), disarmed: bool = False) -> Encoding:
         """Like `encode`, but no token lies across a cut, and stand-ins are encoded as the plain text they stand for."""
         borders = {0, len(text), *cuts}
         if disarmed:
-            borders.update(border for found in STAND_IN.finditer(text) for border in found.span())
+            borders.update(border for found in PLACEHOLDER.finditer(text) for border in found.span())
         ids: list[int] = []
         offsets: list[Offsets] = []
         for start, end in pairwise(sorted(borders)):
-            if disarmed and STAND_IN.match(text, start):
+            if disarmed and PLACEHOLDER.match(text, start):
                 plain = self._plain[self._special[ord(text[start]) - STAND_INS]]
                 ids += plain
                 offsets += [(start, end)] * len(plain)

@@ -129,7 +129,7 @@ class CompileCache:
         placed: dict[Entry, int] = {}
         try:
             store = self._store(STORE_PATIENCE_SECONDS)
-            parts = store.entries(f"{self._key}/")
+            parts = store.list_objects(f"{self._key}/")
             self._seen = {entry.key for entry in parts}
             for part in parts:
                 if self._given_up.is_set() or len(placed) == MOST_PARTS:
@@ -213,7 +213,7 @@ class CompileCache:
                 _not_saved("what is there could not be listed at the start")
                 return
             store = self._store(SAVING_PATIENCE_SECONDS)
-            if reason := self._enough(self._seen, {entry.key for entry in store.entries(f"{self._key}/")}):
+            if reason := self._enough(self._seen, {entry.key for entry in store.list_objects(f"{self._key}/")}):
                 log.info("compile_cache_unchanged", key=self._key, reason=reason)
                 return
             size = self._upload(store, new)

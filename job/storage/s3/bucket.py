@@ -13,10 +13,10 @@ import structlog
 from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
 from tenacity import RetryCallState, Retrying, retry_if_exception, sleep_using_event
 
-from job.runtime.errors import ConfigError, DataError, DeniedError, JobError, StorageError
+from job.runtime.errors import AccessDeniedError, ConfigError, DataError, JobError, StorageError
 from job.storage.parallel import Stopped
 from job.storage.s3.client import Connection
-from job.storage.s3.failures import Kind, Verdict, has_meaning, in_words, judge
+from job.storage.s3.failures import Failure, Kind, classify, has_meaning, in_words
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -58,16 +58,16 @@ class Bucket:
             stop: ends the waiting and retrying when set.
 
         Raises:
-            StorageError, DeniedError, DataError: as `Store` says.
+            StorageError, AccessDeniedError, DataError: as `Store` says.
             Stopped: `stop` was set.
-            ClientError: a reply that says something about the object (`verdict.has_meaning`).
+            ClientError: a reply that says something about the object (`failure.has_meaning`).
         """
         return _Call(self, operation, key, stop or threading.Event()).run(act)
 
     def failure(self, operation: str, key: str, error: Exception, *, seconds: float) -> JobError:
         """The error to give up with."""
         what = f"{operation} on s3://{self.name}/{key} at {self.connection.endpoint}"
-        kind = judge(error).kind
+        kind = classify(error).kind
         if kind is Kind.NO_BUCKET:
             return DataError(
                 f"The bucket {self.name!r} does not exist at {self.connection.endpoint}.",
@@ -76,7 +76,7 @@ class Bucket:
         if isinstance(error, ParamValidationError):
             return ConfigError(f"{what} cannot be asked for: {error}.", remedy="Correct the address.")
         if kind is Kind.DENIED:
-            return DeniedError(
+            return AccessDeniedError(
                 f"{what} was refused for {seconds:.0f} s: {in_words(error)}."
                 f" Credentials tried: {self.connection.credentials()}.",
                 remedy=f"Give this identity {_PERMISSIONS.get(operation, _WRITE_PERMISSION)}, or other credentials.",
@@ -122,7 +122,7 @@ class _Call:
                 raise
             raise self._failure(error) from error
         except Exception as error:
-            if judge(error).kind is Kind.OTHER and not isinstance(error, BotoCoreError):
+            if classify(error).kind is Kind.OTHER and not isinstance(error, BotoCoreError):
                 raise
             raise self._failure(error) from error
 
@@ -130,29 +130,29 @@ class _Call:
         seconds = time.monotonic() - self.since.get(False, time.monotonic())
         return self.bucket.failure(self.operation, self.key, error, seconds=seconds)
 
-    def _verdict(self, error: BaseException) -> Verdict:
-        verdict = judge(error)
+    def _verdict(self, error: BaseException) -> Failure:
+        failure = classify(error)
         self.since.setdefault(False, time.monotonic())
-        if verdict.kind is not Kind.WAIT:
+        if failure.kind is not Kind.WAIT:
             self.since.setdefault(True, time.monotonic())
-        return verdict
+        return failure
 
     def _deadline(self, state: RetryCallState) -> float:
-        if judge(_error(state)).kind is Kind.WAIT:
+        if classify(_error(state)).kind is Kind.WAIT:
             return self.since[False] + self.bucket.patience_seconds
         patience = min(self.bucket.denied_patience_seconds, self.bucket.patience_seconds)
         return self.since[True] + patience
 
     def _wait(self, state: RetryCallState) -> float:
         left = self._deadline(state) - time.monotonic()
-        most = min(_LONGEST_SECONDS[judge(_error(state)).kind], _FIRST_SECONDS * 2 ** min(state.attempt_number, 20))
+        most = min(_LONGEST_SECONDS[classify(_error(state)).kind], _FIRST_SECONDS * 2 ** min(state.attempt_number, 20))
         return max(0.0, min(_jitter.uniform(0.0, most), left))
 
     def _before_sleep(self, state: RetryCallState) -> None:
         error, pause = _error(state), state.upcoming_sleep
-        verdict = judge(error)
-        if verdict.renew and self.client is not None:
-            self.bucket.connection.renew(self.client, other_payer=verdict.kind is Kind.DENIED)
+        failure = classify(error)
+        if failure.renew and self.client is not None:
+            self.bucket.connection.renew(self.client, other_payer=failure.kind is Kind.DENIED)
         deadline = datetime.datetime.now(datetime.UTC) + datetime.timedelta(
             seconds=self._deadline(state) - time.monotonic()
         )

@@ -172,7 +172,7 @@ def _continue(stop: threading.Event | None) -> None:
 def _require_all(count: int, piece: _Range) -> None:
     """boto3 would look at the length of a body itself, the reader below it does not."""
     if count != piece.size:
-        raise ConnectionError(f"{count} of {piece.size} bytes arrived")
+        raise ConnectionError(f"{count} of {piece.size} bytes await_model")
 
 
 class _Reader:

@@ -1,4 +1,4 @@
-"""What a failed call means: wait, refused, or hopeless. It looks at exceptions only and retries nothing."""
+"""What a failed call means: wait, refused, or permanent. It looks at exceptions only and retries nothing."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Kind(enum.Enum):
     WAIT = "wait"
     """An outage or a limit: retried to the patience, then StorageError."""
     DENIED = "denied"
-    """A refusal: retried to the denied patience, then DeniedError."""
+    """A refusal: retried to the denied patience, then AccessDeniedError."""
     UNTRUSTED = "untrusted"
     """A certificate that nobody here trusts: retried to the denied patience, then StorageError."""
     NO_BUCKET = "no_bucket"
@@ -95,7 +95,7 @@ class Kind(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Failure:
     """What to do about one failure."""
 
     kind: Kind
@@ -103,32 +103,32 @@ class Verdict:
     """Whether fresh credentials and a fresh client may help."""
 
 
-def judge(error: BaseException) -> Verdict:
-    """The verdict about an exception that a call raised."""
+def classify(error: BaseException) -> Failure:
+    """The failure about an exception that a call raised."""
     if isinstance(error, JobError):
-        return Verdict(kind=Kind.OTHER)
+        return Failure(kind=Kind.OTHER)
     if isinstance(error, aws.ClientError):
         return _judge_reply(error)
     if isinstance(error, _NO_CREDENTIALS):
-        return Verdict(kind=Kind.DENIED, renew=True)
+        return Failure(kind=Kind.DENIED, renew=True)
     if _untrusted(error):
-        return Verdict(kind=Kind.UNTRUSTED)
+        return Failure(kind=Kind.UNTRUSTED)
     if isinstance(error, _BROKEN_CONNECTION):
-        return Verdict(kind=Kind.WAIT)
-    return Verdict(kind=Kind.OTHER)
+        return Failure(kind=Kind.WAIT)
+    return Failure(kind=Kind.OTHER)
 
 
-def _judge_reply(error: aws.ClientError) -> Verdict:
+def _judge_reply(error: aws.ClientError) -> Failure:
     code, status = error_code(error), status_code(error)
     if code in _RENEW:
-        return Verdict(kind=Kind.WAIT, renew=True)
+        return Failure(kind=Kind.WAIT, renew=True)
     if code == "NoSuchBucket":
-        return Verdict(kind=Kind.NO_BUCKET)
+        return Failure(kind=Kind.NO_BUCKET)
     if code in _WAIT or status == _TOO_MANY_REQUESTS or (status >= _SERVER_ERRORS and code != "NotImplemented"):
-        return Verdict(kind=Kind.WAIT)
+        return Failure(kind=Kind.WAIT)
     if code in _DENIED or status in {401, 403}:
-        return Verdict(kind=Kind.DENIED, renew=True)
-    return Verdict(kind=Kind.OTHER)
+        return Failure(kind=Kind.DENIED, renew=True)
+    return Failure(kind=Kind.OTHER)
 
 
 def _untrusted(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from job.storage.s3.bucket import Bucket
 from job.storage.s3.checksum import upload_arguments
 from job.storage.s3.client import Connection
 from job.storage.s3.download import again_if_damaged, download
-from job.storage.s3.failures import Kind, error_code, is_missing, is_precondition_failed, judge
+from job.storage.s3.failures import Kind, classify, error_code, is_missing, is_precondition_failed
 from job.storage.s3.upload import upload
 from job.storage.uri import S3Address, checked_key
 
@@ -44,8 +44,8 @@ class S3Store:
             denied_patience_seconds=denied_patience_seconds,
         )
 
-    def entries(self, prefix: str = "") -> list[Entry]:
-        """See `Store.entries`. Empty objects whose key ends in `/` are folders that a console made: left out."""
+    def list_objects(self, prefix: str = "") -> list[Entry]:
+        """See `Store.list_objects`. Empty objects whose key ends in `/` are folders that a console made: left out."""
         found = [self._listed(item) for item in self._pages(self._root + prefix) if not _is_folder(item)]
         return sorted(found, key=lambda entry: entry.key)
 
@@ -227,8 +227,8 @@ def _absent() -> Iterator[None]:
 def _may_have_succeeded(error: Exception) -> bool:
     """A cut connection or a server error says nothing about what the server did; a conflict or a limit does."""
     if isinstance(error, ClientError):
-        return judge(error).kind is Kind.WAIT and error_code(error) not in {"ConditionalRequestConflict", "SlowDown"}
-    return judge(error).kind is Kind.WAIT
+        return classify(error).kind is Kind.WAIT and error_code(error) not in {"ConditionalRequestConflict", "SlowDown"}
+    return classify(error).kind is Kind.WAIT
 
 
 def _is_folder(item: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from job.runtime import signals
-from job.runtime.errors import HopelessError, Stop
+from job.runtime.errors import PermanentError, StopRequested
 from job.tuning.device import Device, memory
 from job.tuning.trainer import CountingCollator, skip_if_full
 
@@ -122,7 +122,7 @@ class Progress(TrainerCallback):
         # In fp16 the gradient scaler meets an overflow by skipping the step: that is no divergence.
         for name in ("loss", "grad_norm") if self.device.dtype is not torch.float16 else ("loss",):
             if not math.isfinite(float(logs.get(name, 0.0))):
-                raise HopelessError(
+                raise PermanentError(
                     f"Training diverged: {name} is {float(logs[name])} at step {step}.",
                     remedy="Lower TUNE_LEARNING_RATE, raise TUNE_WARMUP, or look for broken rows in the data.",
                 )
@@ -154,8 +154,8 @@ class Evaluations(TrainerCallback):
         try:
             with signals.immediate():
                 self.hooks.evaluate(step)
-        except Stop:
-            log.info("evaluation_broken_off", step=step)
+        except StopRequested:
+            log.info("evaluation_cancelled", step=step)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from job.model.base_model import BaseModel
-from job.runtime.errors import HopelessError
+from job.runtime.errors import PermanentError
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -80,7 +80,7 @@ def merge(
         dtype: of the merged weights where the base's are not 16-bit.
 
     Raises:
-        HopelessError: a weight of the adapter has no counterpart in the base's files.
+        PermanentError: a weight of the adapter has no counterpart in the base's files.
     """
     directory.mkdir(parents=True, exist_ok=True)
     deltas = _Deltas(adapter)
@@ -133,7 +133,7 @@ class _Deltas:
 
     def check_all_used(self, base: str) -> None:
         if self._left:
-            raise HopelessError(
+            raise PermanentError(
                 f"{len(self._left)} adapter weights match no weight of {base}, for example {min(self._left)}.",
                 remedy="The adapter is safe under adapter/; set TUNE_EXPORT=adapter for this architecture.",
             )

@@ -20,7 +20,7 @@ import torch
 from unsloth.utils import attention_dispatch
 from unsloth.utils.packing import cover_padded_cu_seqlens
 
-from job.runtime.errors import HopelessError
+from job.runtime.errors import PermanentError
 
 WIDEST_HEAD = 256
 """What the kernel takes."""
@@ -143,7 +143,7 @@ def _in_order() -> Iterator[None]:
 def install() -> Varlen:
     """Let Unsloth's models take the one kernel; returns what they call. Doing so again changes nothing.
 
-    Raises HopelessError if none of them has the function to be replaced.
+    Raises PermanentError if none of them has the function to be replaced.
     """
     usual = attention_dispatch.run_attention
     found = None
@@ -156,7 +156,7 @@ def install() -> Varlen:
             found = found or Varlen(usual)
             module.run_attention = found
     if found is None:
-        raise HopelessError(
+        raise PermanentError(
             "The training library's models do not attend as they did.",
             remedy="Report this with the log: the versions in the image do not fit together.",
         )

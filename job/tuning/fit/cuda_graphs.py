@@ -2,7 +2,7 @@
 
 A LoRA step launches thousands of small kernels, and below about 10,000 tokens the card waits for Python most of the
 time. A padding-free batch is brought to one of few lengths (by one more sequence, of padding, that attends to itself
-alone and is learnt by nobody), and for each length forward and backward are recorded once and replayed ever after. The
+alone and is learned by nobody), and for each length forward and backward are recorded once and replayed ever after. The
 head with its loss, the optimizer and everything around them stay as they are.
 
 Gradients of the adapter are added up inside the graph, in buffers that stay where they are.

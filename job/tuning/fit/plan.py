@@ -22,7 +22,7 @@ import structlog
 
 from job.config.schema import Config
 from job.model.memory import memory
-from job.model.schedule import pace
+from job.model.schedule import schedule
 from job.model.shape import Shape
 from job.runtime.errors import ConfigError
 from job.tuning.device import Device
@@ -32,13 +32,13 @@ CPU_OPTIMIZER = "adamw_torch_fused"
 LAYER_SECONDS, GRAPH_SECONDS = 0.01, 0.0001
 RECOMPUTED_LAUNCHES = 4 / 3
 EFFICIENCY = 0.5
-HOPELESS = 1.3
+FAR_TOO_LARGE = 1.3
 """A candidate whose estimated memory is so much more than there is needs no probe."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How a batch is cut into passes, and how a pass is run. It never changes what is learnt."""
+class PassConfig:
+    """How a batch is cut into passes, and how a pass is run. It never changes what is learned."""
 
     micro_batch: int
     """Sequences in a pass."""
@@ -78,19 +78,19 @@ class Plan:
     """Why it is cut so."""
 
     @property
-    def cut(self) -> Cut:
+    def cut(self) -> PassConfig:
         """The part that the device decides."""
-        return Cut(**{name: getattr(self, name) for name in Cut.__dataclass_fields__})
+        return PassConfig(**{name: getattr(self, name) for name in PassConfig.__dataclass_fields__})
 
-    def circumstances(self) -> dict[str, Any]:
+    def reproducibility_facts(self) -> dict[str, Any]:
         """What a run that goes on bit for bit meets again: all but the reasons, of which nothing follows."""
         found = asdict(self)
         del found["reasons"]
         return found
 
-    def recut(self, cut: Cut, *reasons: str) -> Plan:
+    def with_pass(self, cut: PassConfig, *reasons: str) -> Plan:
         """The plan with another cut."""
-        found = {name: getattr(cut, name) for name in Cut.__dataclass_fields__}
+        found = {name: getattr(cut, name) for name in PassConfig.__dataclass_fields__}
         return replace(self, **found, reasons=(*self.reasons, *reasons))
 
 
@@ -98,7 +98,7 @@ class Plan:
 class Candidate:
     """A cut, and what it is expected to take."""
 
-    cut: Cut
+    cut: PassConfig
     seconds: float
     """Of one optimizer step."""
     bytes: int
@@ -115,7 +115,7 @@ def plan(config: Config, device: Device, *, lengths: Sequence[int], learning_rat
     Raises:
         ConfigError: the warm-up is as long as the run.
     """
-    steps = pace(config, examples=len(lengths))
+    steps = schedule(config, examples=len(lengths))
     gpu = device.kind == "cuda"
     batching = config.batching if config.batching != "auto" else "packed" if gpu else "padded"
     checkpointing = config.gradient_checkpointing
@@ -173,7 +173,7 @@ def candidates(
     for rows in _halves(planned.batch_size) if config.micro_batch == "auto" else [planned.micro_batch]:
         for checkpointing in _checkpointings(config):
             for recorded in (True, False) if graphs and checkpointing == "off" else (False,):
-                cut = Cut(
+                cut = PassConfig(
                     micro_batch=rows,
                     tokens_in_pass=_capacity(lengths, rows) if planned.batching == "packed" else None,
                     gradient_checkpointing=checkpointing,
@@ -189,7 +189,7 @@ def candidates(
     return sorted(found, key=lambda one: one.seconds)
 
 
-def smaller(cut: Cut, lengths: Sequence[int]) -> Cut | None:
+def smaller(cut: PassConfig, lengths: Sequence[int]) -> PassConfig | None:
     """What to go on with where a cut ran out of memory; None if there is nothing smaller."""
     if cut.micro_batch > 1:
         rows = cut.micro_batch // 2
@@ -215,14 +215,14 @@ def _capacity(lengths: Sequence[int], rows: int) -> int:
     return sum(sorted(lengths)[-rows:])
 
 
-def _passes(cut: Cut, planned: Plan, lengths: Sequence[int]) -> int:
+def _passes(cut: PassConfig, planned: Plan, lengths: Sequence[int]) -> int:
     if cut.tokens_in_pass is None:
         return math.ceil(planned.batch_size / cut.micro_batch)
     mean = sum(lengths) / len(lengths)
     return math.ceil(planned.batch_size * mean / cut.tokens_in_pass)
 
 
-def _seconds(cut: Cut, planned: Plan, shape: Shape | None, lengths: Sequence[int], rate: float) -> float:
+def _seconds(cut: PassConfig, planned: Plan, shape: Shape | None, lengths: Sequence[int], rate: float) -> float:
     if shape is None:
         return _passes(cut, planned, lengths) + (cut.gradient_checkpointing != "off") / 2
     recomputed = cut.gradient_checkpointing != "off"
@@ -232,7 +232,7 @@ def _seconds(cut: Cut, planned: Plan, shape: Shape | None, lengths: Sequence[int
     return max(computing, each * shape.layers * _passes(cut, planned, lengths)) + computing / 100
 
 
-def _bytes(cut: Cut, planned: Plan, config: Config, shape: Shape | None, lengths: Sequence[int]) -> int:
+def _bytes(cut: PassConfig, planned: Plan, config: Config, shape: Shape | None, lengths: Sequence[int]) -> int:
     if shape is None:
         return 0
     padded = planned.batching == "padded"
@@ -252,18 +252,18 @@ def freed(config: Config) -> str:
     return f"Leave {' and '.join(fixed)} at auto. " if fixed else ""
 
 
-def taken_over(earlier: dict[str, Any], planned: Plan, config: Config, device: Device) -> Cut | None:
+def taken_over(earlier: dict[str, Any], planned: Plan, config: Config, device: Device) -> PassConfig | None:
     """How an earlier attempt cut its batches: done again on a card of the same name, to round as it did, unless the
     settings ask for something else than it did and than they asked for then (memory may have run out since).
 
     Args:
-        earlier: `Finetune.circumstances` that it recorded.
+        earlier: `Finetune.reproducibility_facts` that it recorded.
     """
     found = as_recorded(earlier.get("plan") or {})
     if found is None:
         return None
     if earlier.get("device") != device.name:
-        log.warning("plan_made_anew", was=earlier.get("device"), now=device.name)
+        log.warning("plan_recomputed", was=earlier.get("device"), now=device.name)
         return None
     then = earlier.get("asked") or {}
     other = any(value not in ("auto", getattr(found, name), then.get(name)) for name, value in asked(config).items())
@@ -274,12 +274,12 @@ def as_trained(planned: Plan, earlier: dict[str, Any]) -> Plan:
     """The plan of a run whose last step was made in an earlier attempt, on whatever card: cut as it was there."""
     recorded = earlier.get("plan") or {}
     found = as_recorded(recorded)
-    return planned if found is None else replace(planned.recut(found), batching=recorded["batching"])
+    return planned if found is None else replace(planned.with_pass(found), batching=recorded["batching"])
 
 
-def as_recorded(recorded: dict[str, Any]) -> Cut | None:
+def as_recorded(recorded: dict[str, Any]) -> PassConfig | None:
     """The cut of a plan that an earlier attempt recorded; None if it was of another layout."""
     try:
-        return Cut(**{name: recorded[name] for name in Cut.__dataclass_fields__})
+        return PassConfig(**{name: recorded[name] for name in PassConfig.__dataclass_fields__})
     except KeyError:
         return None

@@ -15,11 +15,11 @@ from unsloth import FastLanguageModel
 
 from job.config.schema import Config
 from job.model.shape import Shape
-from job.runtime.errors import HopelessError
+from job.runtime.errors import PermanentError
 from job.tuning.batches import IGNORED
 from job.tuning.device import MORE_ROOM, Device, matrix_rate, memory, out_of_memory
 from job.tuning.fit.micro_batches import Limit, bucket
-from job.tuning.fit.plan import HOPELESS, Candidate, Cut, Plan, candidates, freed, smaller
+from job.tuning.fit.plan import FAR_TOO_LARGE, Candidate, PassConfig, Plan, candidates, freed, smaller
 
 if TYPE_CHECKING:  # they import what Unsloth has only where there is a GPU
     from job.tuning.fit.attention import Varlen
@@ -33,7 +33,7 @@ SPARE_BYTES = 512 << 20
 
 
 @dataclass(kw_only=True)
-class Fitting:
+class PassSearch:
     """The cut in force, and the means to change it."""
 
     plan: Plan
@@ -57,17 +57,17 @@ class Fitting:
         """What a pass may hold now."""
         return Limit(rows=self.plan.micro_batch, tokens=self.plan.tokens_in_pass)
 
-    def settle(self, config: Config, *, recorded: Cut | None) -> None:
+    def settle(self, config: Config, *, recorded: PassConfig | None) -> None:
         """Choose the cut and put it in force; on a CPU there is nothing to choose.
 
-        It must be called when the trainer is ready to train. Nothing that is learnt from changes: weights, gradients
+        It must be called when the trainer is ready to train. Nothing that is learned from changes: weights, gradients
         and random numbers are as before.
 
         Args:
             recorded: what an earlier attempt of the run used on a card of this kind.
 
         Raises:
-            HopelessError: nothing fits.
+            PermanentError: nothing fits.
         """
         started = time.monotonic()
         if self.device.kind == "cuda":
@@ -77,7 +77,7 @@ class Fitting:
         self.seconds = time.monotonic() - started
         log.info("plan_made", plan=asdict(self.plan), seconds=round(self.seconds, 3), **memory(self.device))
 
-    def _settle_on_card(self, config: Config, recorded: Cut | None) -> None:
+    def _settle_on_card(self, config: Config, recorded: PassConfig | None) -> None:
         if self.plan.batching != "padded" and self.device.flash:
             from job.tuning.fit.attention import install  # noqa: PLC0415 - see above
 
@@ -86,7 +86,7 @@ class Fitting:
         graphs = recordable(self.plan, config, self.device)
         if recorded is not None:
             self.apply(replace(recorded, cuda_graphs=recorded.cuda_graphs and graphs))
-            self.plan = self.plan.recut(self.plan.cut, "as the attempt before")
+            self.plan = self.plan.with_pass(self.plan.cut, "as the attempt before")
             return
         with _unchanged(self.trainer.model):
             rate = matrix_rate()
@@ -106,24 +106,24 @@ class Fitting:
         tried: list[str] = []
         least = min(found, key=lambda one: one.bytes)
         for candidate in found:
-            if candidate.bytes > HOPELESS * self.device.memory_bytes and candidate is not least:
+            if candidate.bytes > FAR_TOO_LARGE * self.device.memory_bytes and candidate is not least:
                 tried.append(f"{candidate.cut}: needs about {candidate.bytes / 2**30:.0f} GiB")
                 continue
             if candidate.cut.cuda_graphs and self._no_graphs:
                 continue
             failed = self._probe(candidate.cut)
             if not failed:
-                self.plan = self.plan.recut(candidate.cut, *tried, f"{candidate.cut}: fits")
+                self.plan = self.plan.with_pass(candidate.cut, *tried, f"{candidate.cut}: fits")
                 return
             tried.append(f"{candidate.cut}: {failed}")
-            log.info("plan_candidate_refused", candidate=str(candidate.cut), reason=failed)
-        raise HopelessError(
+            log.info("plan_candidate_rejected", candidate=str(candidate.cut), reason=failed)
+        raise PermanentError(
             f"The GPU's memory does not suffice for {least.cut}, where the longest sequence has {max(self.lengths):,} "
             f"tokens: {'; '.join(tried)}.",
             remedy=freed(config) + MORE_ROOM,
         )
 
-    def _probe(self, cut: Cut) -> str:
+    def _probe(self, cut: PassConfig) -> str:
         """Try the largest pass there is. Returns what was wrong; empty if it fits."""
         started, error = time.monotonic(), ""
         try:
@@ -139,7 +139,7 @@ class Fitting:
         log.debug("plan_probed", candidate=str(cut), error=error, seconds=round(time.monotonic() - started, 3))
         return error
 
-    def _passes(self, cut: Cut) -> str:
+    def _passes(self, cut: PassConfig) -> str:
         batch = self.largest(cut)
         self.forget()
         torch.cuda.reset_peak_memory_stats()
@@ -161,7 +161,7 @@ class Fitting:
             return f"only {free / 2**20:.0f} MiB are left"
         return ""
 
-    def largest(self, cut: Cut) -> dict[str, torch.Tensor]:
+    def largest(self, cut: PassConfig) -> dict[str, torch.Tensor]:
         """The batch that needs most memory in one pass: the longest sequences there are."""
         order = sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row])[: cut.micro_batch]
         rows = [self.trainer.train_dataset[row] for row in order]
@@ -178,9 +178,9 @@ class Fitting:
         model.zero_grad()
         return float(loss), found
 
-    def apply(self, cut: Cut) -> None:
+    def apply(self, cut: PassConfig) -> None:
         """Put a cut in force."""
-        self.plan = self.plan.recut(cut)
+        self.plan = self.plan.with_pass(cut)
         mode = cut.gradient_checkpointing
         if self.device.kind == "cuda":
             set_checkpointing(self.trainer.model, mode)
@@ -209,7 +209,7 @@ class Fitting:
 
     def _not_recorded(self, reason: str) -> None:
         self._no_graphs = f"passes cannot be recorded: {reason}"
-        log.info("cuda_graphs_given_up", reason=reason)
+        log.info("cuda_graphs_disabled", reason=reason)
         self.apply(replace(self.plan.cut, cuda_graphs=False))
 
     def forget(self) -> None:
@@ -232,22 +232,22 @@ class Fitting:
         """Go on with a smaller cut, after memory ran out in a pass; what was done of the step is given up.
 
         Raises:
-            HopelessError: there is none.
+            PermanentError: there is none.
         """
         report, before = memory(self.device), self.plan
         self.forget()
         cut = smaller(before.cut, self.lengths)
         if cut is None:
-            raise HopelessError(
+            raise PermanentError(
                 f"The GPU ran out of memory with one sequence in a pass and gradient checkpointing on: {error}",
                 remedy=MORE_ROOM,
             )
         self.apply(cut)
         now = self.plan.cut  # without graphs, if they were given up just now
         log.warning("out_of_memory", step=step, reason=error, was=str(before.cut), now=str(now), **report)
-        self.plan = self.plan.recut(now, f"{now}: since memory ran out at step {step}")
-        plans = {"was": before.circumstances(), "is": self.plan.circumstances()}
-        log.warning("bitwise_equality_ended", plan=plans)
+        self.plan = self.plan.with_pass(now, f"{now}: since memory ran out at step {step}")
+        plans = {"was": before.reproducibility_facts(), "is": self.plan.reproducibility_facts()}
+        log.warning("resume_not_bitwise", plan=plans)
 
 
 def recordable(plan: Plan, config: Config, device: Device) -> bool:

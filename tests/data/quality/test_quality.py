@@ -21,7 +21,7 @@ from job.data import prepare
 from job.data.examples import Example, Turn, content_key
 from job.data.quality import survey as quality
 from job.data.quality import verdicts
-from job.data.quality.survey import Level, Surveyed, survey
+from job.data.quality.survey import Level, ScanResult, survey
 from job.data.reading import dataset
 from job.inputs.pull import File, Inputs
 from job.observability import masking
@@ -373,7 +373,7 @@ def write(path: Path, examples: Iterable[Example]) -> Path:
     return path
 
 
-def surveyed(path: Path, **settings: Any) -> Surveyed:
+def surveyed(path: Path, **settings: Any) -> ScanResult:
     return prepare.read(config(**settings), pulled(path)).surveyed
 
 
@@ -412,7 +412,7 @@ def test_too_few_rows_for_an_evaluation_are_a_warning(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", normal(3))
     with capture_logs() as logs:
         examples = prepare.read(config(eval_fraction=0.0001), pulled(path))
-    assert [(line["event"], line["log_level"]) for line in logs] == [("evaluation_off", "warning")]
+    assert [(line["event"], line["log_level"]) for line in logs] == [("evaluation_disabled", "warning")]
     assert examples.split.train == bytes([1]) * 3
 
 

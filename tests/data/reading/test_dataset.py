@@ -232,7 +232,7 @@ def test_fields_that_parquet_fills_with_null_are_absent(tmp_path: Path) -> None:
 
 
 def test_answers_inside_a_prompt_are_context(tmp_path: Path) -> None:
-    """Of a conversational prompt and completion only the completion is learnt."""
+    """Of a conversational prompt and completion only the completion is learned."""
     said = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
     found = one(tmp_path, {"prompt": said, "completion": [{"role": "assistant", "content": "y"}]})
     assert [turn.trained for turn in found.turns if turn.role == "assistant"] == [False, True]

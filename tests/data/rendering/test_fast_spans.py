@@ -40,8 +40,8 @@ def either(function, *arguments, **more):
 def test_it_is_a_short_cut_to_the_same(name, said):
     """For each real template: text, spans and refusals are those of prefix rendering, whatever the contents hold."""
     template = real.tokenizer(name).template_for("messages")
-    learnt = [index for index, turn in enumerate(said) if turn.role == "assistant"]
-    assert either(answers, template, said, (), only_last=False) == either(_by_prefixes, template, said, (), learnt)
+    learned = [index for index, turn in enumerate(said) if turn.role == "assistant"]
+    assert either(answers, template, said, (), only_last=False) == either(_by_prefixes, template, said, (), learned)
 
 
 def test_it_is_taken_where_templates_are_plain():

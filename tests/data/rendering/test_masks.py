@@ -46,10 +46,10 @@ def renderer(name: str, **options: Any) -> Renderer:
 
 
 def marked(found: Tokenizer, sequence: Rendered) -> str:
-    """The sequence decoded, with what is learnt between ⟦ and ⟧."""
+    """The sequence decoded, with what is learned between ⟦ and ⟧."""
     pairs = zip(sequence.input_ids, sequence.labels, strict=True)
-    runs = [(learnt, [token for token, _ in run]) for learnt, run in groupby(pairs, lambda pair: pair[1] != IGNORED)]
-    return "".join(f"⟦{decoded(found, ids)}⟧" if learnt else decoded(found, ids) for learnt, ids in runs)
+    runs = [(learned, [token for token, _ in run]) for learned, run in groupby(pairs, lambda pair: pair[1] != IGNORED)]
+    return "".join(f"⟦{decoded(found, ids)}⟧" if learned else decoded(found, ids) for learned, ids in runs)
 
 
 def marked_text(text: Text) -> str:
@@ -63,20 +63,20 @@ def marked_text(text: Text) -> str:
     return "║".join(made)
 
 
-def learnt(found: Tokenizer, sequences: list[Rendered]) -> list[str]:
+def learned(found: Tokenizer, sequences: list[Rendered]) -> list[str]:
     """Each stretch of labelled tokens of each sequence, decoded; the labels are the tokens themselves."""
     stretches = []
     for sequence in sequences:
         pairs = list(zip(sequence.input_ids, sequence.labels, strict=True))
         assert all(label in {token, IGNORED} for token, label in pairs)
         runs = groupby(pairs, lambda pair: pair[1] != IGNORED)
-        stretches += [decoded(found, [token for token, _ in run]) for is_learnt, run in runs if is_learnt]
+        stretches += [decoded(found, [token for token, _ in run]) for is_learned, run in runs if is_learned]
     return stretches
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_real_template_renders_and_learns_what_its_model_documents(name: str) -> None:
-    """The text is the documented one, exactly the answers with their end marker are learnt, and nothing is noted."""
+    """The text is the documented one, exactly the answers with their end marker are learned, and nothing is noted."""
     found = real.tokenizer(name)
     text = renderer(name).text(fixed(name))
     bos = found.hf.bos_token if MODELS[name].family.adds_bos else ""
@@ -109,8 +109,8 @@ def test_bos_stands_once(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_last_answer_alone(name: str) -> None:
     """`last_response` learns the last answer of the same text."""
-    *_, last = learnt(real.tokenizer(name), renderer(name).render(fixed(name)))
-    assert learnt(real.tokenizer(name), renderer(name, train_on="last_response").render(fixed(name))) == [last]
+    *_, last = learned(real.tokenizer(name), renderer(name).render(fixed(name)))
+    assert learned(real.tokenizer(name), renderer(name, train_on="last_response").render(fixed(name))) == [last]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -136,7 +136,7 @@ def test_generation_starts_where_learning_starts(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_stops_where_its_answers_end(name: str) -> None:
-    """The end marker is one token, the last that is learnt of an answer, and generation stops there."""
+    """The end marker is one token, the last that is learned of an answer, and generation stops there."""
     found = real.tokenizer(name)
     (end,) = found.end_of_turn_ids
     assert end in found.stop_ids
@@ -181,7 +181,7 @@ def without_space(name: str, text: str) -> str:
 @pytest.mark.parametrize("name", MODELS)
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @forall(talk=talks, system=st.one_of(st.none(), contents.filter(str.strip)), late=st.booleans())
-def test_exactly_the_answers_are_learnt(
+def test_exactly_the_answers_are_learned(
     name: str, talk: list[tuple[str, list[str]]], system: str | None, *, late: bool
 ) -> None:
     """Whatever is said, with markers of this template and of others: labels decode to each answer as the template
@@ -201,7 +201,7 @@ def test_exactly_the_answers_are_learnt(
     ends = len(expected)
     if found.chat and not found.chat.generation_prompt:  # nothing stands between answers in a row
         expected = ["".join(expected_answers(name, answered)) for _, answered in talk]
-    got = learnt(found, sequences)
+    got = learned(found, sequences)
     if model.family.kind == "prefixed":  # behind a special token, the tokenizer may put in a space
         got, expected = ([without_space(name, text) for text in texts] for texts in (got, expected))
     if model.family.nfc:
@@ -264,12 +264,12 @@ def called(arguments: Any) -> Example:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_tool_calls_are_learnt_as_the_template_prints_them(name: str) -> None:
-    """A call is an answer like another, and what the tool says is not learnt; arguments may be an object or JSON."""
+def test_tool_calls_are_learned_as_the_template_prints_them(name: str) -> None:
+    """A call is an answer like another, and what the tool says is not learned; arguments may be an object or JSON."""
     found = real.tokenizer(name)
     for arguments in ({"city": "Oslo"}, '{"city": "Oslo"}'):
         sequences = renderer(name).render(called(arguments))
-        made = learnt(found, sequences)
+        made = learned(found, sequences)
         if name.startswith("mistral-v3") or name == "mistral-nemo":  # they differ in what they print besides
             made = [text.replace(', "type": "function"', "") for text in made]
         assert made == CALLS[name]
@@ -299,20 +299,20 @@ def test_markers_inside_tools_and_calls_are_text(name: str) -> None:
     )
     sequences = renderer(name).render(row(*said, tools=(tool,)))
     assert [sequence.labels.count(end) for sequence in sequences] in ([2], [1, 1])
-    assert any(f'"x{marker}y"' in text for text in learnt(found, sequences))
+    assert any(f'"x{marker}y"' in text for text in learned(found, sequences))
 
 
 @pytest.mark.parametrize("name", ["qwen-3", "qwen-3-first"])
 @pytest.mark.parametrize("thought", ["hm", "a <|im_end|> b", "two\nlines"])
-def test_reasoning_is_learnt_before_its_answer(name: str, thought: str) -> None:
-    """Reasoning in a field of its own or inside the content is learnt alike; in earlier turns it is not shown."""
+def test_reasoning_is_learned_before_its_answer(name: str, thought: str) -> None:
+    """Reasoning in a field of its own or inside the content is learned alike; in earlier turns it is not shown."""
     said = [("user", "Hi"), ("assistant", "Hello."), ("user", "Why?")]
     own = row(*turns(tuple(said)), Turn(role="assistant", content="So.", reasoning_content=thought))
     inside = row(*turns((*said, ("assistant", f"<think>\n{thought}\n</think>\n\nSo."))))
     for example in (own, inside):
         sequences = renderer(name).render(example)
         expected = [f"{THOUGHT}Hello.<|im_end|>", f"<think>\n{thought}\n</think>\n\nSo.<|im_end|>"]
-        assert learnt(real.tokenizer(name), sequences) == expected
+        assert learned(real.tokenizer(name), sequences) == expected
         assert decoded(real.tokenizer(name), sequences[1].input_ids).count("<think>") == 1
 
 
@@ -327,7 +327,7 @@ def test_reasoning_is_a_channel_of_its_own() -> None:
     }
     for name, answer in opened.items():
         sequences = renderer(name).render(row(first, hello, last, so))
-        assert learnt(real.tokenizer(name), sequences) == [
+        assert learned(real.tokenizer(name), sequences) == [
             answer.format("hm", "Hello."),
             answer.format("a <|end|> b", "So."),
         ]
@@ -336,7 +336,7 @@ def test_reasoning_is_a_channel_of_its_own() -> None:
 
 
 def test_a_call_behind_reasoning_is_one_answer() -> None:
-    """gpt-oss thinks before it calls, and its template forgets that once it has answered: both are learnt as they are
+    """gpt-oss thinks before it calls, and its template forgets that once it has answered: both are learned as they are
     generated, the answer with the thoughts in sight."""
     call = {"id": "a", "type": "function", "function": CALL}
     said = (
@@ -349,7 +349,7 @@ def test_a_call_behind_reasoning_is_one_answer() -> None:
     (sequence,) = renderer("gpt-oss").render(row(*said, tools=(TOOL,)))
     called, answered = CALLS["gpt-oss"]
     thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
-    assert learnt(found, [sequence]) == [f"{thought}{called}", answered]
+    assert learned(found, [sequence]) == [f"{thought}{called}", answered]
     for count in (2, 4):
         prompt = renderer("gpt-oss").prompt(row(*said[:count], tools=(TOOL,)))
         assert sequence.input_ids[: len(prompt.input_ids)] == prompt.input_ids
@@ -363,7 +363,7 @@ def test_calls_that_are_printed_in_part_are_refused() -> None:
     with pytest.raises(RowError, match="only some of the 2 tool calls of turn 2; it takes one tool call") as caught:
         renderer("gpt-oss").render(row(*said, tools=(TOOL,)))
     assert caught.value.remedy.startswith("Give each call a turn of its own")
-    (answer,) = learnt(real.tokenizer("qwen-2.5"), renderer("qwen-2.5").render(row(*said, tools=(TOOL,))))
+    (answer,) = learned(real.tokenizer("qwen-2.5"), renderer("qwen-2.5").render(row(*said, tools=(TOOL,))))
     assert "Oslo" in answer
     assert "Rome" in answer
 
@@ -393,7 +393,7 @@ def test_an_empty_channel_in_the_generation_prompt_alone_is_told() -> None:
     (sequence,) = Renderer(tokenizer=found).render(fixed("gemma-4"))
     assert found.chat
     assert found.chat.generation_prompt == "<|turn>model\n<|channel>thought\n<channel|>"
-    assert (sequence.header_differs, learnt(found, [sequence])) == (True, ["Hello there.<turn|>", "Farewell.<turn|>"])
+    assert (sequence.header_differs, learned(found, [sequence])) == (True, ["Hello there.<turn|>", "Farewell.<turn|>"])
 
 
 def test_smollm3_without_thinking() -> None:
@@ -447,10 +447,10 @@ def test_a_refused_row_names_place_rule_and_remedy(
 
 
 @pytest.mark.parametrize("name", ["llama-3", "llama-3.1", "qwen-2.5", "qwen-3-2507", "chatml", "zephyr", "phi-4"])
-def test_answers_in_a_row_are_each_learnt(name: str) -> None:
-    """Where a template allows them, two answers in a row and one that comes first are learnt like others."""
+def test_answers_in_a_row_are_each_learned(name: str) -> None:
+    """Where a template allows them, two answers in a row and one that comes first are learned like others."""
     said = turns((ANSWER, USER, ("assistant", "One."), ("assistant", "Two.")))
-    got = learnt(real.tokenizer(name), renderer(name).render(row(*said)))
+    got = learned(real.tokenizer(name), renderer(name).render(row(*said)))
     assert [text.removeprefix(" ") for text in got] == expected_answers(name, ["Hello.", "One.", "Two."])
 
 
@@ -461,7 +461,7 @@ def test_a_switch_that_a_template_takes_out_is_no_lost_turn() -> None:
     said = turns(
         (("system", "/no_think"), ("user", "Hi /no_think"), ("user", "Line\n/no_think"), ("assistant", "Yes."))
     )
-    assert learnt(found, Renderer(tokenizer=found).render(row(*said))) == ["Yes.<|im_end|>"]
+    assert learned(found, Renderer(tokenizer=found).render(row(*said))) == ["Yes.<|im_end|>"]
 
 
 ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
@@ -480,7 +480,7 @@ PAIRED = ", paired with an input that provides further context"
     ],
 )
 def test_a_base_model_learns_alpaca_responses(family: real.Family, given: str, prompt: str) -> None:
-    """Without a chat template Alpaca's own prompt is used, and only the response with EOS is learnt."""
+    """Without a chat template Alpaca's own prompt is used, and only the response with EOS is learned."""
     found = real.wrapped(family, None)
     said = (Turn(role="user", content="Add ### Response:\n", input=given), Turn(role="assistant", content="\n3 is it"))
     example = Example(source="a", line=1, format="alpaca", turns=said)
@@ -525,6 +525,6 @@ def test_a_marker_inside_a_word_leaves_the_word_whole(name: str) -> None:
     one, two = model.family.bos, model.family.special[1]
     said = (("user", f"a{one}b{two}c"), ("assistant", f"d{one}e{two}f"))
     sequences = renderer(name).render(row(*turns(said)))
-    (got,) = learnt(found, sequences)
+    (got,) = learned(found, sequences)
     assert got.removeprefix(" ") == model.answer.format(said[1][1]).removeprefix(" ")
     assert said[0][1] in decoded(found, sequences[0].input_ids)

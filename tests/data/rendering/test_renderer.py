@@ -22,7 +22,7 @@ from job.data.tokenizer.load import Tokenizer, wrap
 from job.runtime.errors import DataError
 from tests.tiny_tokenizer import DATE, MARKERS, real_smollm2, tiny
 
-# For each template: the tokenizer's BOS, whether the tokenizer adds it, and what an answer looks like when learnt.
+# For each template: the tokenizer's BOS, whether the tokenizer adds it, and what an answer looks like when learned.
 TEMPLATES = {
     "chatml": (None, False, "{}<|im_end|>"),
     "gemma": ("<s>", True, "{}<end_of_turn>"),
@@ -61,7 +61,7 @@ def ready(text: str, line: int = 1) -> Example:
     return Example(source="a.jsonl", line=line, format="text", text=text)
 
 
-def learnt(found: Tokenizer, sequence: Rendered) -> list[str]:
+def learned(found: Tokenizer, sequence: Rendered) -> list[str]:
     """The stretches of labelled tokens, decoded."""
     stretches: list[list[int]] = [[]]
     for token, label in zip(sequence.input_ids, sequence.labels, strict=True):
@@ -106,18 +106,18 @@ conversations = st.lists(st.tuples(user_texts, answers), min_size=1, max_size=4)
 @pytest.mark.parametrize("name", list(TEMPLATES))
 @settings(deadline=None, max_examples=60)
 @forall(pairs=conversations, system=st.one_of(st.none(), user_texts.filter(str.strip)))
-def test_exactly_the_answers_are_learnt(name: str, pairs: list[tuple[str, str]], system: str | None) -> None:
+def test_exactly_the_answers_are_learned(name: str, pairs: list[tuple[str, str]], system: str | None) -> None:
     """What is labelled decodes to each answer as the template renders it with its end marker, and to nothing else;
     BOS stands once where the tokenizer has one; markers inside what is said are text, the user's and the assistant's.
     """
-    assume(name != "prompt_completion" or system or pairs[0][0])  # a first token is never learnt
+    assume(name != "prompt_completion" or system or pairs[0][0])  # a first token is never learned
     found = tokenizer(name)
     turns = [("system", system)] if system else []
     turns += [turn for asked, answered in pairs for turn in (("user", asked), ("assistant", answered))]
     (sequence,) = Renderer(tokenizer=found, max_length=10**6).render(conversation(*turns))
     bos, _, pattern = TEMPLATES[name]
     said = [answered.strip() if name in TRIMMING else answered for _, answered in pairs]
-    assert "".join(learnt(found, sequence)) == "".join(map(pattern.format, said))
+    assert "".join(learned(found, sequence)) == "".join(map(pattern.format, said))
     if bos and name != "question_answer":
         expected = len(pairs) if name == "llama-2" else 1  # Llama 2 writes BOS before each question
         assert sequence.input_ids[0] == found.hf.bos_token_id
@@ -154,14 +154,14 @@ def test_an_end_marker_that_the_answer_brings_stays() -> None:
 
 
 def test_an_opening_marker_that_an_answer_ends_with_is_plain_text() -> None:
-    """Only what ends turns may stand there as a token; a model that learnt to open a turn would never stop."""
+    """Only what ends turns may stand there as a token; a model that learned to open a turn would never stop."""
     found = tokenizer("chatml")
     (sequence,) = Renderer(tokenizer=found).render(conversation(("user", "a"), ("assistant", "b<|im_start|>")))
     assert sequence.input_ids.count(found.hf.convert_tokens_to_ids("<|im_start|>")) == 2
-    assert learnt(found, sequence) == ["b<|im_start|><|im_end|>"]
+    assert learned(found, sequence) == ["b<|im_start|><|im_end|>"]
 
 
-def test_an_end_marker_of_many_tokens_is_learnt_to_its_end() -> None:
+def test_an_end_marker_of_many_tokens_is_learned_to_its_end() -> None:
     """A tokenizer without the template's markers spells them, and joins the end of one with the next one's start."""
     backend = Tokenizers(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -173,7 +173,7 @@ def test_an_end_marker_of_many_tokens_is_learnt_to_its_end() -> None:
     found = wrap(hf, chat_template="llama-3", date=DATE)
     assert any("><" in token for token in hf.get_vocab())
     (sequence,) = Renderer(tokenizer=found).render(conversation(*TALK))
-    assert learnt(found, sequence) == ["It is one.<|eot_id|>", "It is two.<|eot_id|>"]
+    assert learned(found, sequence) == ["It is one.<|eot_id|>", "It is two.<|eot_id|>"]
 
 
 def test_each_prefix_is_rendered_a_few_times_at_most() -> None:
@@ -210,22 +210,22 @@ def test_training_can_be_limited_to_the_last_answer() -> None:
     """`last_response` learns one answer of a conversation, `all` every token but the first."""
     found = tokenizer("chatml")
     (last,) = Renderer(tokenizer=found, train_on="last_response").render(conversation(*TALK))
-    assert learnt(found, last) == ["It is two.<|im_end|>"]
+    assert learned(found, last) == ["It is two.<|im_end|>"]
     (everything,) = Renderer(tokenizer=found, train_on="all").render(conversation(*TALK))
     assert everything.labels == [IGNORED, *everything.input_ids[1:]]
 
 
-def test_answers_that_are_context_are_not_learnt() -> None:
+def test_answers_that_are_context_are_not_learned() -> None:
     """An assistant turn inside a conversational prompt stays unlabelled."""
     turns = (
         Turn(role="user", content="a"),
         Turn(role="assistant", content="context", trained=False),
         Turn(role="user", content="b"),
-        Turn(role="assistant", content="learnt"),
+        Turn(role="assistant", content="learned"),
     )
     example = Example(source="a", line=1, format="prompt_completion", turns=turns)
     (sequence,) = Renderer(tokenizer=tokenizer("chatml")).render(example)
-    assert learnt(tokenizer("chatml"), sequence) == ["learnt<|im_end|>"]
+    assert learned(tokenizer("chatml"), sequence) == ["learned<|im_end|>"]
 
 
 def test_a_question_without_an_answer_is_left_out() -> None:
@@ -239,8 +239,8 @@ def test_a_template_that_rewrites_earlier_turns_is_split() -> None:
     """Qwen 3 shows an empty thought in the last turn only: each answer becomes a sequence, as at inference."""
     found = tokenizer("qwen-3")
     first, second = Renderer(tokenizer=found).render(conversation(*TALK))
-    assert learnt(found, first) == ["<think>\n\n</think>\n\nIt is one.<|im_end|>"]
-    assert learnt(found, second) == ["<think>\n\n</think>\n\nIt is two.<|im_end|>"]
+    assert learned(found, first) == ["<think>\n\n</think>\n\nIt is one.<|im_end|>"]
+    assert learned(found, second) == ["<think>\n\n</think>\n\nIt is two.<|im_end|>"]
     assert "one.<|im_end|>" in whole(found, second)
     assert whole(found, second).count("<think>") == 1
     assert (first.part, second.part, first.parts, second.parts) == (0, 1, 2, 2)
@@ -253,14 +253,14 @@ def test_one_answer_is_never_split() -> None:
 
 
 def test_an_answer_that_does_not_open_with_the_generation_prompt_is_found() -> None:
-    """A template may prompt for a thought that answers do not have: they are learnt from where both part."""
+    """A template may prompt for a thought that answers do not have: they are learned from where both part."""
     text = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
     )
     found = of_text(text)
     (sequence,) = Renderer(tokenizer=found).render(conversation(*TALK))
-    assert learnt(found, sequence) == ["It is one.</s>", "It is two.</s>"]
+    assert learned(found, sequence) == ["It is one.</s>", "It is two.</s>"]
     assert sequence.header_differs
 
 
@@ -269,7 +269,7 @@ def test_an_answer_may_come_first() -> None:
     text = "{% if messages[0]['role'] == 'system' %}{% endif %}" + named("chatml")
     for found in (of_text(text), tokenizer("chatml"), tokenizer("qwen-2.5")):
         (sequence,) = Renderer(tokenizer=found).render(conversation(("assistant", "Hello."), *TALK))
-        assert learnt(found, sequence)[0] == "Hello.<|im_end|>"
+        assert learned(found, sequence)[0] == "Hello.<|im_end|>"
 
 
 def test_a_first_answer_whose_start_is_unknown_is_an_invalid_row() -> None:
@@ -298,30 +298,30 @@ def test_no_token_lies_across_the_start_of_an_answer() -> None:
     found = tokenizer("prompt_completion")
     row = conversation(("user", "The capital of Fra"), ("assistant", "nce is"))
     (sequence,) = Renderer(tokenizer=found).render(row)
-    assert learnt(found, sequence) == ["nce is</s>"]
+    assert learned(found, sequence) == ["nce is</s>"]
     assert Renderer(tokenizer=found).prompt(row).input_ids == found.encode("The capital of Fra").ids
     assert len(found.encode("The capital of France is</s>").ids) < len(sequence.input_ids)
 
 
-def test_a_token_across_the_end_of_an_answer_is_not_learnt() -> None:
+def test_a_token_across_the_end_of_an_answer_is_not_learned() -> None:
     """A token that holds characters of the next turn is no token of the answer."""
     found = of_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     row = conversation(("user", "What? "), ("assistant", "The capital of Fra"), ("user", "nce."), ("assistant", "Yes."))
-    first, *_ = learnt(found, Renderer(tokenizer=found).render(row)[0])
+    first, *_ = learned(found, Renderer(tokenizer=found).render(row)[0])
     assert first == "The capital of"
 
 
-def test_white_space_behind_the_end_is_learnt_only_where_nothing_else_ends_a_turn() -> None:
+def test_white_space_behind_the_end_is_learned_only_where_nothing_else_ends_a_turn() -> None:
     """Without an end marker the separator is the only sign of an end."""
     found = of_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
                     "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
     (sequence,) = Renderer(tokenizer=found).render(conversation(*TALK[:2]))
-    assert "".join(learnt(found, sequence)).endswith("one.\n\n")
+    assert "".join(learned(found, sequence)).endswith("one.\n\n")
 
 
 @pytest.mark.parametrize("text", ["<s>[INST] hi [/INST] hello </s>", "[INST] hi [/INST] hello"])
 def test_ready_text_has_bos_and_eos_once(text: str) -> None:
-    """Text that brings its special tokens gets no second ones; all of it but the first token is learnt."""
+    """Text that brings its special tokens gets no second ones; all of it but the first token is learned."""
     found = wrap(tiny(bos="<s>", adds_bos=True), date=DATE)
     (sequence,) = Renderer(tokenizer=found).render(ready(text))
     assert [sequence.input_ids.count(token) for token in (found.hf.bos_token_id, found.eos_token_id)] == [1, 1]
@@ -339,7 +339,7 @@ def test_formats_without_roles_use_the_chat_template_or_their_block() -> None:
     ]:
         (sequence,) = Renderer(tokenizer=found).render(example)
         assert whole(found, sequence).startswith(start)
-        assert len(learnt(found, sequence)) == 1
+        assert len(learned(found, sequence)) == 1
 
 
 @pytest.mark.parametrize(
@@ -442,4 +442,4 @@ def test_the_real_smollm2_learns_exactly_its_answers(smollm2: Tokenizer, pairs: 
     (sequence,) = Renderer(tokenizer=smollm2, max_length=10**6).render(conversation(*turns))
     safe = [smollm2.encode_parts(smollm2.disarm_answer(answered), disarmed=True).ids for _, answered in pairs]
     said = [smollm2.hf.decode(ids) for ids in safe]  # some bytes are none of its tokens
-    assert learnt(smollm2, sequence) == [f"{answered}<|im_end|>" for answered in said]
+    assert learned(smollm2, sequence) == [f"{answered}<|im_end|>" for answered in said]

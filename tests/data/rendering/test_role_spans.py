@@ -117,8 +117,8 @@ def test_contradictions_are_refused(values: dict[str, Any], says: str) -> None:
 
 def test_equal_weights_are_a_mask() -> None:
     """Only ratios count: where all that is learned weighs the same, there are no weights, and each token counts 1."""
-    assert role_weights.learnt(("assistant=0.3", "user=0.3", "tool=0")) == {"assistant": 1.0, "user": 1.0}
-    assert role_weights.learnt(("assistant=1", "user=0.5")) == {"assistant": 1.0, "user": 0.5}
+    assert role_weights.learned(("assistant=0.3", "user=0.3", "tool=0")) == {"assistant": 1.0, "user": 1.0}
+    assert role_weights.learned(("assistant=1", "user=0.5")) == {"assistant": 1.0, "user": 0.5}
     assert role_weights.held_out({"assistant": 0.2, "user": 1.0}) == {"assistant": 1.0}
     assert role_weights.held_out({"user": 1.0, "tool": 0.5}) == {"user": 1.0, "tool": 1.0}
 
@@ -226,7 +226,7 @@ def test_a_mask_writes_the_very_file_of_one(tmp_path: Path) -> None:
         "half": ("assistant=1", "user=0.5"),
         "less": ("assistant=1", "user=0.4"),
     }.items():
-        renderer = Renderer(tokenizer=tokenizer("chatml"), weights=role_weights.learnt(pairs) or None)
+        renderer = Renderer(tokenizer=tokenizer("chatml"), weights=role_weights.learned(pairs) or None)
         found[name] = prepare([conversation(*TALK)], renderer=renderer, directory=tmp_path / name)
     files = {name: (tmp_path / name / "train.arrow").read_bytes() for name in found}
     assert files["none"] == files["mask"]

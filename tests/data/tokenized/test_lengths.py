@@ -14,7 +14,7 @@ from job.data.rendering.renderer import Renderer
 from job.data.rendering.truncation import truncate
 from job.data.tokenized.arrow import prepare
 from job.data.tokenized.lengths import Gathering, Lengths
-from tests.data.rendering.test_renderer import TALK, conversation, learnt, ready, tokenizer, whole
+from tests.data.rendering.test_renderer import TALK, conversation, learned, ready, tokenizer, whole
 
 LONG = (*TALK, ("user", "And 3?"), ("assistant", "It is three, " * 9))
 
@@ -52,8 +52,8 @@ def test_white_space_that_does_not_fit_is_no_loss() -> None:
     assert (sequence.outcome, len(sequence.input_ids)) == ("kept", tokens_of(*TALK) - 1)
 
 
-def test_no_answer_is_learnt_without_its_end_while_another_is_whole() -> None:
-    """Whatever the limit: what is learnt is whole answers, or a part of the first, or nothing."""
+def test_no_answer_is_learned_without_its_end_while_another_is_whole() -> None:
+    """Whatever the limit: what is learned is whole answers, or a part of the first, or nothing."""
     found = tokenizer("chatml")
     said = [f"{text}<|im_end|>" for role, text in LONG if role == "assistant"]
     outcomes = []
@@ -64,7 +64,7 @@ def test_no_answer_is_learnt_without_its_end_while_another_is_whole() -> None:
         if sequence.outcome == "masked":
             assert set(sequence.labels) <= {IGNORED}
             continue
-        texts = learnt(found, sequence)
+        texts = learned(found, sequence)
         assert (texts == said[: len(texts)]) == (sequence.outcome != "cut")
         assert sequence.outcome != "cut" or (len(texts) == 1 and said[0].startswith(texts[0]))
     assert [key for key, _ in itertools.groupby(outcomes)] == ["masked", "cut", "shortened", "kept"]
