@@ -36,7 +36,7 @@ from job.report.page import Report
 from job.runtime import errors, libraries, process
 from job.runtime.errors import AccessDeniedError, ConfigError, InterruptedError, JobError, StopRequested, StorageError  # noqa: A004
 from job.stages import preflight
-from job.stages.fetch import finished
+from job.stages.claim import finished
 from job.state import attempts, checkpoints, fingerprint
 from job.state.ledger import Ledger
 from job.state.record import Record

@@ -27,6 +27,11 @@ class Timeline:
         self._seconds: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
         self._inside: dict[Part, int] = dict.fromkeys(PARTS, 0)
         self._began: dict[Part, float] = {}
+        self._created = time.monotonic()
+
+    def elapsed(self) -> float:
+        """Seconds since the attempt began."""
+        return time.monotonic() - self._created
 
     @contextlib.contextmanager
     def span(self, part: Part) -> Iterator[None]:

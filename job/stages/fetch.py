@@ -1,5 +1,5 @@
-"""The inputs on their way here: the small files first, which tell most mistakes in a second, and the weights beside
-whatever else there is to do."""
+"""The inputs, downloaded: the small files first, which show most mistakes within a second, and the weights in the
+background while other work goes on."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from job.config.schema import Config
-from job.inputs import pull
 from job.inputs.pull import Inputs, ModelFiles, Puller
 from job.model import base_model, shape
 from job.model.base_model import BaseModel
 from job.runtime.background import Background
 from job.stages.context import RunContext
 from job.state import fingerprint
-from job.state.record import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,42 +22,27 @@ class Model:
     files: ModelFiles
     base: BaseModel
     hashes: dict[str, str]
+    """SHA-256 of the files of weights, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PendingModel:
-    """The model on its way here."""
+    """A model whose weights are being downloaded."""
 
-    model: Background[Model]
+    download: Background[Model]
     base: BaseModel
-    """What its small files say of it."""
+    """What its small files say."""
     pinned: dict[str, Any] | None
     """What the run's first attempt read."""
 
 
-def finished(config: Config, record: Record) -> dict[str, Any] | None:
-    """`done.json` of a run that was finished on what it would read now; None while it is not finished.
+def fetch_inputs(context: RunContext) -> tuple[Inputs, PendingModel]:
+    """Download the inputs, the same that the run's first attempt read, and reject what cannot be trained.
 
-    Raises:
-        ConfigError: it was finished, but with other settings, or the inputs changed since.
+    What a model's small files say is checked first. Its weights follow in the background; until `await_model` the
+    inputs name stubs of them, unless the model is on this disk.
     """
-    done = record.finished()
-    if done is None:
-        return None
-    fingerprint.check(record.run_id, done["fingerprint"], fingerprint.settings(config), allowed=(), finished=True)
-    if not fingerprint.contents_may_change(config):
-        pinned = record.inputs() or {}
-        record.check_inputs(pinned, pull.listing(config, pinned=pinned), added_too=True)
-    return done
-
-
-def fetch_inputs(life: RunContext) -> tuple[Inputs, PendingModel]:
-    """Bring the inputs here, the same as the run's first attempt read, and refuse what cannot be trained.
-
-    What a model's small files say is checked first. Its weights then come in the background, and of a model that is
-    not on this disk the inputs name stubs until `await_model`.
-    """
-    config, record = life.config, life.record
+    config, record = context.config, context.record
     first = record.first()
     if first is not None:
         fingerprint.check(
@@ -67,17 +50,30 @@ def fetch_inputs(life: RunContext) -> tuple[Inputs, PendingModel]:
         )
     began = record.inputs()
     pinned = None if fingerprint.contents_may_change(config) else began
-    with life.timeline.span("download"):
-        puller = Puller.of(config, scratch=life.scratch, pinned=pinned, weights=False)
+    with context.timeline.span("download"):
+        puller = Puller.of(config, scratch=context.scratch, pinned=pinned, weights=False)
         small = puller.model(config.model)
         base = _inspected(config, small)
-        life.cache.begin(base.config)
-        whole = Puller.of(config, scratch=life.scratch, pinned=pinned)
-        model = Background(lambda: _pull_model(life, whole), name="model")
+        context.cache.begin(base.config)
+        whole = Puller.of(config, scratch=context.scratch, pinned=pinned)
+        download = Background(lambda: _pull_model(context, whole), name="model")
         pulled = puller.rest(config, small, date=began["date"] if began else None)
     if pinned is not None:
         record.check_inputs(pinned, pulled.as_json())
-    return pulled, PendingModel(model=model, base=base, pinned=pinned)
+    return pulled, PendingModel(download=download, base=base, pinned=pinned)
+
+
+def await_model(context: RunContext, pulled: Inputs, pending: PendingModel) -> tuple[Inputs, Model]:
+    """Wait for the weights; the inputs then name the whole model.
+
+    Raises:
+        ConfigError: the model is not the one that the run's first attempt read.
+    """
+    model = pending.download.result()
+    pulled = pulled.with_model(model.files)
+    if pending.pinned is not None:
+        context.record.check_inputs(pending.pinned, pulled.as_json())
+    return pulled, model
 
 
 def _inspected(config: Config, files: ModelFiles) -> BaseModel:
@@ -87,18 +83,9 @@ def _inspected(config: Config, files: ModelFiles) -> BaseModel:
     return base
 
 
-def _pull_model(life: RunContext, puller: Puller) -> Model:
+def _pull_model(context: RunContext, puller: Puller) -> Model:
     """All of the model; hashing its weights takes as long as a fast download."""
-    with life.timeline.span("download"):
-        files = puller.model(life.config.model)
-        base = _inspected(life.config, files)
+    with context.timeline.span("download"):
+        files = puller.model(context.config.model)
+        base = _inspected(context.config, files)
         return Model(files=files, base=base, hashes=fingerprint.weights(base))
-
-
-def await_model(life: RunContext, pulled: Inputs, coming: PendingModel) -> tuple[Inputs, BaseModel, dict[str, str]]:
-    """Wait for the weights: all inputs as they are, the model, and the hashes of its weights."""
-    whole = coming.model.result()
-    pulled = pulled.with_model(whole.files)
-    if coming.pinned is not None:
-        life.record.check_inputs(coming.pinned, pulled.as_json())
-    return pulled, whole.base, whole.hashes

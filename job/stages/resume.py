@@ -1,4 +1,4 @@
-"""What an earlier attempt left: the newest good checkpoint, the right to publish, and what differs from it now."""
+"""What earlier attempts left: the newest good checkpoint, the run's pinned identity, and what differs from it now."""
 
 from __future__ import annotations
 
@@ -8,49 +8,59 @@ from typing import Any
 
 import structlog
 
-from job.inputs.pull import Inputs
-from job.stages.context import RunContext
+from job.stages.context import Finetune, RunContext, TrainingInputs
 from job.state import checkpoints, fingerprint
 from job.state.checkpoints import Restored
-from job.state.ledger import Ledger
 from job.state.record import versions
 
 log = structlog.get_logger()
-FACTS = ("steps", "plan", "fingerprint", "results", "versions")  # of the final record
 
 
 def restore(
-    life: RunContext, mark: dict[str, Any], *, check: Callable[[Path, dict[str, Any]], None]
+    context: RunContext, training: TrainingInputs, *, check: Callable[[Path, dict[str, Any]], None]
 ) -> Restored | None:
-    """Fence all earlier attempts, then take the newest good checkpoint that they left, if it is of this very run."""
-    config, record = life.config, life.record
-    life.ledger.fence()
-    restored = checkpoints.restore(life.ledger, life.work / "restored", check=check)
+    """Fence all earlier attempts, then take the newest good checkpoint that they left, if it is of this very run.
+
+    Args:
+        check: raises DamagedError where the parts of a downloaded checkpoint disagree.
+
+    Raises:
+        ConfigError: the checkpoint is of other settings or contents, or there is none and TUNE_RESUME=require.
+        PermanentError: there are checkpoints, and none is whole.
+        FencedError: another attempt has taken over.
+    """
+    config, record = context.config, context.record
+    context.ledger.fence()
+    restored = checkpoints.restore(context.ledger, context.work / "restored", check=check)
     if restored is None:
         if config.resume == "require":
             raise checkpoints.none_there(record.uri)
         return None
-    changed = fingerprint.check(record.run_id, restored.body["fingerprint"], mark, allowed=config.allow_change)
+    changed = fingerprint.check(
+        record.run_id, restored.body["fingerprint"], training.fingerprint, allowed=config.allow_change
+    )
     if changed:
         log.warning("resumed_with_changes", changed=changed)
     record.resume(restored.history())
-    life.attempts.facts.update(resumed_from=restored.number, resumed_step=restored.step)
+    context.attempts.facts.update(resumed_from=restored.number, resumed_step=restored.step)
     log.info("checkpoint_restored", step=restored.step, commit=restored.number, from_attempt=restored.body["attempt"])
     return restored
 
 
-def begin(life: RunContext, pulled: Inputs, mark: dict[str, Any], reproducibility_facts: dict[str, Any]) -> None:
+def pin(context: RunContext, training: TrainingInputs, finetune: Finetune) -> None:
     """Write down what the run is, now that all is checked and the first step is about to begin."""
-    config, record = life.config, life.record
-    pinned = record.pin(config, inputs=pulled.as_json(), fingerprint=mark, reproducibility_facts=reproducibility_facts)
+    config, record = context.config, context.record
+    read = training.inputs.as_json()
+    facts = finetune.reproducibility_facts()
+    pinned = record.pin(config, inputs=read, fingerprint=training.fingerprint, reproducibility_facts=facts)
     if not pinned and not fingerprint.contents_may_change(config):
-        record.check_inputs(record.inputs() or {}, pulled.as_json())
+        record.check_inputs(record.inputs() or {}, read)
 
 
-def warn_if_not_bitwise(finetune: Any, restored: Restored) -> None:
+def warn_if_not_bitwise(finetune: Finetune, restored: Restored) -> None:
     """Warn where the resumed run will not be, bit for bit, the run that was interrupted."""
     now = {**finetune.reproducibility_facts(), "versions": versions()}
-    del now["asked"]  # another wish that comes to the same plan changes nothing
+    del now["asked"]  # another setting that leads to the same plan changes nothing
     differences = {
         name: {"was": restored.body.get(name), "is": value}
         for name, value in now.items()
@@ -58,15 +68,3 @@ def warn_if_not_bitwise(finetune: Any, restored: Restored) -> None:
     }
     if differences:
         log.warning("resume_not_bitwise", **differences)
-
-
-def published_before(
-    ledger: Ledger, mark: dict[str, Any], restored: Restored | None, steps: int
-) -> dict[str, Any] | None:
-    """The facts of an attempt that had won the right to publish this very result, from this very checkpoint."""
-    if restored is None or restored.step != steps:
-        return None
-    found = ledger.newest("final", below=ledger.last, above=restored.number)
-    if found is None or found.body is None or (found.body["steps"], found.body["fingerprint"]) != (steps, mark):
-        return None
-    return {name: found.body[name] for name in FACTS}

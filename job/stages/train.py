@@ -1,61 +1,59 @@
-"""The training part of a run: what is due at each step, what is done with a checkpoint, and the right to publish."""
+"""All optimizer steps that are left: what happens at the events of the training loop, and what a signal ends."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import structlog
 
-from job.data.prepare import Data
 from job.observability.timeline import compile_seconds
 from job.runtime import process, signals
 from job.runtime.errors import JobError, StopRequested
-from job.stages.context import RunContext
-from job.stages.evaluate import evaluate_held_out, evaluation_steps, look
-from job.stages.resume import published_before
+from job.stages.context import Finetune, RunContext, TrainingInputs
+from job.stages.evaluate import Evaluator, steps_between
+from job.stages.resume import pin, warn_if_not_bitwise
 from job.state import checkpoints
 from job.state.checkpoints import Restored
 from job.state.record import Record, versions
 from job.state.uploader import Saved, Setup, Uploader
+from job.tuning.hooks import Hooks
 
 log = structlog.get_logger()
-SAVES = 4  # over a run, at least
+SAVES = 4
+"""Checkpoints over a run, at least."""
 SAVE_SAFETY = 1.5
+"""A checkpoint on a signal is begun where the grace is so many times what the last one took."""
 
 
 def train(
-    life: RunContext,
-    finetune: Any,
-    data: Data,
-    mark: dict[str, Any],
+    context: RunContext,
+    finetune: Finetune,
+    training: TrainingInputs,
+    evaluator: Evaluator,
     restored: Restored | None,
-    *,
-    ready: Callable[[], None],
-) -> dict[str, Any]:
-    """All steps that are left, with checkpoints; then win the right to publish.
+) -> None:
+    """Train to the last step, with every checkpoint committed before this returns.
 
-    Args:
-        ready: called when the plan is in force, before the first step.
-
-    Returns:
-        the facts that everything published depends on: those of the ledger's final record.
+    Raises:
+        PermanentError: it diverged or ran out of memory.
+        StorageError, AccessDeniedError, FencedError: why checkpoints cannot be committed any more.
+        StopRequested: a signal came; a checkpoint was committed if there was time.
     """
-    ledger, record, spans = life.ledger, life.record, life.timeline.span
-    earlier = published_before(ledger, mark, restored, finetune.plan.steps)
-    uploader = Uploader(_setup(life, restored))
+    uploader = Uploader(_setup(context, restored))
+    loop = _Loop(context=context, finetune=finetune, training=training, uploader=uploader, restored=restored)
     try:
-        with spans("train"):
+        with context.timeline.span("train"):
             finetune.train(
-                _hooks(life, finetune, data, uploader, mark, ready),
+                loop.hooks(evaluator),
                 resume_from=(restored.directory, restored.step) if restored else None,
-                changed=bool(life.config.allow_change),
+                changed=bool(context.config.allow_change),
             )
-        life.cache.save_now()
-        with spans("upload"):
+        context.cache.save_now()
+        with context.timeline.span("upload"):
             uploader.drain()
     except StopRequested:
         signals.acknowledge()
@@ -64,86 +62,89 @@ def train(
         raise
     finally:
         uploader.close()
-    life.timeline.add("compile", compile_seconds(_own_steps(record)) + finetune.fitting.seconds)
-    after = look(life, finetune, data, phase="after", step=finetune.plan.steps)
-    ledger.last = uploader.last
-    if earlier is not None:
-        ledger.append("final", **earlier)
-        return earlier
-    before = next((entry["eval_loss"] for entry in record.noted("evaluated", step=0)), None)
-    loss = next(entry["loss"] for entry in record.noted("train_progress"))
-    facts = {
-        "steps": finetune.plan.steps,
-        "plan": finetune.reproducibility_facts()["plan"],
-        "fingerprint": mark,
-        "results": {"train_loss": loss, "eval_loss_before": before, "eval_loss": after},
-        "versions": versions(),
-    }
-    ledger.append("final", **facts)
-    return facts
+    context.timeline.add("compile", compile_seconds(_own_steps(context.record)) + finetune.planning_seconds)
+    context.ledger.last = uploader.last
 
 
-def _own_steps(record: Record) -> list[float]:
-    """Seconds of each step of this attempt."""
-    newest_first = [entry["step_seconds"] for entry in record.noted("train_progress", attempt=record.attempt)]
-    return newest_first[::-1]
-
-
-def _setup(life: RunContext, restored: Restored | None) -> Setup:
-    return Setup(
-        uri=life.record.store.uri,
-        run_id=life.record.run_id,
-        attempt=life.record.attempt,
-        patience_seconds=life.config.storage_patience_minutes * 60,
-        owner=life.ledger.owner,
-        life=life.ledger.life,
-        conditional=life.ledger.conditional,
-        last=life.ledger.last,
-        keep=life.config.checkpoint_keep,
-        kept=[restored.prefix] if restored else [],
-    )
-
-
-def _hooks(
-    life: RunContext, finetune: Any, data: Data, uploader: Uploader, mark: dict[str, Any], ready: Callable[[], None]
-) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class _Loop:
     """What happens at the events of the training loop."""
-    config, record = life.config, life.record
-    staging = life.work / "staging"
 
-    def save(step: int, directory: Path, stalled: Callable[[], float]) -> None:
-        (directory / checkpoints.HISTORY).write_bytes(record.history_text())
+    context: RunContext
+    finetune: Finetune
+    training: TrainingInputs
+    uploader: Uploader
+    restored: Restored | None
+
+    def hooks(self, evaluator: Evaluator) -> Hooks:
+        config, steps = self.context.config, self.finetune.plan.steps
+        every = config.eval_steps
+        if every == "auto":
+            every = steps_between(steps=steps, rows=evaluator.rows, batch_size=config.batch_size)
+        return Hooks(
+            note=self.context.record.note,
+            ready=self.ready,
+            first_step=self.first_step,
+            evaluate=evaluator.evaluate if evaluator.rows else None,
+            evaluated=evaluator.evaluated,
+            evaluate_every=every,
+            save=self.save,
+            save_every=config.checkpoint_steps or math.ceil(steps / SAVES),
+            save_minutes=config.checkpoint_minutes,
+            worth_saving=self.worth_saving,
+            poll=self.uploader.check,
+        )
+
+    def ready(self) -> None:
+        """The plan is in force: the run's identity is pinned, or compared with what was pinned."""
+        if self.restored is None:
+            pin(self.context, self.training, self.finetune)
+        else:
+            warn_if_not_bitwise(self.finetune, self.restored)
+
+    def first_step(self) -> None:
+        """The first step of this process is done: what was compiled may be saved."""
+        facts = self.context.attempts.facts
+        self.context.cache.save_soon()
+        seconds = round(process.seconds_since_start(), 3)
+        if self.restored is not None:
+            log.info("resumed", seconds_to_first_step=seconds, **facts)
+        facts["seconds_to_first_step"] = seconds
+
+    def save(self, step: int, directory: Path, stalled: Callable[[], float]) -> None:
+        """Stage a checkpoint's files and hand them to the uploader."""
+        (directory / checkpoints.HISTORY).write_bytes(self.context.record.history_text())
+        staging = self.context.work / "staging"
         staging.mkdir(exist_ok=True)
         staged = directory.rename(staging / f"{directory.name}-{time.monotonic_ns()}")
-        facts = {"fingerprint": mark, "versions": versions(), **finetune.reproducibility_facts()}
+        facts = {
+            "fingerprint": self.training.fingerprint,
+            "versions": versions(),
+            **self.finetune.reproducibility_facts(),
+        }
         saved = Saved(step=step, directory=staged, stall_seconds=stalled(), facts=facts)
-        life.timeline.add("checkpoint_stall", saved.stall_seconds)
-        uploader.submit(saved)
+        self.context.timeline.add("checkpoint_stall", saved.stall_seconds)
+        self.uploader.submit(saved)
 
-    def worth_saving(stall_seconds: float) -> bool:
-        expected = SAVE_SAFETY * (stall_seconds + (uploader.upload_seconds or 0.0))
+    def worth_saving(self, stall_seconds: float) -> bool:
+        """Whether a checkpoint fits into what is left of the grace."""
+        expected = SAVE_SAFETY * (stall_seconds + (self.uploader.upload_seconds or 0.0))
         return expected < signals.seconds_left()
 
-    def first_step() -> None:
-        life.cache.save_soon()
-        seconds = round(process.seconds_since_start(), 3)
-        if "resumed_step" in life.attempts.facts:
-            log.info("resumed", seconds_to_first_step=seconds, **life.attempts.facts)
-        life.attempts.facts["seconds_to_first_step"] = seconds
 
-    steps = finetune.plan.steps
-    rows = data.evaluation.counts.sequences if data.evaluation else 0
-    return finetune.hooks(
-        note=record.note,
-        ready=ready,
-        first_step=first_step,
-        evaluate=(lambda step: evaluate_held_out(life, finetune, data, step=step)) if data.evaluation else None,
-        evaluated=lambda step: any(True for _ in record.noted("evaluated", step=step)),
-        evaluate_every=evaluation_steps(config, steps, rows),
-        save=save,
-        save_every=config.checkpoint_steps or math.ceil(steps / SAVES),
-        worth_saving=worth_saving,
-        poll=uploader.check,
+def _setup(context: RunContext, restored: Restored | None) -> Setup:
+    config, record, ledger = context.config, context.record, context.ledger
+    return Setup(
+        uri=record.store.uri,
+        run_id=record.run_id,
+        attempt=record.attempt,
+        patience_seconds=config.storage_patience_minutes * 60,
+        owner=ledger.owner,
+        life=ledger.life,
+        conditional=ledger.conditional,
+        last=ledger.last,
+        keep=config.checkpoint_keep,
+        kept=[restored.prefix] if restored else [],
     )
 
 
@@ -154,3 +155,9 @@ def _hand_over(uploader: Uploader) -> bool:
     except JobError as error:
         log.warning("checkpoint_not_committed", reason=error.message)
         return False
+
+
+def _own_steps(record: Record) -> list[float]:
+    """Seconds of each step of this attempt."""
+    newest_first = [entry["step_seconds"] for entry in record.noted("train_progress", attempt=record.attempt)]
+    return newest_first[::-1]

@@ -57,7 +57,7 @@ def test_a_zombie_in_training(bench, uploader_too):
 @pytest.mark.parametrize(
     ("target", "number", "code"),
     [
-        ("job.run:publish", 1, FENCED),
+        ("job.stages.publish:publish", 1, FENCED),
         ("job.storage.s3.store:S3Store.upload", 3, FENCED),
         ("job.state.record:Record.finish", 1, 0),
     ],

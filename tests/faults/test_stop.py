@@ -17,7 +17,7 @@ from tests.servers import serve_proxy
 SLACK_SECONDS = 1.0  # for a machine that is busy with other tests
 PHASES = {
     "download": "job.inputs.pull:Puller.rest",
-    "waiting for the weights": "job.run:await_model",
+    "waiting for the weights": "job.stages.fetch:await_model",
     "tokenising": "job.run:prepare",
     "restoring": "job.state.checkpoints:restore",
     "model load": "job.tuning.model:load",
@@ -27,7 +27,7 @@ PHASES = {
     "saving": "job.tuning.trainer:write_adapter",
     "final record": "job.state.ledger:Ledger.append",
     "export": "job.tuning.export.export:save_adapter",
-    "publishing": "job.run:publish",
+    "publishing": "job.stages.publish:publish",
     "done.json": "job.state.record:Record.finish",
 }
 
