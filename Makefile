@@ -48,6 +48,7 @@ lock: $(STAMP)  ## resolve both lock files anew
 
 readme: $(STAMP) chart-schema  ## write the generated tables into the README, and what is generated of helm/ and k8s/
 	$(BIN)/python -m tests.readme
+	$(BIN)/python -m tests.tree
 
 chart-schema: $(STAMP)  ## write what is generated of helm/ and k8s/
 	$(BIN)/python -m tests.chart

@@ -15,7 +15,7 @@ TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"
 TEXT = TROUBLESHOOTING.read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 WARNINGS = "Warnings in the log"
-NAMES = [path.name for path in DOCUMENTS]
+NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 
 NEED_NO_ENTRY = {
     "job/__main__.py: \0.": "argparse's own words; the entry for the command line quotes the usage",
@@ -121,8 +121,8 @@ def test_files_named_in_code_exist(path):
 
 
 def test_every_block_says_its_language():
-    """A fenced block is shell, YAML, INI, an environment file or plain text, and says which."""
-    known = {"sh", "yaml", "ini", "env", "text"}
+    """A fenced block is shell, YAML, JSON, INI, an environment file or plain text, and says which."""
+    known = {"sh", "yaml", "json", "ini", "env", "text"}
     assert [b.where for path in DOCUMENTS for b in documents.blocks(path) if b.language not in known] == []
 
 
