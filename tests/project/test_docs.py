@@ -16,8 +16,8 @@ TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"
 TEXT = TROUBLESHOOTING.read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 WIDTH = 126
-NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
-PAGE_NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
+NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
+PAGE_NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
 
 NEED_NO_ENTRY = {
     "job/__main__.py: \0.": "argparse's own words; the entry for the command line quotes the usage",
