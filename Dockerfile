@@ -52,6 +52,7 @@ RUN apt-get update \
     && useradd --uid 10001 --gid 0 --no-log-init --no-create-home --home-dir /scratch finetune \
     && install -d -m 1777 -o 10001 -g 0 /scratch
 COPY --from=packages /opt/venv /opt/venv
+COPY LICENSE /app/LICENSE
 COPY job /app/job
 RUN /opt/venv/bin/python -m compileall -q /app/job
 

@@ -46,8 +46,9 @@ lock: $(STAMP)  ## resolve both lock files anew
 	$(COMPILE) --output-file requirements.lock
 	$(COMPILE) --extra dev --constraint requirements.lock --output-file requirements-dev.lock
 
-readme: $(STAMP) chart-schema  ## write the generated tables into the README, and what is generated of helm/ and k8s/
+readme: $(STAMP) chart-schema  ## write what is generated of the documents, of helm/ and of k8s/
 	$(BIN)/python -m tests.readme
+	$(BIN)/python -m tests.tree
 
 chart-schema: $(STAMP)  ## write what is generated of helm/ and k8s/
 	$(BIN)/python -m tests.chart

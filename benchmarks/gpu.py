@@ -89,7 +89,7 @@ def main() -> int:
     run.add_argument("--profile", action="store_true", help=f"also time all kernels of {PROFILED} further steps")
     run.add_argument("--budget-seconds", type=float, default=540, help="after that nothing new is started")
     run.add_argument("--scratch", type=Path, help="instead of TMPDIR; weights go to /dev/shm if they fit")
-    plot = commands.add_parser("plot", help="draw results, print the README's table")
+    plot = commands.add_parser("plot", help="draw results, print the tables of benchmarks/README.md")
     plot.add_argument("results", type=Path, nargs="+")
     plot.add_argument("--docs", type=Path, default=ROOT / "docs")
     asked = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Results of benchmarks/gpu.py as a table for people, as one for the README, and as charts in SVG.
+"""Results of benchmarks/gpu.py as a table for people, as one for benchmarks/README.md, and as charts in SVG.
 
 A chart needs nothing but itself and follows the reader's light or dark setting.
 """
@@ -104,7 +104,7 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The README's table, with what it was measured on."""
+    """The table of benchmarks/README.md, with what it was measured on."""
     measured = cells(result)
     rows = [COLUMNS, ("---", *("---:" for _ in COLUMNS[1:])), *measured] if measured else []
     lines = ["| " + " | ".join(row) + " |" for row in rows]
@@ -132,16 +132,16 @@ def show(result: Mapping[str, Any]) -> None:
 
 
 def draw(results: Sequence[Mapping[str, Any]], docs: Path) -> str:
-    """Write the charts, and return the README's text."""
+    """Write the charts, and return the text for benchmarks/README.md."""
     measured = [result for result in results if len(cells(result)) > 1]
     docs.mkdir(exist_ok=True, parents=True)
     text = []
     (docs / "gpu-speed.svg").write_text(bars(measured))
-    text.append("![Steady tokens a second of the four sides](docs/gpu-speed.svg)\n")
+    text.append("![Steady tokens a second of the four sides](../docs/gpu-speed.svg)\n")
     for result in measured:
         name = f"gpu-losses-{result['size']}.svg"
         (docs / name).write_text(curves(result))
-        text += [markdown(result), f"![Losses of the four sides by optimizer step](docs/{name})\n"]
+        text += [markdown(result), f"![Losses of the four sides by optimizer step](../docs/{name})\n"]
     text += [markdown(result) for result in results if result not in measured]
     return "\n".join(text)
 

@@ -68,7 +68,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     form = table.add_mutually_exclusive_group()
     form.add_argument("--json", dest="form", action="store_const", const="json", default="text", help="as JSON")
     form.add_argument(
-        "--markdown", dest="form", action="store_const", const="markdown", help="as the README shows them"
+        "--markdown", dest="form", action="store_const", const="markdown", help="as docs/configuration.md shows them"
     )
     commands.add_parser("demo", help="train a small model on a small dataset against a local S3 server")
     return parser.parse_args(arguments)

@@ -6,11 +6,20 @@ from pathlib import Path
 
 from tests.jobs import ROOT
 
-DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+DOCUMENTS = (
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+)
+OTHERS = ("benchmarks/README.md", "helm/finetune-job/README.md", "k8s/README.md")
+PAGES = (*DOCUMENTS, *(ROOT / name for name in OTHERS))
+"""All that people read: also what is kept beside the code that it is about."""
+WARNINGS = "Warnings in the log"
+SYMPTOMS = "Symptoms without a message of the job"
+"""Sections of the troubleshooting page."""
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _MARK = re.compile(r"<!-- (needs|tested): (.+?) -->\s*\Z")
 _SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
-_LINK = re.compile(r"(?<!!)\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
+_LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +41,15 @@ def blocks(path: Path) -> list[Block]:
     found = []
     for match in _FENCE.finditer(text):
         mark = _MARK.search(text[: match.start()])
-        where = f"{path.name}:{text.count(chr(10), 0, match.start()) + 1}"
+        where = f"{path.relative_to(ROOT)}:{text.count(chr(10), 0, match.start()) + 1}"
         kind, value = mark.groups() if mark else ("", "")
         found.append(Block(where=where, language=match[1], text=match[2], mark=kind, value=value))
     return found
 
 
 def every_block(*languages: str) -> list[Block]:
-    """The blocks of all documents in these languages."""
-    return [block for path in DOCUMENTS for block in blocks(path) if block.language in languages]
+    """The blocks of all pages in these languages."""
+    return [block for path in PAGES for block in blocks(path) if block.language in languages]
 
 
 def prose(path: Path) -> str:
@@ -49,14 +58,18 @@ def prose(path: Path) -> str:
 
 
 def links(path: Path) -> list[str]:
-    """The targets of all links, code spans left out."""
+    """The targets of all links and pictures, code spans left out."""
     return _LINK.findall(_SPAN.sub("code", prose(path)))
 
 
 def anchors(path: Path) -> set[str]:
-    """The fragments that a link into the document may name: GitHub's rule for headings."""
-    titles = re.findall(r"^#{1,6} (.+)$", prose(path), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    """The fragments that a link into the document may name."""
+    return {anchor(title) for title in re.findall(r"^#{1,6} (.+)$", prose(path), re.MULTILINE)}
+
+
+def anchor(title: str) -> str:
+    """The fragment of a heading, by GitHub's rule."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def spans(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The table of variables for people and programs: text, JSON, or the README's Markdown."""
+"""The table of variables for people and programs: text, JSON, or Markdown."""
 
 from __future__ import annotations
 

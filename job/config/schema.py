@@ -1,7 +1,7 @@
 """What a run can be told, and what is valid: one frozen dataclass whose fields are the table of variables.
 
 Each field of `Config` carries its kind, its rule and its meaning. The parser (`job.config.environment`), `python -m job
-variables`, the README's table and the chart's schema are all generated from these fields, so a variable exists once.
+variables`, docs/configuration.md and the chart's schema are all generated from these fields, so a variable exists once.
 Nothing here reads the environment.
 """
 
@@ -48,7 +48,7 @@ _RUN = text(RUN_ID, "letters, digits, '.', '_' and '-', at most 128, starting wi
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run's settings, in the order in which the README shows them."""
+    """One run's settings, in the order of the table in docs/configuration.md."""
 
     model: str = setting(_MODEL, "base model", fingerprint=True)
     dataset: tuple[str, ...] = setting(

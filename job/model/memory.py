@@ -1,7 +1,7 @@
 """What a run will take, before it begins: steps, tokens, and memory on a card. An estimate, not a measurement.
 
 Memory is the sum of these, in bytes; `tests/model/test_memory.py` compares it with the runs measured under
-`benchmarks/results/`, and `docs/operations.md` ("Sizing") shows it for common models.
+`benchmarks/results/`, and `docs/sizing.md` shows it for common models.
 
 - weights: a linear layer of the decoder takes 0.516 bytes a parameter in NF4 with double quantisation (half a byte, one
   byte of absmax for each block of 64, and for each 256 of those four bytes: Dettmers et al. 2023, "QLoRA", section 3),

@@ -20,6 +20,7 @@ from job.runtime.process import Process
 from job.storage.base import Store
 
 log = structlog.get_logger()
+LAYOUT = 1
 TRIES = 1000
 MOST_FAILURES = 3
 PATIENCE_SECONDS = 10.0
@@ -217,7 +218,7 @@ def now() -> str:
 
 
 def _encode(body: dict[str, Any]) -> bytes:
-    return (json.dumps(body, indent=2, ensure_ascii=False, default=str) + "\n").encode()
+    return (json.dumps({"layout": LAYOUT, **body}, indent=2, ensure_ascii=False, default=str) + "\n").encode()
 
 
 def _redacted(body: dict[str, Any]) -> bytes:

@@ -19,7 +19,7 @@ import structlog
 
 from job.runtime.errors import ConfigError, DataError, JobError, PermanentError
 from job.runtime.hashing import hashes
-from job.state.ledger import Entry, Ledger
+from job.state.ledger import LAYOUT, Entry, Ledger
 from job.storage.base import Store
 from job.storage.faults import ChangedError, DamagedError, MissingError
 
@@ -156,7 +156,7 @@ def _download(store: Store, key: str, size: int, path: Path) -> None:
 
 def _mark(ledger: Ledger, entry: Entry, error: DataError) -> None:
     """Leave a note beside the commits. Nobody decides by it: damage on the way may have spared the object itself."""
-    body = {"commit": entry.number, "attempt": ledger.attempt, "reason": error.message}
+    body = {"layout": LAYOUT, "commit": entry.number, "attempt": ledger.attempt, "reason": error.message}
     with contextlib.suppress(JobError):
         ledger.store.write(
             f"{ledger.run_id}/checkpoints/damaged/{entry.number:06d}.json", json.dumps(body, indent=1).encode()

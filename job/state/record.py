@@ -69,7 +69,7 @@ class Record:
 
     def write_latest(self, done: dict[str, Any]) -> None:
         """Let `<output>/latest.json` name this run."""
-        body = {"run_id": self.run_id, "uri": self.uri, "artifacts": done["artifacts"]}
+        body = {"layout": LAYOUT, "run_id": self.run_id, "uri": self.uri, "artifacts": done["artifacts"]}
         self.store.write("latest.json", _encode(body).encode())
 
     def first(self) -> dict[str, Any] | None:
@@ -106,7 +106,7 @@ class Record:
             **reproducibility_facts,
         }
         self._create("run.json", body)
-        return self._create("inputs.json", inputs)
+        return self._create("inputs.json", {"layout": LAYOUT, **inputs})
 
     def check_inputs(self, pinned: dict[str, Any], inputs: dict[str, Any], *, added_too: bool = False) -> None:
         """Compare two `inputs.json` bodies: the run's, and what would be read now.

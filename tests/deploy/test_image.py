@@ -99,7 +99,8 @@ def _adapter(yard, run_id: str) -> str:
 
 
 def test_what_is_inside(built):
-    """The image says what it is, runs as no root user, and holds no tests, no pip and no source but the job's."""
+    """The image says what it is, carries its licence, does not run as root, and holds no tests, no pip and no other
+    source than the job's."""
     config = json.loads(image.engine("image", "inspect", built))[0]["Config"]
     assert config["User"] == "10001:0"
     assert config["Entrypoint"] == ["/usr/bin/tini", "--", "python", "-m", "job"]
@@ -109,9 +110,9 @@ def test_what_is_inside(built):
     assert labels["licenses"] == "Apache-2.0"
     listed = image.engine("run", "--rm", "--network=none", *image.podman_only(), "--entrypoint=find", built, "/app")
     files = {line.removeprefix("/app/") for line in listed.splitlines()}
-    assert {"job/run.py", "job/templates/alpaca.jinja"} <= files
+    assert {"LICENSE", "job/run.py", "job/data/tokenizer/templates/alpaca.jinja"} <= files
     assert not [name for name in files if "test" in name]
-    assert all(name == "/app" or name.startswith("job") for name in files)
+    assert {name.partition("/")[0] for name in files - {"/app"}} == {"LICENSE", "job"}
     pip = ("--entrypoint=python", built, "-c", "import importlib.util; print(importlib.util.find_spec('pip'))")
     assert image.engine("run", "--rm", "--network=none", *image.podman_only(), *pip).strip() == "None"
 

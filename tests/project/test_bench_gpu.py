@@ -200,8 +200,8 @@ def test_the_table_shows_every_side_and_what_it_was_measured_on():
 def test_charts_are_drawn_to_scale(tmp_path):
     """A bar four times as long for four times the speed; a curve with a point for each step."""
     text = gpu_plot.draw([result()], tmp_path)
-    assert "(docs/gpu-speed.svg)" in text
-    assert "(docs/gpu-losses-1b.svg)" in text
+    assert "(../docs/gpu-speed.svg)" in text
+    assert "(../docs/gpu-losses-1b.svg)" in text
     space = "{http://www.w3.org/2000/svg}"
     bars = ET.parse(tmp_path / "gpu-speed.svg").getroot().iter(f"{space}rect")
     widths = {bar.get("class"): float(bar.get("width")) for bar in bars}

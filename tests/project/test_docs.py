@@ -8,14 +8,16 @@ import pytest
 from job.config.schema import SETTINGS
 from job.runtime.errors import KINDS
 from tests import documents, messages
-from tests.documents import DOCUMENTS
+from tests.documents import DOCUMENTS, PAGES, WARNINGS
 from tests.jobs import ROOT
 
+README = ROOT / "README.md"
 TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"
 TEXT = TROUBLESHOOTING.read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
-WARNINGS = "Warnings in the log"
-NAMES = [path.name for path in DOCUMENTS]
+WIDTH = 126
+NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
+PAGE_NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
 
 NEED_NO_ENTRY = {
     "job/__main__.py: \0.": "argparse's own words; the entry for the command line quotes the usage",
@@ -81,9 +83,9 @@ def test_every_kind_of_failure_has_a_section():
         assert documents.quotes(documents.section(TEXT, title)), title
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+@pytest.mark.parametrize("path", PAGES, ids=PAGE_NAMES)
 def test_links_lead_somewhere(path):
-    """Every relative link names a file that is there, and a heading in it."""
+    """Every relative link or picture names a file that exists, and a heading in it."""
     broken = []
     for target in documents.links(path):
         if re.match(r"\w+:", target):
@@ -120,9 +122,23 @@ def test_files_named_in_code_exist(path):
     assert {name for name in named if not (ROOT / name).exists()} == set()
 
 
+@pytest.mark.parametrize("path", PAGES, ids=PAGE_NAMES)
+def test_lines_are_wrapped(path):
+    """Prose is wrapped near 120 columns, so that a changed word is a changed line; tables and quotes may be longer."""
+    lines = documents.prose(path).splitlines()
+    assert [line for line in lines if len(line) > WIDTH and not line.startswith(("|", ">"))] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=PAGE_NAMES)
+def test_headings_differ(path):
+    """No two headings of a document have the same fragment: a link would lead to the first."""
+    titles = re.findall(r"^#{1,6} (.+)$", documents.prose(path), re.MULTILINE)
+    assert len(documents.anchors(path)) == len(titles)
+
+
 def test_every_block_says_its_language():
-    """A fenced block is shell, YAML, INI, an environment file or plain text, and says which."""
-    known = {"sh", "yaml", "ini", "env", "text"}
+    """A fenced block says its language; the readers of examples in the tests know it by that."""
+    known = {"sh", "yaml", "ini", "env", "text", "json", "jsonl", "python"}
     assert [b.where for path in DOCUMENTS for b in documents.blocks(path) if b.language not in known] == []
 
 
@@ -177,10 +193,23 @@ def test_what_a_command_needs_is_one_of_a_few_things():
 
 
 def test_the_readme_is_the_front_door():
-    """The two commands and the way to Kubernetes stand on the first screen of the README."""
-    first = (ROOT / "README.md").read_text().splitlines()[:60]
-    for command in ("make demo", "make test", "helm install"):
-        assert any(command in line for line in first), command
+    """The README is short, and its first screen has the demo and Docker."""
+    lines = README.read_text().splitlines()
+    assert len(lines) < 200
+    assert [line for line in documents.prose(README).splitlines() if len(line) > 120 and not line.startswith("|")] == []
+    for command in ("make demo", "docker run"):
+        assert any(command in line for line in lines[:45]), command
+
+
+def test_every_document_is_found_from_the_readme():
+    """Links lead from the README to every other document, perhaps by way of another."""
+    found, ahead = set(), [README]
+    while ahead:
+        path = ahead.pop()
+        found.add(path)
+        targets = {(path.parent / unquote(target).partition("#")[0]).resolve() for target in documents.links(path)}
+        ahead += [target for target in targets & set(PAGES) if target not in found]
+    assert set(PAGES) - found == set()
 
 
 def test_no_document_names_this_machine():

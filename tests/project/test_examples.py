@@ -1,6 +1,7 @@
 """The examples in the documents: configuration is accepted, filters find lines, alerts ask for metrics that are there,
 sizes follow from their rules."""
 
+import ast
 import configparser
 import json
 import os
@@ -16,12 +17,17 @@ import pytest
 import yaml
 
 from job.commands import variables
+from job.config.schema import FORMATS, SETTINGS
+from job.data.reading import formats
 from job.model import memory, shape
 from job.observability import prometheus
+from job.state.model_card import Card
 from tests import documents, messages
 from tests.jobs import ROOT
 
-OPERATIONS = ROOT / "docs/operations.md"
+README = ROOT / "README.md"
+MONITORING = ROOT / "docs/monitoring.md"
+SIZING = ROOT / "docs/sizing.md"
 JQ = r"jq -c '(.+?)' run\.log"
 
 
@@ -155,9 +161,10 @@ def test_alerts_use_metrics_that_exist():
         assert set(re.findall(r"\b(?:finetune_job|kube)_\w+", rule["expr"])) <= known, rule["alert"]
 
 
-def test_events_named_for_alerts_exist():
-    """Every event in the tables of the operations page is one that the program logs."""
-    rows = re.findall(r"^\| (`.+?) \|", documents.section(OPERATIONS.read_text(), "Alerts"), re.MULTILINE)
+@pytest.mark.parametrize("section", ["Logs", "Alerts"])
+def test_events_named_for_monitoring_exist(section):
+    """Every event in the tables of the monitoring page is one that the program logs."""
+    rows = re.findall(r"^\| (`.+?) \|", documents.section(MONITORING.read_text(), section), re.MULTILINE)
     named = {span for row in rows for span in documents.spans(row)}
     assert named
     assert named - messages.all_events() == set()
@@ -190,7 +197,7 @@ def sizes(dimensions: tuple[int, ...]) -> list[str]:
 
 def test_sizes_follow_from_the_shapes():
     """The sizing table is what its rules give for the shapes, and the rules give what was measured for the first."""
-    section = documents.section(OPERATIONS.read_text(), "Sizing")
+    section = documents.section(SIZING.read_text(), "By model")
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
     assert table[0][1:] == list(SHAPES)
     columns = list(zip(*(row[1:] for row in table[2:]), strict=True))
@@ -200,3 +207,54 @@ def test_sizes_follow_from_the_shapes():
     assert first[0] == f"{measured['parameters'] / 1e9:.2f}"
     assert first[1] == f"{measured['trainable_parameters'] / 1e6:.1f}"
     assert first[2] == f"{measured['gpu_memory_allocated_bytes'] / 1e9:.1f}"
+
+
+@pytest.mark.parametrize("block", documents.every_block("jsonl"), ids=lambda block: block.where)
+def test_rows_are_read(block):
+    """Every example of rows is valid, and its format is detected; together they show all formats."""
+    for line in block.text.splitlines():
+        row = json.loads(line)
+        found = formats.detect(block.where, formats.columns_of(row))
+        formats.example(row, format=found, source=block.where, line=1)
+    shown = {
+        formats.detect("", set(json.loads(line)))
+        for b in documents.every_block("jsonl")
+        for line in b.text.splitlines()
+    }
+    assert shown == set(FORMATS)
+
+
+def test_the_log_in_the_readme_was_logged():
+    """Each log line in the README is part of one of a recorded run, and the program still logs its event."""
+    shown = re.findall(r'\{"event": [^{}]+\}', README.read_text())
+    assert len(shown) > 5
+    for line in map(json.loads, shown):
+        assert any(line.items() <= recorded.items() for recorded in logged() if recorded["event"] == line["event"]), (
+            line
+        )
+        assert line["event"] in messages.all_events()
+
+
+def test_the_readmes_settings_have_the_codes_defaults():
+    """The README's table of settings shows ten variables with their defaults."""
+    section = documents.section(README.read_text(), "The ten settings that matter")
+    shown = dict(re.findall(r"^\| `(TUNE_\w+)` \| (.+?) \|", section, re.MULTILINE))
+    assert len(shown) == 10
+    assert shown.items() <= {setting.variable: setting.default_text for setting in SETTINGS}.items()
+
+
+def test_the_adapter_is_loaded_as_its_card_says():
+    """The README loads the base with the same quantisation as the model card."""
+    (block,) = documents.every_block("python")
+    facts = {"base_revision": None, "base_hashes": {}, "data": (), "plan": {}, "metrics": {}, "versions": {}}
+    card = Card(base="org/name", settings={"TUNE_PRECISION": "4bit"}, template="", **facts).text()
+    ours, cards = quantisation(block.text), quantisation(card.split("```python\n")[1].split("```")[0])
+    assert ours == cards != {}
+
+
+def quantisation(source: str) -> dict[str, str]:
+    """The arguments of `BitsAndBytesConfig` in a piece of Python."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return {
+        k.arg: ast.unparse(k.value) for c in calls if ast.unparse(c.func) == "BitsAndBytesConfig" for k in c.keywords
+    }
