@@ -21,6 +21,7 @@ from job.state import checkpoints
 from job.state.checkpoints import Restored
 from job.state.record import Record, versions
 from job.state.uploader import Saved, Setup, Uploader
+from job.tuning.hooks import Hooks
 
 log = structlog.get_logger()
 SAVES = 4  # over a run, at least
@@ -64,7 +65,7 @@ def train(
         raise
     finally:
         uploader.close()
-    life.timeline.add("compile", compile_seconds(_own_steps(record)) + finetune.fitting.seconds)
+    life.timeline.add("compile", compile_seconds(_own_steps(record)) + finetune.planning_seconds)
     after = look(life, finetune, data, phase="after", step=finetune.plan.steps)
     ledger.last = uploader.last
     if earlier is not None:
@@ -106,7 +107,7 @@ def _setup(life: RunContext, restored: Restored | None) -> Setup:
 
 def _hooks(
     life: RunContext, finetune: Any, data: Data, uploader: Uploader, mark: dict[str, Any], ready: Callable[[], None]
-) -> Any:
+) -> Hooks:
     """What happens at the events of the training loop."""
     config, record = life.config, life.record
     staging = life.work / "staging"
@@ -133,7 +134,7 @@ def _hooks(
 
     steps = finetune.plan.steps
     rows = data.evaluation.counts.sequences if data.evaluation else 0
-    return finetune.hooks(
+    return Hooks(
         note=record.note,
         ready=ready,
         first_step=first_step,
@@ -142,6 +143,7 @@ def _hooks(
         evaluate_every=evaluation_steps(config, steps, rows),
         save=save,
         save_every=config.checkpoint_steps or math.ceil(steps / SAVES),
+        save_minutes=config.checkpoint_minutes,
         worth_saving=worth_saving,
         poll=uploader.check,
     )
