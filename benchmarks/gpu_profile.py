@@ -3,12 +3,12 @@
 Builds the job's own trainer (`job.tuning`) on a Llama shape with random weights and trains a few steps of the same
 batches in each variant:
 
-    eager      every kernel launched from Python: 4-bit base, one pass of 8 sequences, no gradient checkpointing
+    eager      every kernel launched from Python: 4-bit base, one micro-batch of 8 sequences, no checkpointing
     dense      the same with the base weights dequantised once, instead of at each use
     unsloth    the same as eager with Unsloth's checkpointing
     graphs     the decoder replayed from CUDA graphs
     auto       what the plan chooses
-    tight      graphs, with a limit set in mid-run on the process's share of the card
+    tight      graphs, with a limit set during the run on the process's share of the card
 
 A variant named twice must end with the same adapter, bit for bit. Steps are timed between synchronised ends; one more
 runs under torch's profiler for the kernels' own time.
@@ -29,8 +29,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,7 +100,7 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
     from job.tuning import model as models
     from job.tuning.device import choose
 
-    device = choose(asked=config.device)
+    device = choose(requested=config.device)
     base = base_model.inspect(scratch / "model", name="random")
     with timed(times, "load"):
         loaded = models.load(base, config, device, directory=base.path)
@@ -197,15 +196,12 @@ def train(asked: Any, config: Any, base: Any, loaded: Any, device: Any, scratch:
     """Train one variant from the loaded adapter, and say what came of it."""
     import torch
 
-    from job.tuning.trainer import build
-    from tests.tiny import tokenizer
-
     gpu = device.kind == "cuda"
     dataset = rows(asked.rows * asked.steps, loaded.model.get_base_model().config.vocab_size)
-    fitting, cut = cut_by(asked, config, base, loaded, device, dataset["length"][:], variant)
-    trainer = build(loaded.model, dataset, tokenizer(), config=config, fitting=fitting, directory=scratch / "trainer")
+    trainer, search = trainer_of(config, base, loaded, device, dataset, scratch / "trainer")
+    fixed = None if variant == "auto" else pass_config(asked.rows, dataset["length"][:], variant, gpu=gpu)
     tight_at = WARM_UP if gpu and variant == "tight" else None
-    watched = watch(trainer, fitting, config, None if variant == "auto" else cut, asked.steps, tight_at)
+    watched = watch(trainer, lambda: search.choose(reused=fixed), asked.steps, tight_at)
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -226,47 +222,51 @@ def train(asked: Any, config: Any, base: Any, loaded: Any, device: Any, scratch:
         "tokens_per_second": round(sum(watched.tokens[steady]) / sum(seconds[steady])),
         "first_step": round(seconds[0], 2),
         "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if gpu else 0,
-        "recorded": sorted(fitting.graphed.recorded) if fitting.graphed else [],
-        "settle_seconds": watched.settling["seconds"],
-        "plan": asdict(fitting.plan),
+        "recorded": trainer.passes.recorded_lengths,
+        "settle_seconds": watched.planning["seconds"],
+        "plan": trainer.passes.plan.as_json(),
         "adapter": adapter_hash(loaded.model),
     }
-    if fitting.graphed:
-        fitting.apply(replace(fitting.plan.cut, cuda_graphs=False))
+    trainer.passes.remove_graphs()
     return found | (kernels(watched.profiler) if gpu else {})
 
 
-def cut_by(
-    asked: Any, config: Any, base: Any, loaded: Any, device: Any, lengths: list[int], variant: str
-) -> tuple[Any, Any]:
-    """The variant's cut, and what puts it in force."""
+def trainer_of(config: Any, base: Any, loaded: Any, device: Any, dataset: Any, directory: Path) -> tuple[Any, Any]:
+    """The job's own trainer, and its search for what fits."""
     from job.model import shape
-    from job.tuning.fit.plan import PassConfig, plan
+    from job.tuning.fit.candidates import Workload
+    from job.tuning.fit.plan import make_plan
     from job.tuning.fit.search import PassSearch
+    from job.tuning.trainer.build import build
+    from tests.tiny import tokenizer
 
-    gpu = device.kind == "cuda"
-    fitting = PassSearch(
-        plan=plan(config, device, lengths=lengths, learning_rate=1e-4),
-        device=device,
-        shape=shape.of(base),
-        lengths=lengths,
-        state_bytes=2 * loaded.trainable_parameters,
-    )
-    cut = PassConfig(
-        micro_batch=asked.rows,
-        tokens_in_pass=sum(sorted(lengths)[-asked.rows :]) if gpu else None,
+    lengths = dataset["length"][:]
+    plan = make_plan(config, device, lengths=lengths, learning_rate=1e-4)
+    trainer = build(loaded.model, dataset, tokenizer(), config=config, plan=plan, device=device, directory=directory)
+    workload = Workload(lengths=lengths, shape=shape.of(base), state_bytes=2 * loaded.trainable_parameters)
+    search = PassSearch(trainer=trainer, collate=trainer.data_collator, config=config, device=device, workload=workload)
+    return trainer, search
+
+
+def pass_config(micro_batch: int, lengths: list[int], variant: str, *, gpu: bool) -> Any:
+    """The variant's pass configuration."""
+    from job.tuning.fit.micro_batches import tokens_of_longest
+    from job.tuning.fit.plan import PassConfig
+
+    return PassConfig(
+        micro_batch=micro_batch,
+        tokens_in_pass=tokens_of_longest(lengths, micro_batch) if gpu else None,
         gradient_checkpointing="unsloth" if variant == "unsloth" else "off",
         cuda_graphs=gpu and variant in {"graphs", "tight"},
     )
-    return fitting, cut
 
 
-def watch(trainer: Any, fitting: Any, config: Any, cut: Any, steps: int, tight_at: int | None) -> SimpleNamespace:
-    """Callbacks that put the cut in force (None: let the plan choose), time steps, and keep losses."""
+def watch(trainer: Any, choose: Callable[[], None], steps: int, tight_at: int | None) -> SimpleNamespace:
+    """Callbacks that put the pass configuration in force, time steps, and keep losses."""
     import torch
     from transformers import TrainerCallback
 
-    from job.tuning.callbacks.callbacks import Settled
+    from job.tuning.callbacks.planning import Planning
 
     gpu = torch.cuda.is_available()
     inner = trainer.data_collator
@@ -276,7 +276,7 @@ def watch(trainer: Any, fitting: Any, config: Any, cut: Any, steps: int, tight_a
         losses=[],
         norms=[],
         tokens=[],
-        settling={},
+        planning={},
         profiler=torch.profiler.profile(activities=both),
     )
 
@@ -284,9 +284,9 @@ def watch(trainer: Any, fitting: Any, config: Any, cut: Any, steps: int, tight_a
         kept.tokens.append(sum(len(row["input_ids"]) for row in batch))
         return inner(batch)
 
-    def settle() -> None:
-        with timed(kept.settling, "seconds"):
-            fitting.settle(config, recorded=cut)
+    def plan() -> None:
+        with timed(kept.planning, "seconds"):
+            choose()
         kept.tokens.clear()
 
     class Watch(TrainerCallback):
@@ -306,7 +306,7 @@ def watch(trainer: Any, fitting: Any, config: Any, cut: Any, steps: int, tight_a
                 kept.norms.append(logs["grad_norm"])
 
     trainer.data_collator = count
-    trainer.add_callback(Settled(settle, SimpleNamespace(ready=lambda: None)))
+    trainer.add_callback(Planning(plan, SimpleNamespace(ready=lambda: None)))
     trainer.add_callback(Watch())
     return kept
 

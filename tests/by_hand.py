@@ -1,6 +1,6 @@
 """The weighted loss and its gradients, once by the trainer and once by hand, on whatever device is there.
 
-`python -m tests.by_hand <model> <rows> [--micro 4 2 1] [...]` trains one step on all rows for each way to cut it, and
+`python -m tests.by_hand <model> <rows> [--micro 4 2 1] [...]` trains one step on all rows for each way to split it, and
 prints one line of JSON for each: losses, and how far the gradients are from those by hand. By hand is: each row alone,
 unpadded, all logits, torch's cross-entropy in fp32, a sum of products, one division at the end. As a control: how far
 the gradients by hand are from those with all weights 1.
@@ -19,11 +19,11 @@ from job.inputs import pull
 from job.model import base_model
 from job.runtime import libraries
 
-RATE = 1e-9  # the step must not change what the next cut starts from
+RATE = 1e-9  # the step must not change what the next one starts from
 
 
 def main(asked: argparse.Namespace, scratch: Path) -> None:
-    """Load once, then train a step for each cut."""
+    """Load once, then train a step for each micro-batch."""
     gpu = asked.device == "cuda"
     libraries.prepare_libraries(scratch, expect_gpu=gpu, cpu_only=not gpu)
     from job.tuning.finetune import Finetune
@@ -43,9 +43,9 @@ def main(asked: argparse.Namespace, scratch: Path) -> None:
         tuned = replace(loaded, config=config, dataset=data.train.dataset)
         by_hand = _by_hand(tuned)
         for micro in asked.micro:
-            plan = replace(tuned.plan, micro_batch=micro, tokens_in_pass=None)
-            fitting = replace(tuned.fitting, plan=plan, lengths=tuned.dataset["length"][:])
-            found = _by_trainer(replace(tuned, fitting=fitting), scratch / f"trainer-{number}-{micro}")
+            split = replace(tuned.plan.pass_config, micro_batch=micro, tokens_in_pass=None)
+            planned = tuned.plan.with_pass(split)
+            found = _by_trainer(replace(tuned, planned=planned), scratch / f"trainer-{number}-{micro}")
             print(json.dumps({"weights": weights, "micro_batch": micro, **_compare(by_hand, found)}))  # noqa: T201
 
 
@@ -112,7 +112,7 @@ def _weighted(tuned, weights: list[list[float]]) -> tuple[float, dict]:
 def _by_trainer(tuned, directory: Path) -> dict:
     from transformers import TrainerCallback
 
-    from job.tuning.trainer import build, train
+    from job.tuning.trainer.build import build, train
 
     found = {}
 
@@ -130,10 +130,13 @@ def _by_trainer(tuned, directory: Path) -> dict:
         tuned.dataset,
         tuned.tokenizer.hf,
         config=tuned.config,
-        fitting=tuned.fitting,
+        plan=tuned.plan,
+        device=tuned.device,
         directory=directory,
     )
-    batch = trainer.data_collator([dict(tuned.dataset[row]) for row in range(min(2, tuned.plan.micro_batch))])
+    batch = trainer.data_collator(
+        [dict(tuned.dataset[row]) for row in range(min(2, tuned.plan.pass_config.micro_batch))]
+    )
     found["weighted"] = "weights" in batch
     found["padding_free"] = trainer.data_collator.padding_free
     found["batch_shape"] = list(batch["input_ids"].shape)

@@ -1,8 +1,9 @@
-"""Training under an artificial limit on the rows of a pass, on whatever device is there.
+"""Training under an artificial limit on the rows of a micro-batch, on whatever device is there.
 
 `python -m tests.shrinking <model> <rows> <limit> [<limit> ...]` trains a few steps for each limit and prints one line
-of JSON for each: losses, the plan in force at the end, events, and why it ended, if it did. From step 2 on, a pass of
-more rows than the limit runs out of memory in the middle of its backward pass. A negative limit is none.
+of JSON for each: losses, the plan in force at the end, events, and why it ended, if it did. From step 2 on, a
+micro-batch of more rows than the limit runs out of memory in the middle of its backward pass. A negative limit means
+no limit.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from job.inputs import pull
 from job.model import base_model
 from job.runtime import libraries
 from job.runtime.errors import PermanentError
+from job.tuning.hooks import Hooks
 
 STEPS = 4
 
@@ -51,9 +53,9 @@ def main(asked: argparse.Namespace, scratch: Path) -> None:
 
 
 def trained(tuned, limit: int, torch) -> dict:
-    """Train, and say what came of it."""
+    """Train, and report how it went."""
     notes = []
-    hooks = tuned.hooks(
+    hooks = Hooks(
         note=notes.append,
         ready=lambda: None,
         first_step=lambda: None,
@@ -62,6 +64,7 @@ def trained(tuned, limit: int, torch) -> dict:
         evaluate_every=STEPS + 1,
         save=lambda *_: None,
         save_every=STEPS + 1,
+        save_minutes=60,
         worth_saving=lambda _seconds: False,
         poll=lambda: None,
     )
@@ -87,7 +90,7 @@ def trained(tuned, limit: int, torch) -> dict:
     layer.remove()
     return {
         "losses": [note["loss"] for note in notes],
-        "micro_batch": tuned.plan.micro_batch,
+        "micro_batch": tuned.plan.pass_config.micro_batch,
         "reasons": tuned.plan.reasons,
         "out_of_memory": [line for line in logs if line["event"] == "out_of_memory"],
         "unequal": [line for line in logs if line["event"] == "resume_not_bitwise"],

@@ -429,11 +429,10 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=q, device_
 def test_divergence_is_hopeless():
     """A loss that is no number ends the run with 70, whatever the trainer would make of it."""
     code = """
-import job.tuning
 from types import SimpleNamespace as N
-from job.errors import PermanentError
-from job.tuning.callbacks import Progress
-from job.tuning.trainer import CountingCollator
+from job.runtime.errors import PermanentError
+from job.tuning.callbacks.progress import Progress
+from job.tuning.trainer.collator import CountingCollator
 progress = Progress(device=N(kind="cpu", dtype=None), collator=CountingCollator(None), log_steps=1, hooks=None)
 try:
     progress.on_log(None, N(global_step=3, max_steps=9, epoch=0.1), None, {"loss": float("nan"), "grad_norm": 1.0})

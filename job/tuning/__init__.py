@@ -1,6 +1,5 @@
-"""The only place that imports the training stack. Unsloth comes first: it must patch trl, transformers and peft."""
+"""The training stack: the only package that imports torch, transformers, trl, peft, bitsandbytes and unsloth.
 
-from job.tuning import unsloth_import
-
-unsloth_import.install()
-import unsloth  # noqa: E402, F401 - imported for what it patches
+A module that imports any of them imports `job.tuning.unsloth_import` first. The others (`hooks`, `fit.plan`,
+`fit.candidates`, `fit.micro_batches`) load in milliseconds.
+"""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import job.tuning.unsloth_import  # before torch, transformers, trl and peft, which it patches
+
 import json
 import pickle
 from collections.abc import Mapping
@@ -19,12 +21,12 @@ from job.storage.faults import DamagedError
 ADAPTER = "adapter_model.safetensors"
 FILES = (ADAPTER, "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 SCALER = "scaler.pt"
-"""Of the gradients, in fp16: it skips a step whose gradients overflow, which the trainer counts nevertheless."""
+"""Of the gradients, in fp16: it skips a step whose gradients overflow, which the trainer still counts."""
 GENERATORS = ("python", "numpy", "cpu")
 
 
 def write_adapter(model: Any, directory: Path, *, step: int) -> None:
-    """Write the adapter's weights as they are in memory, after so many optimizer steps."""
+    """Write the adapter's weights as they are in memory, after `step` optimizer steps."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, directory / ADAPTER, metadata={"format": "pt", "step": str(step)})
@@ -38,11 +40,11 @@ def load_adapter(model: Any, directory: Path) -> None:
 def check(directory: Path, record: Mapping[str, Any]) -> None:
     """Read every file as the trainer will, and compare their steps.
 
-    A file that is missing would be left out by the trainer in silence, and training would go on as another run.
+    The trainer would silently skip a missing file, and training would continue as a different run.
 
     Args:
         directory: with the checkpoint's files.
-        record: what was recorded with them: their `step`, and the `plan` that they were made by.
+        record: what was recorded with them: their `step`, and the `plan` in force then.
 
     Raises:
         DamagedError: a file is missing or cannot be read, or the parts are of different steps.
@@ -71,9 +73,9 @@ def check(directory: Path, record: Mapping[str, Any]) -> None:
     if lacking:
         raise DamagedError(f"rng_state.pth lacks the generator {lacking[0]}")
     steps |= {"optimizer": max(counted)} if counted else {}
-    # A fused optimizer skips a step by itself: the scheduler does not hear of it.
+    # A fused optimizer skips a step by itself, without the scheduler.
     taken = max(counted, default=0) if scaled else step
     right = {"adapter": {step}, "trainer": {step}, "scheduler": {taken, step}, "optimizer": {taken}}
-    wrong = [f"{part} {found}" for part, found in steps.items() if found not in right[part] or found > step]
+    wrong = [f"{part} {number}" for part, number in steps.items() if number not in right[part] or number > step]
     if wrong:
         raise DamagedError(f"its parts are of different steps: record {step}, {', '.join(wrong)}")

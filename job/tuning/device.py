@@ -1,6 +1,8 @@
-"""The device that trains: which one it is, how quick, and how much of its memory is in use."""
+"""The device that trains: which one it is, how fast, and how much of its memory is in use."""
 
 from __future__ import annotations
+
+import job.tuning.unsloth_import  # before torch, transformers, trl and peft, which it patches
 
 import resource
 from dataclasses import dataclass
@@ -10,17 +12,17 @@ import psutil
 import torch
 
 AMPERE = 8
-"""Its compute capability's first number."""
+"""The first number of its compute capability."""
 MATRIX = 4096
 FASTEST, SLOWEST = 2e15, 1e12
-"""Operations a second: what a measurement may say."""
+"""Operations a second: the bounds within which a measurement is believed."""
 MORE_ROOM = "Lower TUNE_MAX_LENGTH or TUNE_LORA_R, set TUNE_PRECISION=4bit, or take a card with more memory."
-"""What to do where a card's memory does not suffice."""
+"""What to do where a card's memory is not enough."""
 NO_MEMORY = (
     *("CUDA error: out of memory", "Triton Error [CUDA]: out of memory"),
     *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
 )
-"""How CUDA and those who call it say so where they allocate past torch: for a handle, a kernel's code, a stream."""
+"""The words of CUDA and its callers where they allocate outside torch: for a handle, a kernel's code, a stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +44,12 @@ class Device:
         return self.capability is not None and int(self.capability.partition(".")[0]) >= AMPERE
 
 
-def choose(*, asked: str) -> Device:
+def choose(*, requested: str) -> Device:
     """The device to train on: the GPU that torch sees, unless the CPU is asked for.
 
-    That a GPU is there when one is expected was made sure at import (`UNSLOTH_DISABLE_CPU_FALLBACK`).
+    Unsloth's import has made sure that there is a GPU where one is expected (`UNSLOTH_DISABLE_CPU_FALLBACK`).
     """
-    if asked != "cpu" and torch.cuda.is_available():
+    if requested != "cpu" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return Device(
             kind="cuda",
@@ -71,7 +73,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether the card's memory ran out, whoever noticed."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in NO_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def memory(device: Device) -> dict[str, Any]:

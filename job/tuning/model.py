@@ -1,6 +1,8 @@
-"""Base model + LoRA: loads the weights through Unsloth and checks that what was loaded is what was asked for."""
+"""Base model + LoRA: loads the weights through Unsloth and checks that they are what the settings ask for."""
 
 from __future__ import annotations
+
+import job.tuning.unsloth_import  # before torch, transformers, trl and peft, which it patches
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +23,13 @@ from job.tuning.device import MORE_ROOM, Device, out_of_memory
 log = structlog.get_logger()
 QUANTISED = {"4bit": bitsandbytes.nn.Linear4bit, "8bit": bitsandbytes.nn.Linear8bitLt}
 SPILLED = "dispatched on the CPU or the disk"
-"""How transformers says that weights have no room on the card."""
+"""Transformers' words where weights do not fit on the card."""
 QUANTISED_SHARE = 0.9  # of the decoder's linear layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model ready to train, and what is known of it."""
+    """A model ready to train, and its trainable part."""
 
     model: Any
     targets: tuple[str, ...]
@@ -35,21 +37,21 @@ class Loaded:
 
 
 def load(base: BaseModel, config: Config, device: Device, *, directory: Path) -> Loaded:
-    """Load the base in the asked precision and put a fresh adapter on it.
+    """Load the base in the requested precision and put a fresh adapter on it.
 
     Args:
         base: the inspected model.
-        directory: where the files lie under a neutral name, since Unsloth decides by parts of the path.
+        directory: where the files are under a neutral name, since Unsloth decides by parts of the path.
 
     Raises:
-        ConfigError: a target matches nothing, or this machine cannot load the asked precision.
+        ConfigError: a target matches nothing, or this machine cannot load the requested precision.
         DataError: the library does not know the architecture, or the weights are damaged.
         PermanentError: they do not fit into the card's memory.
     """
     model = _load_base(base, config, device, directory)
-    _check_precision(model, base, config)
+    _check_precision(model, base.name, config.precision)
     targets = _targets(model, config.lora_targets)
-    # On a GPU it is set up in any case; the plan turns it off and on.
+    # On a GPU it is always set up; the plan turns it off and on.
     checkpointing = "on" if config.gradient_checkpointing == "on" else "unsloth" if device.kind == "cuda" else "off"
     model = FastLanguageModel.get_peft_model(
         model,
@@ -82,13 +84,13 @@ def _load_base(base: BaseModel, config: Config, device: Device, directory: Path)
             local_files_only=True,
             trust_remote_code=False,
             random_state=config.seed,
-            # Left to itself, what does not fit would be meant for the host, where nothing of it can be trained.
+            # By default, weights that do not fit would be placed on the host, where they cannot be trained.
             device_map={"": 0} if device.kind == "cuda" else None,
         )
     except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, SafetensorError) as error:
         if out_of_memory(error):
             raise
-        # Transformers makes an error of its own of memory that runs out while weights are quantised.
+        # Transformers raises an error of its own where memory runs out while weights are quantised.
         if SPILLED in str(error) or torch.cuda.memory_stats().get("num_ooms"):
             raise PermanentError(
                 f"{base.name} does not fit into the GPU's memory: {str(error).partition('. ')[0]}.", remedy=MORE_ROOM
@@ -107,43 +109,43 @@ def _linears(model: Any) -> dict[str, torch.nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and id(m) not in heads}
 
 
-def _targets(model: Any, asked: tuple[str, ...]) -> tuple[str, ...]:
+def _targets(model: Any, requested: tuple[str, ...]) -> tuple[str, ...]:
     """The leaf names to adapt. Raises ConfigError for one that matches nothing."""
     available = tuple(dict.fromkeys(name.rpartition(".")[2] for name in _linears(model)))
-    shape.check_targets(asked, available)
-    return available if asked == shape.ALL_LINEAR else asked
+    shape.check_targets(requested, available)
+    return available if requested == shape.ALL_LINEAR else requested
 
 
-def _check_precision(model: Any, base: BaseModel, config: Config) -> None:
-    """Loaders fall back to 16 bit with a printed line where 4 or 8 bit do not work: count what is really there."""
-    wanted = QUANTISED.get(config.precision)
+def _check_precision(model: Any, name: str, precision: str) -> None:
+    """Loaders fall back to 16 bit with a printed line where 4 or 8 bit do not work: count the layers."""
+    wanted = QUANTISED.get(precision)
     linears = _linears(model)
     counts = {kind: sum(isinstance(m, cls) for m in linears.values()) for kind, cls in QUANTISED.items()}
     log.debug("layers_counted", linear=len(linears), **{f"linear_{kind}": n for kind, n in counts.items()})
-    # Small layers that bitsandbytes leaves alone are fine; a model that stayed in 16 bit is not.
+    # Small layers that bitsandbytes skips are fine; a model that stayed in 16 bit is not.
     enough = 0 if wanted is None else len(linears) * QUANTISED_SHARE
-    if counts.get(config.precision, -sum(counts.values())) < enough:
+    if counts.get(precision, -sum(counts.values())) < enough:
         raise ConfigError(
-            f"TUNE_PRECISION={config.precision}, but {base.name} was loaded with {counts['4bit']} 4-bit and "
+            f"TUNE_PRECISION={precision}, but {name} was loaded with {counts['4bit']} 4-bit and "
             f"{counts['8bit']} 8-bit layers of {len(linears)}: this machine or model does not support it.",
             remedy="Set another TUNE_PRECISION (8bit needs a GPU, 4bit needs layers at least 64 wide).",
         )
 
 
 def _check_trainable(model: Any) -> int:
-    """Number of trainable parameters; all must belong to the adapter, or the base would be trained in silence."""
+    """Number of trainable parameters; all must belong to the adapter, or the base would silently be trained."""
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    strangers = [name for name in trainable if "lora_" not in name]
-    if strangers or not trainable:
+    others = [name for name in trainable if "lora_" not in name]
+    if others or not trainable:
         raise ConfigError(
-            f"The adapter was not set up right: {strangers[0] if strangers else 'nothing'} would be trained.",
+            f"The adapter was not set up right: {others[0] if others else 'nothing'} would be trained.",
             remedy="Check TUNE_LORA_TARGETS.",
         )
     return sum(trainable.values())
 
 
 def _fix_generation(model: Any) -> None:
-    """Answers are compared before and after training, so generation is greedy and has no other settings."""
+    """Make generation greedy and drop all its other settings: answers before and after training are compared."""
     generation = model.generation_config
     for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"):
         if hasattr(generation, name):

@@ -1,7 +1,8 @@
-"""Unsloth's import without the trainers that this program has no use for.
+"""Importing this module imports Unsloth, without the trainers that this program has no use for.
 
-On a GPU Unsloth rewrites the source of every trainer of TRL when it is imported, those for preferences, rewards and
-distillation as well: half of its import's time. Here it rewrites `SFTTrainer` alone.
+Unsloth patches torch, transformers, trl and peft, so every module of `job.tuning` that imports one of them imports this
+one first. On a GPU Unsloth rewrites the source of every trainer of TRL when it is imported, those for preferences,
+rewards and distillation as well: half of its import's time. Here it rewrites `SFTTrainer` alone.
 """
 
 from __future__ import annotations
@@ -41,12 +42,17 @@ class _Finder(MetaPathFinder):
 
 def _narrowed(*of: Any) -> list[str]:
     """`dir`, which leaves the other trainers out of the list of all trainers."""
-    found = builtins.dir(*of)
+    names = builtins.dir(*of)
     if of != (sys.modules.get("trl.trainer"),):
-        return found
-    return [name for name in found if name == OURS or not name.endswith(SUFFIX)]
+        return names
+    return [name for name in names if name == OURS or not name.endswith(SUFFIX)]
 
 
 def install() -> None:
-    """To be called before `import unsloth`."""
-    sys.meta_path.insert(0, _Finder())
+    """Install the finder, unless it is there already or has done its work. It must precede `import unsloth`."""
+    if REWRITES not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+install()
+import unsloth  # noqa: E402, F401 - imported for what it patches

@@ -21,7 +21,7 @@ def kill_in_save(name: str, step: int) -> None:
 
         return write
 
-    import job.tuning.checkpoint
+    import job.tuning.checkpoint_files
 
     torch.save = broken(torch.save, 1)
     job.tuning.checkpoint_files.save_file = broken(safetensors.torch.save_file, 1)
@@ -63,7 +63,7 @@ def slow_steps(seconds: float) -> None:
     """Every step takes this much longer."""
     import time
 
-    from job.tuning.callbacks.callbacks import Progress
+    from job.tuning.callbacks.progress import Progress
 
     def on_step_begin(self, *_, inner=Progress.on_step_begin, **__):
         time.sleep(seconds)
@@ -74,7 +74,7 @@ def slow_steps(seconds: float) -> None:
 
 def say_lengths() -> None:
     """Print the lengths of the rows of every micro-batch, as the trainer gets them."""
-    from job.tuning.trainer import CountingCollator
+    from job.tuning.trainer.collator import CountingCollator
 
     def call(self, rows, inner=CountingCollator.__call__):
         print("the test saw", [len(row["input_ids"]) for row in rows])  # noqa: T201 - the test reads it
@@ -84,7 +84,7 @@ def say_lengths() -> None:
 
 
 def _at_step(step: int, act) -> None:
-    from job.tuning.callbacks.callbacks import Progress
+    from job.tuning.callbacks.progress import Progress
 
     inner = Progress.on_log
 

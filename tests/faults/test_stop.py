@@ -24,9 +24,9 @@ PHASES = {
     "evaluation": "job.tuning.finetune:evaluate",
     "answers": "job.tuning.finetune:answer",
     "building the trainer": "job.tuning.finetune:build",
-    "saving": "job.tuning.trainer:write_adapter",
+    "saving": "job.tuning.trainer.sft:write_adapter",
     "final record": "job.state.ledger:Ledger.append",
-    "export": "job.tuning.export.export:save_adapter",
+    "export": "job.tuning.export.adapter:save_adapter",
     "publishing": "job.stages.publish:publish",
     "done.json": "job.state.record:Record.finish",
 }
@@ -106,7 +106,7 @@ def test_a_signal_in_each_phase(bench, phase):
 
 def test_a_signal_while_the_plan_is_made(bench):
     """What fits is no longer looked for, and no step is begun."""
-    hooks = [["call_before", "job.tuning.fit.search:PassSearch.settle", 1, "SIGTERM"]]
+    hooks = [["call_before", "job.tuning.fit.search:PassSearch.choose", 1, "SIGTERM"]]
     job = bench.start(bench.name("plan"), hooks=hooks).ends(INTERRUPTED)
     assert job.events("plan_made") + job.events("train_progress") == []
 

@@ -65,9 +65,59 @@ PACKAGES = sorted({path.parent for path in MODULES} - {ROOT / "job"})
 
 @pytest.mark.parametrize("package", PACKAGES, ids=[str(path.relative_to(ROOT)) for path in PACKAGES])
 def test_packages_are_small_and_say_what_they_know(package):
-    """At most 12 entries besides `__init__.py`, a docstring; that of `job.tuning` also imports unsloth first."""
+    """At most 12 entries besides `__init__.py`, which is a docstring."""
     entries = [path for path in package.iterdir() if path.name not in ("__init__.py", "__pycache__")]
     assert len(entries) <= 12
     tree = ast.parse((package / "__init__.py").read_text())
     assert ast.get_docstring(tree)
-    assert len(tree.body) == 1 or package.name == "tuning"
+    assert len(tree.body) == 1
+
+
+UNSLOTH = "job.tuning.unsloth_import"
+PATCHED = {
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "unsloth",
+    "unsloth_zoo",
+    "bitsandbytes",
+    "accelerate",
+    "safetensors",
+}
+"""What Unsloth patches, or what imports it."""
+TUNING = [path for path in MODULES if path.is_relative_to(ROOT / "job/tuning") and path.stem != "unsloth_import"]
+
+
+def imported(body: list[ast.stmt]) -> list[str]:
+    """The modules that statements import when they run, in functions too; not what is there for type checkers only."""
+    names = []
+    for node in body:
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module)
+        else:
+            names += imported([child for child in ast.walk(node) if isinstance(child, ast.Import | ast.ImportFrom)])
+    return [name for name in names if name != "__future__"]
+
+
+@pytest.mark.parametrize("path", TUNING, ids=[str(path.relative_to(ROOT)) for path in TUNING])
+def test_unsloth_comes_before_what_it_patches(path):
+    """A module of job.tuning that imports the training stack anywhere imports `unsloth_import` before all else; one
+    that does not has no need of it."""
+    names = imported(ast.parse(path.read_text()).body)
+    patched = any(name.partition(".")[0] in PATCHED for name in names)
+    assert (names[:1] == [UNSLOTH]) is patched
+    assert names.count(UNSLOTH) == patched
+
+
+def test_parts_of_tuning_need_no_torch():
+    """The seam to the stages and the arithmetic of a plan load without the training stack."""
+    modules = ("hooks", "fit.plan", "fit.candidates", "fit.micro_batches")
+    code = (
+        f"import sys\nfor name in {modules}: __import__('job.tuning.' + name)\nassert not {PATCHED} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -30,7 +30,7 @@ NEED_NO_ENTRY = {
     "job/data/reading/files.py: ": "passes an element's problem on, each of which has an entry",
     "job/data/examples.py: ": "the list of invalid rows; its first line has an entry",
     "job/inputs/hub.py: ": "within the program: an outage, which ends as the entry for an unreachable hub",
-    "job/tuning/fit/attention.py: its attention is none that one kernel computes for all lengths": (
+    "job/tuning/fit/attention.py: its attention is not one that a single kernel computes for all lengths": (
         "within the program: a reason of the plan, which continues without CUDA graphs"
     ),
     f"job/tuning/fit/cuda_graphs.py: {messages.HOLE} has no decoder of its own": "within the program: the same",

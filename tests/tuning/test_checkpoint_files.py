@@ -1,4 +1,4 @@
-"""What the trainer wrote is read back before it is resumed from: parts that do not fit together are refused."""
+"""What the trainer wrote is read back before it is resumed from: parts that do not fit together are rejected."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ SKIPPING = 2
 
 @pytest.fixture
 def cpu():
-    """What accelerate's optimizer asks for, gone afterwards."""
+    """What accelerate's optimizer needs, gone afterwards."""
     Accelerator(cpu=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -53,7 +53,7 @@ def trained(directory: Path, *, scaled: bool, overflows: int = 0, fused: bool = 
 
 @pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_steps_that_the_scaler_skipped_are_no_damage(tmp_path, fused):
+def test_steps_that_the_scaler_skipped_are_not_damage(tmp_path, fused):
     """In fp16 optimizer and scheduler may lag behind the trainer, in all three ways in which they do."""
     for overflows in (0, SKIPPING, 4):
         directory = trained(tmp_path / str(overflows), scaled=True, overflows=overflows, fused=fused)
@@ -77,7 +77,7 @@ def test_every_part_is_needed(tmp_path, name):
 
 
 @pytest.mark.usefixtures("cpu")
-def test_parts_of_other_steps_are_refused(tmp_path):
+def test_parts_of_other_steps_are_rejected(tmp_path):
     """Without a scaler nothing lags behind; with one, nothing is ahead, and the scheduler goes with one of the two."""
     bf16 = trained(tmp_path / "bf16", scaled=False)
     check(bf16, BF16)

@@ -29,7 +29,7 @@ def losses(ended) -> list[float]:
 
 @pytest.fixture(scope="module")
 def train(small_model, rows, tmp_path_factory):
-    """Run a job on the card (unless told otherwise) and return how it ended."""
+    """Run a job, on the card by default, and return how it ended."""
 
     def _train(**variables):
         place = tmp_path_factory.mktemp("run")
@@ -61,7 +61,7 @@ def test_memory_comes_from_the_card(in_4bit):
 
 
 def test_the_plan_on_a_card(in_4bit):
-    """On a card that has room, batches are packed, nothing is recomputed, and passes are recorded."""
+    """On a card that has room, batches are packed, nothing is recomputed, and CUDA graphs are used."""
     plan = in_4bit.event("plan_made")["plan"]
     assert (plan["batching"], plan["gradient_checkpointing"], plan["cuda_graphs"]) == ("packed", "off", True)
 

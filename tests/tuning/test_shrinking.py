@@ -1,4 +1,4 @@
-"""Memory that runs out in mid-run: the step begins again, cut smaller, and the run learns the same."""
+"""Memory that runs out during the run: the step starts over in smaller micro-batches, and the run learns the same."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ def found(tiny_model, rows):
 
 
 @pytest.mark.parametrize(("limit", "left"), [(3, 2), (1, 1)])
-def test_the_run_goes_on_with_the_same_losses(found, limit, left):
+def test_the_run_continues_with_the_same_losses(found, limit, left):
     """The failed step is made again whole: a lost half of it would show in its loss and in all that follow."""
     assert found[limit]["ended"] == ""
     assert found[limit]["micro_batch"] == left
@@ -36,12 +36,12 @@ def test_it_says_so(found):
     assert first["host_memory_rss_bytes"] > 0
     assert "artificial limit of 3 rows" in first["reason"]
     assert "memory ran out at step 2" in found[3]["reasons"][-1]
-    cuts = [(line["plan"]["was"]["micro_batch"], line["plan"]["is"]["micro_batch"]) for line in found[3]["unequal"]]
-    assert cuts == [(8, 4), (4, 2)]
+    sizes = [(line["plan"]["was"]["micro_batch"], line["plan"]["is"]["micro_batch"]) for line in found[3]["unequal"]]
+    assert sizes == [(8, 4), (4, 2)]
 
 
-def test_nothing_smaller_is_hopeless(found):
-    """With one row in a pass and everything recomputed there is nothing left to try: 70, and what to change."""
-    assert found[0]["ended"].startswith("70: The GPU ran out of memory with one sequence in a pass")
+def test_nothing_smaller_is_permanent(found):
+    """With one row in a micro-batch and everything recomputed there is nothing left to try: 70, and what to change."""
+    assert found[0]["ended"].startswith("70: The GPU ran out of memory with one sequence")
     assert len(found[0]["losses"]) == 1
     assert found[-1]["out_of_memory"] == []

@@ -13,9 +13,9 @@ import json, sys
 from pathlib import Path
 from job.runtime import libraries
 libraries.prepare_libraries(Path(sys.argv[1]), expect_gpu=False, cpu_only=True)
-from job import tuning
+from job.tuning import unsloth_import
 if sys.argv[2] == "all":
-    sys.meta_path[:] = [one for one in sys.meta_path if type(one).__module__ != "job.tuning.unsloth_import"]
+    sys.meta_path[:] = [one for one in sys.meta_path if type(one).__module__ != unsloth_import.__name__]
 from trl.trainer import sft_trainer
 sft_trainer.SFTTrainer = sft_trainer.SFTTrainer.__mro__[1]  # as on a GPU: TRL's own, where a CPU's is in its place
 from unsloth.models import rl

@@ -1,4 +1,4 @@
-"""What happens at the events of the training loop: progress, evaluations, save points.
+"""What happens at the events of the training loop: the plan, progress, evaluations, save points.
 
-Decides when; `job.stages.train` says what happens then.
+Decides when; `job.tuning.hooks` says what happens then.
 """

@@ -1,15 +1,17 @@
 """Attention over the sequences of a padding-free batch: one flash kernel for all of them, forward and backward.
 
-Unsloth takes a kernel for each sequence where torch is older than 2.12, and one whose gradients differ from run to run
-where it is newer. Here it is always the one kernel (FlashAttention-2, Dao 2023, as torch brings it), and its gradients
-are added up in a fixed order, so that a run repeats itself. It takes the borders of the sequences from the device,
-which is what lets a CUDA graph be replayed on other lengths (see `job.tuning.fit.cuda_graphs`).
+Unsloth runs one kernel for each sequence where torch is older than 2.12, and one whose gradients differ from run to run
+where it is newer. Here it is always one kernel for all (FlashAttention-2, Dao 2023, as torch ships it), and its
+gradients are added up in a fixed order, so that a run repeats itself. It takes the borders of the sequences from the
+device, which is what lets a CUDA graph be replayed on other lengths (see `job.tuning.fit.cuda_graphs`).
 
-Whatever it cannot do (a soft cap, a window shorter than the sequences, fp32, other masks) goes the usual way; on cards
-older than the kernel (`Device.flash`) all of it does, and this is not installed.
+What it does not support (a soft cap, a window shorter than the sequences, fp32, other masks) takes Unsloth's usual
+path; on cards older than the kernel (`Device.flash`) this is not installed.
 """
 
 from __future__ import annotations
+
+import job.tuning.unsloth_import  # before torch, transformers, trl and peft, which it patches
 
 import contextlib
 import sys
@@ -23,12 +25,12 @@ from unsloth.utils.packing import cover_padded_cu_seqlens
 from job.runtime.errors import PermanentError
 
 WIDEST_HEAD = 256
-"""What the kernel takes."""
+"""That the kernel supports."""
 PLAIN = {"causal": True, "dropout_p": 0.0}
 
 
 class NotRecordableError(Exception):
-    """A layer went the usual way while it was recorded, where lengths would have been frozen into the graph."""
+    """A layer would have taken the usual path while it was recorded, which freezes lengths into the graph."""
 
 
 class Varlen:
@@ -37,7 +39,7 @@ class Varlen:
     def __init__(self, usual: Callable[..., torch.Tensor]) -> None:
         self._usual = usual
         self.calls = 0
-        """How often the one kernel was taken."""
+        """How often the one kernel ran."""
         self._strict = False
 
     def __call__(
@@ -50,9 +52,9 @@ class Varlen:
         V: torch.Tensor,  # noqa: N803
     ) -> torch.Tensor:
         """Q: (1, heads, tokens, width), K and V: the same with fewer heads. Returns (1, tokens, heads, width)."""
-        if not _takes(config, context, Q, K, V):
+        if not _supported(config, context, Q, K, V):
             if self._strict:
-                raise NotRecordableError("its attention is none that one kernel computes for all lengths")
+                raise NotRecordableError("its attention is not one that a single kernel computes for all lengths")
             return self._usual(config=config, context=context, Q=Q, K=K, V=V)
         self.calls += 1
         borders, longest = cover_padded_cu_seqlens(context.seq_info, Q.shape[-2])
@@ -61,7 +63,7 @@ class Varlen:
 
     @contextlib.contextmanager
     def strictly(self) -> Iterator[None]:
-        """Inside, a layer that would go the usual way raises NotRecordableError."""
+        """Inside, a layer that would take the usual path raises NotRecordableError."""
         self._strict = True
         try:
             yield
@@ -69,7 +71,7 @@ class Varlen:
             self._strict = False
 
 
-def _takes(config: Any, context: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+def _supported(config: Any, context: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     window = context.sliding_window
     return (
         context.seq_info is not None
@@ -108,7 +110,7 @@ class _Flash(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, borders, out, log_sums, seed, offset = ctx.saved_tensors
         with _in_order():
-            found = torch.ops.aten._flash_attention_backward(  # noqa: SLF001
+            gradients = torch.ops.aten._flash_attention_backward(  # noqa: SLF001
                 gradient.contiguous(),
                 q,
                 k,
@@ -124,7 +126,7 @@ class _Flash(torch.autograd.Function):
                 seed,
                 offset,
             )
-        return (*found, None, None)
+        return (*gradients, None, None)
 
 
 @contextlib.contextmanager
@@ -141,23 +143,23 @@ def _in_order() -> Iterator[None]:
 
 
 def install() -> Varlen:
-    """Let Unsloth's models take the one kernel; returns what they call. Doing so again changes nothing.
+    """Let Unsloth's models use the one kernel; returns what they call. A second call changes nothing.
 
     Raises PermanentError if none of them has the function to be replaced.
     """
     usual = attention_dispatch.run_attention
-    found = None
+    installed = None
     for name, module in list(sys.modules.items()):
         if not name.startswith("unsloth.models.") or not hasattr(module, "run_attention"):
             continue
         if isinstance(module.run_attention, Varlen):
-            found = module.run_attention
+            installed = module.run_attention
         elif module.run_attention is usual:
-            found = found or Varlen(usual)
-            module.run_attention = found
-    if found is None:
+            installed = installed or Varlen(usual)
+            module.run_attention = installed
+    if installed is None:
         raise PermanentError(
-            "The training library's models do not attend as they did.",
+            "The training library's models no longer have the attention function that this job replaces.",
             remedy="Report this with the log: the versions in the image do not fit together.",
         )
-    return found
+    return installed

@@ -1,14 +1,16 @@
 """The decoder's kernels as CUDA graphs: launched at once instead of one by one from Python.
 
 A LoRA step launches thousands of small kernels, and below about 10,000 tokens the card waits for Python most of the
-time. A padding-free batch is brought to one of few lengths (by one more sequence, of padding, that attends to itself
-alone and is learned by nobody), and for each length forward and backward are recorded once and replayed ever after. The
+time. A padding-free micro-batch is brought to one of few lengths (by one more sequence, of padding, that attends only
+to itself and is not learned), and for each length forward and backward are recorded once and replayed from then on. The
 head with its loss, the optimizer and everything around them stay as they are.
 
 Gradients of the adapter are added up inside the graph, in buffers that stay where they are.
 """
 
 from __future__ import annotations
+
+import job.tuning.unsloth_import  # before torch, transformers, trl and peft, which it patches
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,10 +23,10 @@ from unsloth.utils.packing import get_packed_info_from_kwargs
 
 from job.tuning.device import out_of_memory
 from job.tuning.fit.attention import NotRecordableError
-from job.tuning.fit.micro_batches import GRAIN, PER_OCTAVE, bucket, layout
+from job.tuning.fit.micro_batches import GRAIN, PER_OCTAVE, bucket_length, bucket_sequences
 
 WARM_UPS = 2
-"""Passes before the first recording: kernels are compiled and tuned in them."""
+"""Runs before the first recording: kernels are compiled and tuned in them."""
 
 
 @dataclass(kw_only=True)
@@ -44,7 +46,7 @@ class _Recording:
 
 
 class GraphedDecoder:
-    """Takes the place of a decoder's `forward` in training; anything but a padding-free batch goes the usual way."""
+    """Takes the place of a decoder's `forward` in training; all but padding-free batches take the usual path."""
 
     def __init__(
         self,
@@ -59,9 +61,10 @@ class GraphedDecoder:
         Args:
             model: the causal language model, whose `model` is the decoder.
             longest: tokens of the longest sequence there is.
-            rows: the most sequences in one pass.
+            rows: the most sequences in one micro-batch.
             strictly: while it is entered, layers refuse to do what cannot be replayed (NotRecordableError).
-            failed: is told why a pass could not be recorded; that pass and all later ones go the usual way.
+            failed: called with the reason why a micro-batch could not be recorded; it and all later ones take the
+                usual path.
 
         Raises:
             NotRecordableError: the model has no decoder of its own.
@@ -85,7 +88,7 @@ class GraphedDecoder:
         self._decoder.forward = self._usual
 
     def clear(self) -> None:
-        """Let all recordings go, with their memory. Those to come get a pool of their own."""
+        """Free all recordings and their memory. Later ones get a new pool."""
         self.recorded.clear()
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -100,7 +103,7 @@ class GraphedDecoder:
             or len(lengths) > self._rows
         ):
             return self._usual(input_ids, *args, **kwargs)
-        size = bucket(input_ids.shape[1])
+        size = bucket_length(input_ids.shape[1])
         recording = self.recorded.get(size)
         if recording is None:
             try:
@@ -116,12 +119,14 @@ class GraphedDecoder:
 
     def _record(self, size: int, kwargs: dict[str, Any]) -> _Recording:
         device = self._gate.device
-        longest = max(self._longest, size // PER_OCTAVE, GRAIN)  # what is padded is a sequence, too
-        lengths = torch.tensor(layout(size, longest=longest, rows=self._rows), dtype=torch.int32, device=device)
+        longest = max(self._longest, size // PER_OCTAVE, GRAIN)  # the padding is a sequence, too
+        lengths = torch.tensor(
+            bucket_sequences(size, longest=longest, rows=self._rows), dtype=torch.int32, device=device
+        )
         input_ids = torch.zeros((1, size), dtype=torch.int64, device=device)
         position_ids = torch.zeros((1, size), dtype=torch.int64, device=device)
         given = {**kwargs, "position_ids": position_ids, "packed_seq_lengths": lengths}
-        # Unsloth keeps what it made of these lengths for as long as it meets the same tensor; `borders` is of that.
+        # Unsloth caches what it computed from these lengths while it meets the same tensor; `borders` is part of that.
         _, borders, _ = get_packed_info_from_kwargs(given, device)
         torch.clear_autocast_cache()
 
@@ -146,9 +151,9 @@ class GraphedDecoder:
             hidden = run()
         gradient = torch.zeros_like(hidden)
         with torch.cuda.graph(backward, pool=self._pool):
-            found = torch.autograd.grad(hidden, self._parameters, gradient)
-            torch._foreach_add_(self._gradients, list(found))
-            del found
+            computed = torch.autograd.grad(hidden, self._parameters, gradient)
+            torch._foreach_add_(self._gradients, list(computed))
+            del computed
         torch.clear_autocast_cache()
         return _Recording(
             input_ids=input_ids,
@@ -161,7 +166,7 @@ class GraphedDecoder:
             gradient=gradient,
         )
 
-    def lay_out_gradients(self) -> None:
+    def bind_gradients(self) -> None:
         """Let the parameters' gradients be the buffers that the graphs add to, with what they hold so far."""
         if self._parameters[0].grad is self._gradients[0]:
             return
@@ -195,7 +200,7 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
-        ctx.owner.lay_out_gradients()
+        ctx.owner.bind_gradients()
         ctx.recording.gradient.copy_(gradient)
         ctx.recording.backward.replay()
         return None, None, None

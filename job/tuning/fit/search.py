@@ -1,281 +1,172 @@
-"""Finding out what fits this card: the plan's candidates, one probe each, the quickest first; and what to do when
-memory runs out later."""
+"""Finding out what fits this card: the plan's candidates, one probe each, the quickest first.
+
+Knows how to try a pass configuration without leaving a trace; `PassControl` puts it in force.
+"""
 
 from __future__ import annotations
 
+import job.tuning.unsloth_import  # before torch, transformers, trl and peft, which it patches
+
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import structlog
 import torch
-from unsloth import FastLanguageModel
 
 from job.config.schema import Config
-from job.model.shape import Shape
+from job.data.rendering.labels import IGNORED
 from job.runtime.errors import PermanentError
-from job.tuning.batches import IGNORED
-from job.tuning.device import MORE_ROOM, Device, matrix_rate, memory, out_of_memory
-from job.tuning.fit.micro_batches import Limit, bucket
-from job.tuning.fit.plan import FAR_TOO_LARGE, Candidate, PassConfig, Plan, candidates, freed, smaller
-
-if TYPE_CHECKING:  # they import what Unsloth has only where there is a GPU
-    from job.tuning.fit.attention import Varlen
-    from job.tuning.fit.cuda_graphs import GraphedDecoder
+from job.tuning.device import MORE_ROOM, Device, matrix_rate, out_of_memory
+from job.tuning.fit.candidates import FAR_TOO_LARGE, Candidate, Workload, candidates
+from job.tuning.fit.control import PassControl
+from job.tuning.fit.plan import PassConfig, Plan, auto_remedy
 
 log = structlog.get_logger()
 LOSS_OFF, GRADIENTS_OFF = 2e-3, 5e-2
-"""How far a recorded pass may be from the same pass unrecorded, relatively; both are in 16 bit."""
+"""How far a replayed micro-batch may be from the same one unrecorded, relatively; both are in 16 bit."""
 SPARE_BYTES = 512 << 20
-"""To be left free by a probe, beside the optimizer's states: for whatever differs between steps."""
+"""What a probe leaves free in addition to the optimizer's states: for whatever differs between steps."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PassSearch:
-    """The cut in force, and the means to change it."""
+    """Chooses the pass configuration and puts it in force.
 
-    plan: Plan
-    device: Device
-    shape: Shape | None
-    lengths: Sequence[int]
-    """Of the training sequences, in tokens."""
-    state_bytes: int
-    """What the optimizer will keep."""
-    trainer: Any = None
-    collate: Any = None
+    The trainer must be ready to train. Nothing that is learned from changes: weights, gradients and random numbers are
+    as before.
+    """
+
+    trainer: Any
+    """Whose `passes` are controlled."""
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]]
     """The trainer's own collator, which counts nothing."""
-    graphed: GraphedDecoder | None = None
-    seconds: float = 0.0
-    """What `settle` took, most of it for kernels that the first step would have compiled."""
-    _varlen: Varlen | None = None
-    _no_graphs: str = ""
+    config: Config
+    device: Device
+    workload: Workload
 
     @property
-    def limit(self) -> Limit:
-        """What a pass may hold now."""
-        return Limit(rows=self.plan.micro_batch, tokens=self.plan.tokens_in_pass)
+    def _passes(self) -> PassControl:
+        return self.trainer.passes
 
-    def settle(self, config: Config, *, recorded: PassConfig | None) -> None:
-        """Choose the cut and put it in force; on a CPU there is nothing to choose.
-
-        It must be called when the trainer is ready to train. Nothing that is learned from changes: weights, gradients
-        and random numbers are as before.
+    def choose(self, *, reused: PassConfig | None) -> None:
+        """Choose; on a CPU there is nothing to measure.
 
         Args:
-            recorded: what an earlier attempt of the run used on a card of this kind.
+            reused: what an earlier attempt of the run used on a card of this kind: taken unmeasured.
 
         Raises:
             PermanentError: nothing fits.
         """
-        started = time.monotonic()
-        if self.device.kind == "cuda":
-            self._settle_on_card(config, recorded)
-        else:
-            self.apply(recorded or self.plan.cut)
-        self.seconds = time.monotonic() - started
-        log.info("plan_made", plan=asdict(self.plan), seconds=round(self.seconds, 3), **memory(self.device))
-
-    def _settle_on_card(self, config: Config, recorded: PassConfig | None) -> None:
-        if self.plan.batching != "padded" and self.device.flash:
-            from job.tuning.fit.attention import install  # noqa: PLC0415 - see above
-
-            self._varlen = install()
-        self._settle_positions()
-        graphs = recordable(self.plan, config, self.device)
-        if recorded is not None:
-            self.apply(replace(recorded, cuda_graphs=recorded.cuda_graphs and graphs))
-            self.plan = self.plan.with_pass(self.plan.cut, "as the attempt before")
+        passes = self._passes
+        if self.device.kind != "cuda":
+            passes.apply(reused or passes.plan.pass_config)
+            return
+        passes.prepare()
+        graphs = graphs_possible(passes.plan, self.config, self.device)
+        if reused is not None:
+            passes.apply(replace(reused, cuda_graphs=reused.cuda_graphs and graphs))
+            passes.explain("as in the attempt before")
             return
         with _unchanged(self.trainer.model):
             rate = matrix_rate()
-        found = candidates(self.plan, config, self.shape, lengths=self.lengths, rate=rate, graphs=graphs)
-        self._choose(found, config)
+        self._take_first_that_fits(candidates(passes.plan, self.config, self.workload, rate=rate, graphs=graphs))
 
-    def _settle_positions(self) -> None:
-        """Let Unsloth's table of rotary positions be as long as it can ever be asked for: were it to grow in mid-run,
-        it would round otherwise from there on, which a resumed run would not know of."""
-        rotary = getattr(getattr(self.trainer.model.get_base_model(), "model", None), "rotary_emb", None)
-        if hasattr(rotary, "extend_rope_embedding"):
-            longest = sum(sorted(self.lengths)[-self.plan.batch_size :])
-            like = torch.empty((), device=self.trainer.args.device, dtype=self.device.dtype)
-            rotary.extend_rope_embedding(like, bucket(longest))
-
-    def _choose(self, found: Sequence[Candidate], config: Config) -> None:
+    def _take_first_that_fits(self, ordered: Sequence[Candidate]) -> None:
         tried: list[str] = []
-        least = min(found, key=lambda one: one.bytes)
-        for candidate in found:
+        least = min(ordered, key=lambda candidate: candidate.bytes)
+        for candidate in ordered:
+            pass_config = candidate.pass_config
             if candidate.bytes > FAR_TOO_LARGE * self.device.memory_bytes and candidate is not least:
-                tried.append(f"{candidate.cut}: needs about {candidate.bytes / 2**30:.0f} GiB")
+                tried.append(f"{pass_config}: needs about {candidate.bytes / 2**30:.0f} GiB")
                 continue
-            if candidate.cut.cuda_graphs and self._no_graphs:
+            if pass_config.cuda_graphs and self._passes.graphs_error:
                 continue
-            failed = self._probe(candidate.cut)
-            if not failed:
-                self.plan = self.plan.with_pass(candidate.cut, *tried, f"{candidate.cut}: fits")
+            problem = self._probe(pass_config)
+            if not problem:
+                self._passes.explain(*tried, f"{pass_config}: fits")
                 return
-            tried.append(f"{candidate.cut}: {failed}")
-            log.info("plan_candidate_rejected", candidate=str(candidate.cut), reason=failed)
+            tried.append(f"{pass_config}: {problem}")
+            log.info("plan_candidate_rejected", candidate=str(pass_config), reason=problem)
         raise PermanentError(
-            f"The GPU's memory does not suffice for {least.cut}, where the longest sequence has {max(self.lengths):,} "
-            f"tokens: {'; '.join(tried)}.",
-            remedy=freed(config) + MORE_ROOM,
+            f"The GPU's memory is not enough for {least.pass_config}, where the longest sequence has "
+            f"{max(self.workload.lengths):,} tokens: {'; '.join(tried)}.",
+            remedy=auto_remedy(self.config) + MORE_ROOM,
         )
 
-    def _probe(self, cut: PassConfig) -> str:
-        """Try the largest pass there is. Returns what was wrong; empty if it fits."""
-        started, error = time.monotonic(), ""
+    def _probe(self, pass_config: PassConfig) -> str:
+        """Put a pass configuration in force and try it on the largest micro-batch. Returns what was wrong; empty if it
+        fits."""
+        started, problem = time.monotonic(), ""
         try:
             with _unchanged(self.trainer.model):
-                self.apply(cut)
-                error = self._passes(cut)
-        except RuntimeError as found:
-            if not out_of_memory(found):
+                self._passes.apply(pass_config)
+                problem = self._try(pass_config)
+        except RuntimeError as error:
+            if not out_of_memory(error):
                 raise
-            error = "out of memory"
-        if error:
-            self.forget()
-        log.debug("plan_probed", candidate=str(cut), error=error, seconds=round(time.monotonic() - started, 3))
-        return error
+            problem = "out of memory"
+        if problem:
+            self._passes.remove_graphs()
+        log.debug(
+            "plan_probed", candidate=str(pass_config), error=problem, seconds=round(time.monotonic() - started, 3)
+        )
+        return problem
 
-    def _passes(self, cut: PassConfig) -> str:
-        batch = self.largest(cut)
-        self.forget()
+    def _try(self, pass_config: PassConfig) -> str:
+        batch = self._largest_micro_batch(pass_config)
+        self._passes.remove_graphs()
         torch.cuda.reset_peak_memory_stats()
-        loss, gradients = self._one(batch)
-        if cut.cuda_graphs:
-            self._record()
-            again, recorded = self._one(batch)
-            if self._no_graphs:
-                return self._no_graphs
-            off = _distance(gradients, recorded)
-            if abs(again - loss) > LOSS_OFF * abs(loss) or off > GRADIENTS_OFF:
-                self._no_graphs = f"a recorded pass gives another result ({again:.4f} for {loss:.4f}, {off:.2g})"
-                return self._no_graphs
+        loss, gradients = self._run(batch)
+        if pass_config.cuda_graphs:
+            self._passes.install_graphs()
+            replayed_loss, replayed_gradients = self._run(batch)
+            if self._passes.graphs_error:
+                return self._passes.graphs_error
+            off = _distance(gradients, replayed_gradients)
+            if abs(replayed_loss - loss) > LOSS_OFF * abs(loss) or off > GRADIENTS_OFF:
+                self._passes.rule_out_graphs(
+                    f"a recorded micro-batch gives another result ({replayed_loss:.4f} for {loss:.4f}, {off:.2g})"
+                )
+                return self._passes.graphs_error
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            self._one(batch)
+            self._run(batch)
         free = _free_bytes()
-        if free < self.state_bytes + SPARE_BYTES:
+        if free < self.workload.state_bytes + SPARE_BYTES:
             return f"only {free / 2**20:.0f} MiB are left"
         return ""
 
-    def largest(self, cut: PassConfig) -> dict[str, torch.Tensor]:
-        """The batch that needs most memory in one pass: the longest sequences there are."""
-        order = sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row])[: cut.micro_batch]
-        rows = [self.trainer.train_dataset[row] for row in order]
-        batch: dict[str, torch.Tensor] = self.collate(rows)
-        return batch
+    def _largest_micro_batch(self, pass_config: PassConfig) -> dict[str, torch.Tensor]:
+        """That which needs most memory: the longest sequences there are."""
+        lengths = self.workload.lengths
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])[: pass_config.micro_batch]
+        return self.collate([self.trainer.train_dataset[row] for row in order])
 
-    def _one(self, batch: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
-        """A pass: its loss, and the gradients of the adapter."""
+    def _run(self, batch: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
+        """A micro-batch: its loss, and the gradients of the adapter."""
         model = self.trainer.model_wrapped
         model.zero_grad()
         labels = (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1).to(self.trainer.args.device)
-        loss = self.trainer.one_pass(model, batch, labels)
-        found = [p.grad.detach().clone() for p in model.parameters() if p.grad is not None]
+        loss = self.trainer.run_micro_batch(model, batch, labels)
+        gradients = [p.grad.detach().clone() for p in model.parameters() if p.grad is not None]
         model.zero_grad()
-        return float(loss), found
-
-    def apply(self, cut: PassConfig) -> None:
-        """Put a cut in force."""
-        self.plan = self.plan.with_pass(cut)
-        mode = cut.gradient_checkpointing
-        if self.device.kind == "cuda":
-            set_checkpointing(self.trainer.model, mode)
-        self.trainer.args.gradient_checkpointing = mode != "off"
-        if not cut.cuda_graphs:
-            self.forget()
-        elif self.graphed is None:
-            self._record()
-
-    def _record(self) -> None:
-        """From here on passes are recorded, each length when it is first met."""
-        from job.tuning.fit.attention import NotRecordableError  # noqa: PLC0415 - see above
-        from job.tuning.fit.cuda_graphs import GraphedDecoder  # noqa: PLC0415
-
-        self.forget()
-        try:
-            self.graphed = GraphedDecoder(
-                self.trainer.model.get_base_model(),
-                longest=max(self.lengths),
-                rows=self.plan.batch_size,
-                strictly=self._varlen.strictly if self._varlen else contextlib.nullcontext,
-                failed=self._not_recorded,
-            )
-        except NotRecordableError as error:
-            self._not_recorded(str(error))
-
-    def _not_recorded(self, reason: str) -> None:
-        self._no_graphs = f"passes cannot be recorded: {reason}"
-        log.info("cuda_graphs_disabled", reason=reason)
-        self.apply(replace(self.plan.cut, cuda_graphs=False))
-
-    def forget(self) -> None:
-        """Record no passes any more, and give back what only they needed."""
-        if self.graphed is not None:
-            self.graphed.remove()
-            self.graphed = None
-        if self.device.kind == "cuda":
-            torch.cuda.empty_cache()
-
-    def make_room(self) -> bool:
-        """Give the recordings up for now: passes are recorded anew when they are next met. False if there are none."""
-        if self.graphed is None or not self.graphed.recorded:
-            return False
-        self.graphed.clear()
-        torch.cuda.empty_cache()
-        return True
-
-    def shrink(self, error: str, *, step: int) -> None:
-        """Go on with a smaller cut, after memory ran out in a pass; what was done of the step is given up.
-
-        Raises:
-            PermanentError: there is none.
-        """
-        report, before = memory(self.device), self.plan
-        self.forget()
-        cut = smaller(before.cut, self.lengths)
-        if cut is None:
-            raise PermanentError(
-                f"The GPU ran out of memory with one sequence in a pass and gradient checkpointing on: {error}",
-                remedy=MORE_ROOM,
-            )
-        self.apply(cut)
-        now = self.plan.cut  # without graphs, if they were given up just now
-        log.warning("out_of_memory", step=step, reason=error, was=str(before.cut), now=str(now), **report)
-        self.plan = self.plan.with_pass(now, f"{now}: since memory ran out at step {step}")
-        plans = {"was": before.reproducibility_facts(), "is": self.plan.reproducibility_facts()}
-        log.warning("resume_not_bitwise", plan=plans)
+        return float(loss), gradients
 
 
-def recordable(plan: Plan, config: Config, device: Device) -> bool:
-    """Whether passes may be tried as CUDA graphs. They need the one kernel for all lengths; dropout would repeat its
-    mask, and 8-bit products (Dettmers et al. 2022, LLM.int8()) ask the card for the outliers of every input, which a
-    recording cannot."""
+def graphs_possible(plan: Plan, config: Config, device: Device) -> bool:
+    """Whether CUDA graphs may be tried. They need the one kernel for all lengths; dropout would repeat its mask, and
+    8-bit products (Dettmers et al. 2022, LLM.int8()) ask the card for the outliers of every input, which a recording
+    cannot."""
     attention = plan.batching != "padded" and device.flash
     return attention and config.lora_dropout == 0 and config.precision != "8bit"
 
 
-def set_checkpointing(model: Any, mode: str) -> None:
-    """Recompute activations in the backward pass or keep them."""
-    value: Any = {"unsloth": "unsloth", "on": True, "off": False}[mode]
-    if mode == "unsloth" and torch.utils.checkpoint.checkpoint.__name__ != "unsloth_checkpoint":
-        # The model was loaded for plain recomputation, and its layers hold that function.
-        from unsloth.models._utils import apply_unsloth_gradient_checkpointing  # noqa: PLC0415 - see above
-
-        dtype = model.get_input_embeddings().weight.dtype
-        value = apply_unsloth_gradient_checkpointing(value, model.max_seq_length, dtype)
-        if value == "unsloth":  # else sequences are so short that plain recomputation is what it stands for
-            model.gradient_checkpointing_enable({"use_reentrant": True})
-    model._unsloth_gradient_checkpointing = value  # noqa: SLF001 - what Unsloth goes back to after it generated
-    FastLanguageModel.for_training(model, use_gradient_checkpointing=value)
-
-
 @contextlib.contextmanager
 def _unchanged(model: Any) -> Iterator[None]:
-    """Inside, passes may be made that leave no trace in random numbers and gradients."""
+    """Inside, micro-batches may be run that leave no trace in random numbers and gradients."""
     before = torch.get_rng_state(), torch.cuda.get_rng_state()
     try:
         yield

@@ -8,13 +8,15 @@ that there are never logits of a whole batch. Its kernels are Unsloth's on eithe
 
 from __future__ import annotations
 
+import job.tuning.unsloth_import  # before torch, transformers, trl and peft, which it patches
+
 from typing import Any
 
 import torch
 from trl.trainer import utils as trl_utils
 
+from job.data.rendering.labels import IGNORED
 from job.runtime.errors import PermanentError
-from job.tuning.batches import IGNORED
 
 COLUMN = "weights"
 
@@ -22,7 +24,7 @@ COLUMN = "weights"
 class WeightedCollator:
     """Adds the weights of the rows to what the trainer's own collator makes of them, in the same shape as the labels.
 
-    It wraps that collator after the trainer is built: see `trainer.CountingCollator`.
+    It wraps that collator after the trainer is built: see `CountingCollator`.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -30,11 +32,11 @@ class WeightedCollator:
 
     @property
     def padding_free(self) -> bool:
-        """Whether the rows stand one behind the other in one row."""
+        """Whether the rows are concatenated into one."""
         return bool(getattr(self.inner, "padding_free", False))
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
-        """Collate `rows` as the inner collator does, with `weights`: float32, where labels are ignored 0."""
+        """Collate `rows` as the inner collator does, with `weights`: float32, 0 where labels are ignored."""
         batch = self.inner(rows)
         weights = [torch.tensor(row[COLUMN], dtype=torch.float32) for row in rows]
         lines = [torch.cat(weights)] if self.padding_free else weights
@@ -71,7 +73,7 @@ class WeightedLoss:
 
 def use_log_probs(trainer: Any) -> None:
     """Make a trainer ready for `WeightedLoss`."""
-    # The trainer brings a fused head, which also computes entropies that nobody looks at.
+    # The trainer brings a fused head, which also computes entropies that nothing uses.
     trl_utils.add_fused_lm_head(trainer.model.get_base_model(), outputs=("log_probs",))
     trainer.model_accepts_loss_kwargs = True  # the loss is divided by the step's sum: not again by its micro-batches
     trainer.data_collator = WeightedCollator(trainer.data_collator)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import job.tuning.unsloth_import  # before torch, transformers, trl and peft, which it patches
+
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,8 +12,8 @@ import torch
 class ShortFirst(torch.utils.data.Sampler[int]):
     """Row numbers: in the first epoch the shortest rows first, ties as in the dataset; shuffled in all later ones.
 
-    So it was done first ("SortaGrad", Amodei et al. 2015, "Deep Speech 2", section 3.2). An epoch's order follows from
-    its number, the lengths and the seed alone: a run that resumes in the middle of one goes on in the same order.
+    "SortaGrad" (Amodei et al. 2015, "Deep Speech 2", section 3.2). An epoch's order follows from its number, the
+    lengths and the seed alone: a run that resumes in the middle of one continues in the same order.
     """
 
     def __init__(self, lengths: Sequence[int], *, seed: int) -> None:
