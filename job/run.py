@@ -18,6 +18,7 @@ from job.observability.timeline import Timeline
 from job.report import build
 from job.runtime import libraries, process, signals
 from job.runtime.errors import ConfigError, FencedError, JobError, StopRequested, known
+from job.runtime.libraries import LibrarySettings
 from job.runtime.process import Process
 from job.runtime.workspace import workspace
 from job.stages import preflight
@@ -195,14 +196,15 @@ def _live(life: RunContext) -> None:
 def _import_tuning(life: RunContext, base: BaseModel) -> Any:
     """The training stack: seconds of imports, only after all cheap checks."""
     compiled = life.cache.directory
-    libraries.prepare_libraries(
-        life.scratch,
+    settings = LibrarySettings(
+        scratch=life.scratch,
         compiled=compiled,
         expect_gpu=life.expect_gpu,
         cpu_only=life.config.device == "cpu",
         deterministic=life.config.deterministic,
         linear_attention=base.linear_attention,
     )
+    prepared = libraries.prepare(settings)
     if compiled is not None and bytecode.missing():
         life.cache.wait_for_modules()
         libraries.keep_modules(compiled / bytecode.FOLDER)
@@ -217,7 +219,7 @@ def _import_tuning(life: RunContext, base: BaseModel) -> Any:
     finally:
         gc.enable()
     gc.freeze()  # nor is it ever to be looked through: Unsloth asks for that a dozen times while it loads a model
-    libraries.keep_compiled()
+    prepared.restore_compiled()
     return finetune
 
 

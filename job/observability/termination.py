@@ -25,8 +25,7 @@ def facts(error: JobError) -> dict[str, Any]:
 def tell(error: JobError) -> None:
     """Write the message, if anybody looks for one. A long one loses its end, never the remedy."""
     places = [PLACE] * PLACE.exists() + [SAGEMAKER] * SAGEMAKER.parent.is_dir()
-    body = facts(error) | {"message": str(error)}
-    body = {key: logs.redact(value) if isinstance(value, str) else value for key, value in body.items()}
+    body = logs.redact(facts(error) | {"message": str(error)})
     while (
         len(line := json.dumps(body, ensure_ascii=False).encode(errors="replace")) > LONGEST_BYTES and body["message"]
     ):

@@ -12,7 +12,6 @@ from job.commands import variables
 from job.config import environment as env
 from job.config.field import PREFIX
 from job.config.schema import SETTINGS, Config
-from job.runtime import libraries
 from job.runtime.errors import ConfigError
 
 REQUIRED = {"TUNE_MODEL": "org/name", "TUNE_DATASET": "s3://bucket/rows.jsonl", "TUNE_OUTPUT": "s3://bucket/runs"}
@@ -167,13 +166,3 @@ def test_bad_command_line_exits_78():
     done = subprocess.run([sys.executable, "-m", "job", "bogus"], capture_output=True, text=True, check=False)
     assert done.returncode == 78
     assert "bogus" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("text", "cpus"), [("max 100000", None), ("250000 100000", 2), ("50000 100000", 1), ("", None)]
-)
-def test_cpu_quota(tmp_path, text, cpus):
-    """The container's CPU quota is read from cgroup v2, whole CPUs, at least one."""
-    (tmp_path / "cpu.max").write_text(text)
-    assert libraries._cpu_quota(tmp_path / "cpu.max") == cpus
-    assert libraries._cpu_quota(tmp_path / "none") is None
