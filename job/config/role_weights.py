@@ -42,17 +42,17 @@ def problems(pairs: Sequence[str], *, train_on: str, rows: str) -> list[str]:
     weights = by_role(pairs)
     found = []
     if len(weights) < len(pairs):
-        found.append(f"TUNE_ROLE_WEIGHTS={value} names a role twice. Give each role one weight.")
+        found.append(f"TUNE_ROLE_WEIGHTS={value} contains a role twice. Give each role one weight.")
     if "assistant" not in weights:
         found.append(
-            f"TUNE_ROLE_WEIGHTS={value} does not say what answers weigh. Add assistant=1, or assistant=0 to learn none."
+            f"TUNE_ROLE_WEIGHTS={value} has no weight for answers. Add assistant=1, or assistant=0 to learn none."
         )
     if not any(weights.values()):
         found.append(f"TUNE_ROLE_WEIGHTS={value} leaves nothing to learn. Give a role a weight above 0.")
     if train_on != "responses":
         found.append(
-            f"TUNE_ROLE_WEIGHTS={value} says which roles are learned, and so does TUNE_TRAIN_ON={train_on}. "
-            "Set TUNE_TRAIN_ON=responses, or no weights."
+            f"TUNE_ROLE_WEIGHTS={value} and TUNE_TRAIN_ON={train_on} both select what is learned. "
+            "Set TUNE_TRAIN_ON=responses, or remove the weights."
         )
     if rows == "text":
         found.append(f"TUNE_ROLE_WEIGHTS={value} needs roles, and TUNE_FORMAT=text has none. Remove the weights.")

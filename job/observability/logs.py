@@ -31,7 +31,7 @@ CONSTANTS = frozenset(("timestamp", "level", "event"))
 """Fields that hold words of this program, which are never a secret."""
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 DRAIN_SECONDS = 5.0
-# Chatty at info, or at warning about things this project decides on purpose.
+# Verbose at info.
 QUIET = {"botocore": logging.WARNING, "urllib3": logging.WARNING, "s3transfer": logging.WARNING}
 
 
@@ -212,7 +212,7 @@ def _capture() -> None:
         [sys.executable, "-I", "-S", str(Path(capture.__file__)), str(own_read), str(foreign_read)],
         pass_fds=(own_read, foreign_read),
         stdin=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C at a terminal reaches the job, not its voice
+        start_new_session=True,  # Ctrl-C at a terminal reaches the job, not the process that writes its log
     )
     os.close(own_read)
     os.close(foreign_read)

@@ -23,7 +23,7 @@ def facts(error: JobError) -> dict[str, Any]:
 
 
 def tell(error: JobError) -> None:
-    """Write the message, if anybody looks for one. A long one loses its end, never the remedy."""
+    """Write the message, where a platform reads one. A long one loses its end, never the remedy."""
     places = [PLACE] * PLACE.exists() + [SAGEMAKER] * SAGEMAKER.parent.is_dir()
     body = logs.redact(facts(error) | {"message": str(error)})
     while (

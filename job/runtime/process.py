@@ -93,7 +93,8 @@ def scratch() -> Path:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"No directory to work in: {error}.", remedy="Set TMPDIR to a writable directory with room for the model."
+            f"The scratch directory cannot be created: {error}.",
+            remedy="Set TMPDIR to a writable directory with room for the model.",
         ) from None
     if path.stat().st_uid != os.getuid():
         raise ConfigError(

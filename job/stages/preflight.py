@@ -62,7 +62,7 @@ def machine(config: Config) -> bool:
     if len(problems) > 1:
         raise ConfigError(
             "This machine is not fit for the run.",
-            remedy="Correct what is named here.",
+            remedy="Fix the problems listed here.",
             problems=[str(problem) for problem in problems],
         )
     if problems:
