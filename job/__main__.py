@@ -116,7 +116,7 @@ def _report(error: BaseException) -> int:
     else:
         ended = JobError(f"{type(error).__name__}: {error}", remedy="The log has the traceback.")
         log.error("run_failed", **termination.facts(ended), exc_info=error)
-    termination.tell(ended)
+    termination.write(ended)
     return ended.exit_code
 
 
@@ -124,7 +124,7 @@ def _say_interrupted() -> None:
     """The grace is over, or a second signal came: the main thread may be anywhere, so do as little as possible."""
     ended = InterruptedError(f"{signals.asked()} asked the run to stop.", remedy="Start it again.")
     structlog.get_logger().warning("interrupted", signal=signals.asked(), exit_code=ended.exit_code, at_once=True)
-    termination.tell(ended)
+    termination.write(ended)
 
 
 def _end_children() -> None:

@@ -138,7 +138,7 @@ def command(*, as_json: bool, report: Path | None) -> int:
         else:
             show(json.loads(said), stdout)
     if checked.problems:
-        termination.tell(checked.problems[0].error)
+        termination.write(checked.problems[0].error)
     return checked.exit_code
 
 

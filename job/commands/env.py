@@ -128,7 +128,7 @@ def _scratch() -> dict[str, Any]:
 
 
 def _environment(given: Mapping[str, str]) -> dict[str, Any]:
-    """The variables, without secrets: those that the environment names, and whatever looks like one."""
+    """The variables, without the environment's credentials and without what looks like a secret."""
     redactor = Redactor(secret_values(given))
 
     def shown(name: str) -> str:
@@ -149,7 +149,7 @@ def _environment(given: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _host(url: str) -> str:
-    """Host and port: a path or a password is nobody's business."""
+    """Host and port, without path or password."""
     try:
         parts = urlsplit(url)
         port = f":{parts.port}" if parts.port else ""

@@ -1,4 +1,4 @@
-"""TUNE_ROLE_WEIGHTS: how much the tokens of each role count in the loss, and which of these settings make sense.
+"""TUNE_ROLE_WEIGHTS: how much the tokens of each role count in the loss, and which combinations are valid.
 
 Knows words and numbers; nothing of templates or tokens.
 """
@@ -24,18 +24,18 @@ def learned(pairs: Sequence[str]) -> dict[str, float]:
 
 
 def differ(weights: Mapping[str, float]) -> bool:
-    """Whether a mask cannot express them."""
+    """Whether they are more than a mask."""
     return len(set(weights.values())) > 1
 
 
 def held_out(weights: Mapping[str, float]) -> dict[str, float]:
-    """What the loss on held-out rows looks at: the answers alone, so that runs with other weights can be compared; if
-    answers are not learned, whatever is, each token alike."""
+    """The weights of the evaluation loss: the answers alone, so that runs with other weights can be compared; where
+    answers are not learned, the roles that are, each token alike."""
     return {"assistant": 1.0} if "assistant" in weights else dict.fromkeys(weights, 1.0)
 
 
 def problems(pairs: Sequence[str], *, train_on: str, rows: str) -> list[str]:
-    """What no single pair shows, given TUNE_TRAIN_ON and TUNE_FORMAT."""
+    """Rules between the pairs, and with TUNE_TRAIN_ON and TUNE_FORMAT."""
     if not pairs:
         return []
     value = ",".join(pairs)

@@ -12,7 +12,7 @@ FLAT = ("padding_free", "packed")
 
 
 def problems(config: Config) -> list[str]:
-    """What no single value shows: each with the values, the rule and the remedy."""
+    """Violations of rules between variables: each with the values, the rule and the remedy."""
     found = []
     if config.micro_batch != "auto" and config.micro_batch > config.batch_size:
         found.append(

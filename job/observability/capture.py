@@ -40,7 +40,7 @@ class Pump:
             self._write(line)
 
     def foreign(self, line: bytes) -> None:
-        """A line that somebody printed. What a carriage return overwrote is dropped, as a terminal would."""
+        """A line of printed output. Text that a carriage return overwrote is dropped, as on a terminal."""
         text = line.rstrip(b"\r\n").rpartition(b"\r")[2].decode(errors="replace")
         text = ANSI.sub("", text).rstrip()
         if not text.strip():

@@ -22,7 +22,7 @@ def facts(error: JobError) -> dict[str, Any]:
     return {"kind": error.kind, "exit_code": error.exit_code, "message": error.message, "remedy": error.remedy}
 
 
-def tell(error: JobError) -> None:
+def write(error: JobError) -> None:
     """Write the message, where a platform reads one. A long one loses its end, never the remedy."""
     places = [PLACE] * PLACE.exists() + [SAGEMAKER] * SAGEMAKER.parent.is_dir()
     body = logs.redact(facts(error) | {"message": str(error)})

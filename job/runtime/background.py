@@ -33,7 +33,7 @@ class Background(Generic[T]):
         return self._future.result()
 
     def ended(self, seconds: float) -> bool:
-        """Wait for the end, whatever it is, for at most `seconds`; returns whether it came."""
+        """Wait for the end, in success or failure, for at most `seconds`; returns whether it came."""
         try:
             self._future.exception(timeout=seconds)
         except TimeoutError:

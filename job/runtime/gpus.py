@@ -27,7 +27,7 @@ class Card:
     capability: str = ""
     """Its compute capability, such as `9.0`; empty where only the driver's files could be read."""
     memory_bytes: int | None = None
-    """All of its memory; None where the driver does not tell."""
+    """All of its memory; None where the driver does not report it."""
 
     @property
     def kind(self) -> str:
