@@ -36,7 +36,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
             /opt/venv/bin/python -c 'import unsloth, trl, peft, bitsandbytes, datasets, boto3, awscrt, tiktoken, sentencepiece' \
             || exit 1; \
     done \
-    && /opt/venv/bin/python -c 'import structlog, environs, prometheus_client, psutil, tenacity, jinja2, rich' \
+    && /opt/venv/bin/python -c 'import structlog, environs, filelock, prometheus_client, psutil, pynvml, tenacity, jinja2, rich' \
     && /opt/venv/bin/python -m compileall -q "$site/unsloth" "$site/unsloth_zoo" "$site/cut_cross_entropy" \
     && find /opt/venv -type d -name __pycache__ -exec chmod -R go+rX {} + \
     && rm -rf /tmp/*
@@ -68,7 +68,10 @@ LABEL org.opencontainers.image.title="finetune-job" \
 
 # /scratch is all that a run writes on this machine: downloads, caches, checkpoints on their way.
 # LD_LIBRARY_PATH and LIBRARY_PATH: where GKE and the CUDA images mount the driver.
-ENV PATH=/opt/venv/bin:$PATH \
+# FINETUNE_JOB_*: what `python -m job env` says of the image.
+ENV FINETUNE_JOB_VERSION=${VERSION} \
+    FINETUNE_JOB_REVISION=${REVISION} \
+    PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
     PYTHONUNBUFFERED=1 \
     HOME=/scratch \

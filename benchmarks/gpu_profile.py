@@ -65,10 +65,10 @@ def main() -> int:
 
 def measure(asked: argparse.Namespace, scratch: Path) -> None:
     from job.config import environment
-    from job.runtime import libraries, process
+    from job.runtime import gpus, libraries
 
-    cpu = asked.size == "tiny" and not process.gpu_present()
-    libraries.prepare_libraries(scratch, expect_gpu=not cpu, cpu_only=cpu)
+    cpu = asked.size == "tiny" and not gpus.present()
+    libraries.prepare(libraries.LibrarySettings(scratch=scratch, expect_gpu=not cpu, cpu_only=cpu))
     times = {}
     profiler = cProfile.Profile()
     with timed(times, "import"):

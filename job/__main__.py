@@ -18,6 +18,7 @@ import structlog  # noqa: E402
 from job.commands import variables  # noqa: E402
 from job.config import environment  # noqa: E402
 from job.observability import logs, termination  # noqa: E402
+from job.observability.redaction import secret_values  # noqa: E402
 from job.runtime import errors, process  # noqa: E402
 from job.runtime.errors import ConfigError, InterruptedError, JobError, StopRequested  # noqa: A004, E402
 
@@ -32,26 +33,49 @@ def main(arguments: list[str]) -> int:
     signals.last_words(_say_interrupted)
     try:
         signals.enable()
-        chosen = _parse(arguments)
-        if chosen.command == "variables":
-            sys.stdout.write(variables.render(chosen.form))
-            return 0
-        if chosen.command == "demo":
-            from job.commands.demo import demo  # noqa: PLC0415 - the demo's needs are not those of a run
-
-            return demo.demo()
-        if chosen.command == "check":
-            from job.commands import check  # noqa: PLC0415 - a run needs nothing of it
-
-            return check.command(as_json=chosen.json, report=chosen.report)
-        logs.configure(form=environment.asked_log_format(), level="info", secrets=process.secret_values())
-        return _preflight() if chosen.command == "preflight" else _train()
+        return _execute(_parse(arguments))
     except SystemExit as asked:  # argparse's --help
         return asked.code if isinstance(asked.code, int) else 0
     except BaseException as error:  # noqa: BLE001 - every end of the process is reported here
         signals.acknowledge()
-        logs.configure(form=environment.asked_log_format(), level="info", secrets=process.secret_values())
+        _configure_logs()
         return _report(error)
+
+
+def _execute(chosen: argparse.Namespace) -> int:
+    """Each command imports what it needs, so that a mistake is reported before anything heavy is imported."""
+    if chosen.command == "variables":
+        sys.stdout.write(variables.render(chosen.form))
+        return 0
+    if chosen.command == "env":
+        from job.commands import env  # noqa: PLC0415
+
+        sys.stdout.write(env.render(as_json=chosen.json))
+        return 0
+    if chosen.command == "demo":
+        from job.commands.demo import demo  # noqa: PLC0415
+
+        return demo.demo()
+    if chosen.command == "check":
+        from job.commands import check  # noqa: PLC0415
+
+        return check.command(as_json=chosen.json, report=chosen.report)
+    _configure_logs()
+    config = environment.load()
+    if chosen.command == "preflight":
+        from job.stages import preflight  # noqa: PLC0415
+
+        preflight.everything(config)
+    else:
+        logs.set_level(config.log_level)
+        from job import run  # noqa: PLC0415
+
+        run.run(config)
+    return 0
+
+
+def _configure_logs() -> None:
+    logs.configure(form=environment.asked_log_format(), level="info", secrets=secret_values(process.variables()))
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -64,6 +88,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     look.add_argument("--json", action="store_true", help="one JSON object instead of words")
     look.add_argument("--report", type=Path, metavar="FILE", help="write what a run would learn as an HTML page")
+    machine = commands.add_parser("env", help="show versions, machine and variables, as a bug report needs them")
+    machine.add_argument("--json", action="store_true", help="one JSON object instead of words")
     table = commands.add_parser("variables", help="list the variables")
     form = table.add_mutually_exclusive_group()
     form.add_argument("--json", dest="form", action="store_const", const="json", default="text", help="as JSON")
@@ -74,25 +100,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _train() -> int:
-    config = environment.load()
-    logs.set_level(config.log_level)
-    from job import run  # noqa: PLC0415 - a bad environment is reported before anything heavy is imported
-
-    run.run(config)
-    return 0
-
-
-def _preflight() -> int:
-    config = environment.load()
-    from job.stages import preflight  # noqa: PLC0415 - as above
-
-    preflight.everything(config)
-    return 0
-
-
 def _report(error: BaseException) -> int:
-    """Log how the run ended, tell Kubernetes, and choose the exit code."""
+    """Log how the run ended, write the termination message, and choose the exit code."""
     log = structlog.get_logger()
     if isinstance(error, StopRequested):
         ended: JobError = InterruptedError(f"{error.signal_name} asked the run to stop.", remedy="Start it again.")
@@ -107,19 +116,19 @@ def _report(error: BaseException) -> int:
     else:
         ended = JobError(f"{type(error).__name__}: {error}", remedy="The log has the traceback.")
         log.error("run_failed", **termination.facts(ended), exc_info=error)
-    termination.tell(ended)
+    termination.write(ended)
     return ended.exit_code
 
 
 def _say_interrupted() -> None:
-    """The grace is over, or a second signal came: the main thread may be anywhere, so as little as can be."""
+    """The grace is over, or a second signal came: the main thread may be anywhere, so do as little as possible."""
     ended = InterruptedError(f"{signals.asked()} asked the run to stop.", remedy="Start it again.")
     structlog.get_logger().warning("interrupted", signal=signals.asked(), exit_code=ended.exit_code, at_once=True)
-    termination.tell(ended)
+    termination.write(ended)
 
 
 def _end_children() -> None:
-    """Leave nothing running: what libraries started and forgot ends with the job."""
+    """Kill the processes that libraries started and did not end."""
     import psutil  # noqa: PLC0415 - not needed to report a bad environment
 
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in logs.processes()]
@@ -132,10 +141,10 @@ def _end_children() -> None:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     try:
-        signals.acknowledge()  # whatever comes now, this is how the run ended
+        signals.acknowledge()  # the exit code is decided: a signal cannot change it any more
         _end_children()
         logs.close()
         sys.stdout.flush()
     finally:
-        # Not sys.exit: a thread or an exit handler of a library could hold the pod for ever.
+        # Not sys.exit: a thread or an exit handler of a library could keep the pod running forever.
         os._exit(code)

@@ -25,7 +25,7 @@ RATE = 1e-9  # the step must not change what the next one starts from
 def main(asked: argparse.Namespace, scratch: Path) -> None:
     """Load once, then train a step for each micro-batch."""
     gpu = asked.device == "cuda"
-    libraries.prepare_libraries(scratch, expect_gpu=gpu, cpu_only=not gpu)
+    libraries.prepare(libraries.LibrarySettings(scratch=scratch, expect_gpu=gpu, cpu_only=not gpu))
     from job.tuning.finetune import Finetune
 
     with asked.rows.open() as file:

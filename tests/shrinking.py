@@ -26,7 +26,7 @@ STEPS = 4
 
 def main(asked: argparse.Namespace, scratch: Path) -> None:
     """Load once, then train for each limit from the same adapter."""
-    libraries.prepare_libraries(scratch, expect_gpu=False, cpu_only=True)
+    libraries.prepare(libraries.LibrarySettings(scratch=scratch, expect_gpu=False, cpu_only=True))
     import torch
 
     from job.tuning.finetune import Finetune

@@ -31,10 +31,12 @@ from job.model import base_model, shape
 from job.model.base_model import BaseModel
 from job.model.memory import Estimate
 from job.observability import logs, termination
+from job.observability.redaction import secret_values
 from job.report import build
 from job.report.page import Report
 from job.runtime import errors, libraries, process
 from job.runtime.errors import AccessDeniedError, ConfigError, InterruptedError, JobError, StopRequested, StorageError  # noqa: A004
+from job.runtime.libraries import LibrarySettings
 from job.stages import preflight
 from job.stages.claim import finished
 from job.state import attempts, checkpoints, fingerprint
@@ -120,7 +122,8 @@ def command(*, as_json: bool, report: Path | None) -> int:
     """
     started = time.monotonic()
     result = logs.to_stderr()
-    logs.configure(form=environment.asked_log_format(), level="warning", secrets=process.secret_values())
+    secrets = secret_values(process.variables())
+    logs.configure(form=environment.asked_log_format(), level="warning", secrets=secrets)
     checked = Checked()
     with contextlib.suppress(StopRequested):
         check(checked)
@@ -128,14 +131,14 @@ def command(*, as_json: bool, report: Path | None) -> int:
     with checked.collecting("report"):
         written = _write(checked, report)
     facts = {**_facts(checked), "report": str(written) if written else None, "seconds": time.monotonic() - started}
-    said = logs.redact(json.dumps(facts, ensure_ascii=False, default=str)) + "\n"
+    said = json.dumps(logs.redact(facts), ensure_ascii=False, default=str) + "\n"
     with os.fdopen(result, "w", encoding="utf-8", errors="replace") as stdout:
         if as_json:
             stdout.write(said)
         else:
             show(json.loads(said), stdout)
     if checked.problems:
-        termination.tell(checked.problems[0].error)
+        termination.write(checked.problems[0].error)
     return checked.exit_code
 
 
@@ -149,7 +152,7 @@ def check(checked: Checked) -> None:
     logs.bind(run_id=config.identity())
     with checked.collecting("scratch"):
         scratch = process.scratch()
-        libraries.prepare_libraries(scratch, expect_gpu=False, cpu_only=True, quiet=True)
+        libraries.prepare(LibrarySettings(scratch=scratch, expect_gpu=False, cpu_only=True, quiet=True))
         with tempfile.TemporaryDirectory(prefix="check-", dir=scratch) as work:
             _inside(checked, config, scratch, Path(work))
 

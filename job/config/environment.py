@@ -38,7 +38,7 @@ def load() -> Config:
     if problems:
         raise ConfigError(
             "The environment is not valid.",
-            remedy="Correct what is named here; `python -m job variables` lists every variable and its rule.",
+            remedy="Fix the problems listed here; `python -m job variables` lists every variable and its rule.",
             problems=problems,
         )
     return config

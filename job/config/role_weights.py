@@ -1,4 +1,4 @@
-"""TUNE_ROLE_WEIGHTS: how much the tokens of each role count in the loss, and which of these settings make sense.
+"""TUNE_ROLE_WEIGHTS: how much the tokens of each role count in the loss, and which combinations are valid.
 
 Knows words and numbers; nothing of templates or tokens.
 """
@@ -24,35 +24,35 @@ def learned(pairs: Sequence[str]) -> dict[str, float]:
 
 
 def differ(weights: Mapping[str, float]) -> bool:
-    """Whether a mask cannot express them."""
+    """Whether they are more than a mask."""
     return len(set(weights.values())) > 1
 
 
 def held_out(weights: Mapping[str, float]) -> dict[str, float]:
-    """What the loss on held-out rows looks at: the answers alone, so that runs with other weights can be compared; if
-    answers are not learned, whatever is, each token alike."""
+    """The weights of the evaluation loss: the answers alone, so that runs with other weights can be compared; where
+    answers are not learned, the roles that are, each token alike."""
     return {"assistant": 1.0} if "assistant" in weights else dict.fromkeys(weights, 1.0)
 
 
 def problems(pairs: Sequence[str], *, train_on: str, rows: str) -> list[str]:
-    """What no single pair shows, given TUNE_TRAIN_ON and TUNE_FORMAT."""
+    """Rules between the pairs, and with TUNE_TRAIN_ON and TUNE_FORMAT."""
     if not pairs:
         return []
     value = ",".join(pairs)
     weights = by_role(pairs)
     found = []
     if len(weights) < len(pairs):
-        found.append(f"TUNE_ROLE_WEIGHTS={value} names a role twice. Give each role one weight.")
+        found.append(f"TUNE_ROLE_WEIGHTS={value} contains a role twice. Give each role one weight.")
     if "assistant" not in weights:
         found.append(
-            f"TUNE_ROLE_WEIGHTS={value} does not say what answers weigh. Add assistant=1, or assistant=0 to learn none."
+            f"TUNE_ROLE_WEIGHTS={value} has no weight for answers. Add assistant=1, or assistant=0 to learn none."
         )
     if not any(weights.values()):
         found.append(f"TUNE_ROLE_WEIGHTS={value} leaves nothing to learn. Give a role a weight above 0.")
     if train_on != "responses":
         found.append(
-            f"TUNE_ROLE_WEIGHTS={value} says which roles are learned, and so does TUNE_TRAIN_ON={train_on}. "
-            "Set TUNE_TRAIN_ON=responses, or no weights."
+            f"TUNE_ROLE_WEIGHTS={value} and TUNE_TRAIN_ON={train_on} both select what is learned. "
+            "Set TUNE_TRAIN_ON=responses, or remove the weights."
         )
     if rows == "text":
         found.append(f"TUNE_ROLE_WEIGHTS={value} needs roles, and TUNE_FORMAT=text has none. Remove the weights.")

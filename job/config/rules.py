@@ -12,12 +12,12 @@ FLAT = ("padding_free", "packed")
 
 
 def problems(config: Config) -> list[str]:
-    """What no single value shows: each with the values, the rule and the remedy."""
+    """Violations of rules between variables: each with the values, the rule and the remedy."""
     found = []
     if config.micro_batch != "auto" and config.micro_batch > config.batch_size:
         found.append(
             f"TUNE_MICRO_BATCH={config.micro_batch} is more than TUNE_BATCH_SIZE={config.batch_size}. "
-            "Lower it: a pass cannot hold more than an optimizer step."
+            "Lower it: a micro-batch is a part of the batch."
         )
     if config.batching in FLAT and config.device == "cpu":
         found.append(
@@ -37,25 +37,27 @@ def problems(config: Config) -> list[str]:
         found.append("TUNE_PRECISION=8bit needs a GPU, and TUNE_DEVICE=cpu asks for none. Use 4bit or 16bit.")
     if config.metrics_port is not None and config.log_level not in ("debug", "info"):
         found.append(
-            f"TUNE_METRICS_PORT={config.metrics_port} shows what the log's events say, and "
-            f"TUNE_LOG_LEVEL={config.log_level} drops them. Set TUNE_LOG_LEVEL=info."
+            f"TUNE_METRICS_PORT={config.metrics_port} takes its numbers from log events of level info, which "
+            f"TUNE_LOG_LEVEL={config.log_level} drops. Set TUNE_LOG_LEVEL=info."
         )
-    found += _columns_named_twice(config.columns)
+    found += _doubled_columns(config.columns)
     found += role_weights.problems(config.role_weights, train_on=config.train_on, rows=config.format)
     marked = {s.variable for s in SETTINGS if s.fingerprint}
     for name in config.allow_change:
         if name in FIXED:
-            found.append(f"TUNE_ALLOW_CHANGE names {name}: no checkpoint fits another one. Set a new TUNE_RUN_ID.")
+            found.append(
+                f"TUNE_ALLOW_CHANGE contains {name}, but a checkpoint fits one value of it only. Set a new TUNE_RUN_ID."
+            )
         elif name not in marked and name not in CONTENTS:
             found.append(
-                f"TUNE_ALLOW_CHANGE names {name}, which no checkpoint depends on. Name variables marked * in "
+                f"TUNE_ALLOW_CHANGE contains {name}, on which no checkpoint depends. Use variables marked * in "
                 "`python -m job variables`, or " + ", ".join(CONTENTS) + "."
             )
     return found
 
 
-def _columns_named_twice(columns: Sequence[str]) -> list[str]:
+def _doubled_columns(columns: Sequence[str]) -> list[str]:
     pairs = [pair.partition("=") for pair in columns]
     sides = [ours for ours, _, _ in pairs], [theirs for _, _, theirs in pairs]
     twice = [name for side in sides for name in dict.fromkeys(side) if side.count(name) > 1]
-    return [f"TUNE_COLUMNS names {name!r} twice. Name each column once." for name in twice]
+    return [f"TUNE_COLUMNS contains {name!r} twice. Use each column once." for name in twice]

@@ -1,4 +1,4 @@
-"""What a run can be told, and what is valid: one frozen dataclass whose fields are the table of variables.
+"""A run's settings, and what is valid: one frozen dataclass whose fields are the table of variables.
 
 Each field of `Config` carries its kind, its rule and its meaning. The parser (`job.config.environment`), `python -m job
 variables`, docs/configuration.md and the chart's schema are all generated from these fields, so a variable exists once.
@@ -23,14 +23,14 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 TARGET = re.compile(r"[A-Za-z_][\w.-]*")
 EXPORTS = ("adapter", "merged_16bit")
 CONTENTS = ("base_weights", "model_config", "tokenizer", "training_data")
-"""What a run is fingerprinted by besides its variables."""
+"""What is part of a run's fingerprint besides its variables."""
 FIXED = ("TUNE_LORA_R", "TUNE_LORA_TARGETS", "TUNE_PRECISION")
-"""Variables that a checkpoint cannot be carried over: its tensors would not fit."""
+"""Variables that fix the shapes of a checkpoint's tensors, so that it cannot be used with other values."""
 COLUMNS = (
     "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "question", "answer", "text",
     "system", "history", "tools",
 )  # fmt: skip
-"""Our names for the columns of all formats."""
+"""This job's names for the columns of all formats."""
 AUTO_MICRO_BATCH = 8
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text")
 
@@ -56,19 +56,22 @@ class Config:
     )
     output: str = setting(_PLACE, "a run writes under `<output>/<run id>/`, and `<output>/latest.json`")
     run_id: str | None = setting(
-        _RUN, "names the run; none = a hash of the variables marked * (they decide the result)", default=None
+        _RUN, "run id; none = a hash of the variables marked * (which decide the result)", default=None
     )
     device: Literal["auto", "cuda", "cpu"] = setting(
         choice("auto", "cuda", "cpu"),
-        "`auto` takes a GPU where there is one; `cuda` refuses to train without one",
+        "`auto` = a GPU if there is one, else the CPU; `cuda` fails without a GPU",
         default="auto",
     )
     eval_dataset: tuple[str, ...] = setting(
-        names(_DATA, _DATA.rule), "held-out data of its own; otherwise a split is made", default=(), fingerprint=True
+        names(_DATA, _DATA.rule),
+        "separate evaluation dataset; none = a share of the training data is held out",
+        default=(),
+        fingerprint=True,
     )
     eval_fraction: float = setting(
         number(0, 0.5),
-        "share of rows held out, chosen by content so that a duplicate never lands on both sides; 0 = none",
+        "share of rows held out for evaluation, chosen by content so that duplicates stay on one side; 0 = none",
         default=0.05,
         fingerprint=True,
     )
@@ -82,13 +85,13 @@ class Config:
             ),
             f"our name=your column, separated by commas; our name is one of {', '.join(COLUMNS)}",
         ),
-        "columns under other names, as in `prompt=question,completion=reply.text` (a dot leads into a column)",
+        "columns under other names, as in `prompt=question,completion=reply.text` (a dot reaches into a column)",
         default=(),
         fingerprint=True,
     )
     quality: Literal["warn", "fail", "off"] = setting(
         choice("warn", "fail", "off"),
-        "what to do about duplicates, leaks into the evaluation, secrets, garbage and the like in the rows: `fail` "
+        "what to do about duplicates, leaks into the evaluation data, secrets, garbage and similar findings: `fail` "
         "ends the run if some are grave, `off` does not look for them",
         default="warn",
     )
@@ -99,7 +102,10 @@ class Config:
         fingerprint=True,
     )
     train_on: Literal["responses", "last_response", "all"] = setting(
-        choice("responses", "last_response", "all"), "which tokens are learned", default="responses", fingerprint=True
+        choice("responses", "last_response", "all"),
+        "tokens that count in the loss",
+        default="responses",
+        fingerprint=True,
     )
     role_weights: tuple[str, ...] = setting(
         names(text(roles.PAIR, "role=weight"), roles.RULE),
@@ -107,7 +113,7 @@ class Config:
         default=(),
         fingerprint=True,
     )
-    max_length: int = setting(integer(8), "tokens per example", default=2048, fingerprint=True)
+    max_length: int = setting(integer(8), "maximum tokens per example", default=2048, fingerprint=True)
     overlong: Literal["truncate", "drop", "fail"] = setting(
         choice("truncate", "drop", "fail"),
         "what happens to longer examples; always counted and reported",
@@ -117,9 +123,9 @@ class Config:
     precision: Literal["4bit", "8bit", "16bit"] = setting(
         choice("4bit", "8bit", "16bit"), "base weights: NF4, LLM.int8, or 16 bit", default="4bit", fingerprint=True
     )
-    lora_r: int = setting(integer(1), "adapter rank", default=16, fingerprint=True)
-    lora_alpha: int = setting(integer(1), "adapter scale", default=16, fingerprint=True)
-    lora_dropout: float = setting(number(0, 0.9), "adapter dropout", default=0.0, fingerprint=True)
+    lora_r: int = setting(integer(1), "LoRA rank", default=16, fingerprint=True)
+    lora_alpha: int = setting(integer(1), "LoRA alpha, the adapter's scale", default=16, fingerprint=True)
+    lora_dropout: float = setting(number(0, 0.9), "LoRA dropout", default=0.0, fingerprint=True)
     lora_targets: tuple[str, ...] = setting(
         names(text(TARGET, "module names"), "module names separated by commas"),
         "layers that get an adapter; a name that matches nothing is an error",
@@ -127,28 +133,29 @@ class Config:
         fingerprint=True,
     )
     lora_rslora: bool = setting(flag(), "rank-stabilised scaling", default=False, fingerprint=True)
-    epochs: float = setting(number(0, exclusive=True), "passes over the data", default=3.0, fingerprint=True)
+    epochs: float = setting(number(0, exclusive=True), "epochs of training", default=3.0, fingerprint=True)
     max_steps: int | None = setting(
-        integer(1), "optimizer steps; when set, decides alone", default=None, fingerprint=True
+        integer(1), "maximum optimizer steps; overrides `TUNE_EPOCHS`", default=None, fingerprint=True
     )
     curriculum: Literal["none", "short_first"] = setting(
         choice("none", "short_first"),
-        "order of the first epoch: `short_first` = by length; later epochs are shuffled in any case",
+        "order of the first epoch: `short_first` = by length; later epochs are always shuffled",
         default="none",
         fingerprint=True,
     )
     batch_size: int = setting(
-        integer(1), "examples per optimizer step over all GPUs; never changed", default=8, fingerprint=True
+        integer(1), "examples per optimizer step; never changed to fit memory", default=8, fingerprint=True
     )
     micro_batch: int | Literal["auto"] = setting(
         auto_or(integer(1)),
-        "sequences in a pass, where `TUNE_BATCH_SIZE` does not fit at once; `auto` measures what does (on a CPU: 8)",
+        "sequences per micro-batch; gradient accumulation completes the batch; `auto` = as many as fit, measured on "
+        "the GPU (on a CPU: 8)",
         default="auto",
     )
     batching: Literal["auto", "padded", "padding_free", "packed"] = setting(
         choice("auto", "padded", "padding_free", "packed"),
-        "how a pass holds its sequences: `padded` to the longest; `padding_free` one behind the other; `packed` too, "
-        "and as many as their tokens allow; `auto` = `packed` on a GPU where Unsloth can, else `padded`",
+        "layout of a micro-batch: `padded` to the longest sequence; `padding_free` = sequences one after the other; "
+        "`packed` = the same, filled by tokens; `auto` = `packed` on a GPU if Unsloth supports it, else `padded`",
         default="auto",
     )
     learning_rate: float | Literal["auto"] = setting(
@@ -157,7 +164,12 @@ class Config:
         default="auto",
         fingerprint=True,
     )
-    warmup: float = setting(number(0), "below 1 a share of the steps, else steps", default=0.03, fingerprint=True)
+    warmup: float = setting(
+        number(0),
+        "warm-up of the learning rate: below 1 a share of the steps, else a number of steps",
+        default=0.03,
+        fingerprint=True,
+    )
     schedule: str = setting(
         choice("linear", "cosine", "constant", "constant_with_warmup"),
         "learning-rate schedule",
@@ -172,7 +184,9 @@ class Config:
         fingerprint=True,
     )
     max_grad_norm: float = setting(number(0), "gradient clipping; 0 = off", default=1.0, fingerprint=True)
-    seed: int = setting(integer(0), "adapter initialisation, data order, dropout", default=3407, fingerprint=True)
+    seed: int = setting(
+        integer(0), "seed of adapter initialisation, data order and dropout", default=3407, fingerprint=True
+    )
     gradient_checkpointing: Literal["auto", "unsloth", "on", "off"] = setting(
         choice("auto", "unsloth", "on", "off"),
         "recompute activations to save memory; `auto` = `off` where memory allows, else `unsloth`",
@@ -180,25 +194,25 @@ class Config:
     )
     deterministic: bool = setting(
         flag(),
-        "only kernels that repeat bit for bit, or an error where there is none; at some cost in speed, and most "
-        "settings repeat without it (docs/resume.md)",
+        "use only kernels that repeat bit for bit, and fail where there is none; slower, and most settings repeat "
+        "without it (docs/resume.md)",
         default=False,
     )
     eval_steps: int | Literal["auto"] = setting(
         auto_or(integer(1)),
-        "optimizer steps between evaluations; `auto` = ten over the run, fewer if dear",
+        "optimizer steps between evaluations; `auto` = ten over the run, fewer if evaluation is expensive",
         default="auto",
     )
     samples: int = setting(integer(0), "held-out prompts answered before and after training", default=4)
-    checkpoint_minutes: float = setting(number(0, exclusive=True), "longest time between checkpoints", default=10.0)
+    checkpoint_minutes: float = setting(number(0, exclusive=True), "maximum minutes between checkpoints", default=10.0)
     checkpoint_steps: int | None = setting(
-        integer(1), "optimizer steps between checkpoints; whichever comes first", default=None
+        integer(1), "maximum optimizer steps between checkpoints; whichever comes first", default=None
     )
-    checkpoint_keep: int = setting(integer(1), "checkpoints whose files are kept", default=2)
+    checkpoint_keep: int = setting(integer(1), "number of checkpoints whose files are kept", default=2)
     resume: Literal["auto", "fresh", "require"] = setting(
         choice("auto", "fresh", "require"),
-        "`auto` goes on where the run stopped; `require` refuses to begin anew; `fresh` begins anew at every start and "
-        "sets aside what is there",
+        "`auto` continues where the run stopped; `require` fails without a checkpoint; `fresh` starts over at every "
+        "start and archives the old run",
         default="auto",
     )
     allow_change: tuple[str, ...] = setting(
@@ -206,41 +220,41 @@ class Config:
             text(rf"{PREFIX}[A-Z_]+|{'|'.join(CONTENTS)}", "a variable marked *, or " + ", ".join(CONTENTS)),
             "variables marked *, or any of " + ", ".join(CONTENTS) + ", separated by commas",
         ),
-        "what may differ from the checkpoint on resume; everything else is refused",
+        "what may differ from the checkpoint on resume; any other difference is rejected",
         default=(),
     )
     fencing: Literal["auto", "require"] = setting(
         choice("auto", "require"),
-        "`require` refuses a store without conditional writes; `auto` warns and reads back",
+        "`require` rejects a store without conditional writes; `auto` warns and reads back what it wrote",
         default="auto",
     )
     grace_seconds: float = setting(
-        number(2), "what the platform leaves between its signal and SIGKILL; the run ends within it", default=15.0
+        number(2), "seconds between the platform's signal and SIGKILL; the run ends within them", default=15.0
     )
     storage_patience_minutes: float = setting(
-        number(0), "how long an unreachable store is tried before the run ends with code 74", default=60.0
+        number(0), "how long an unreachable store is retried before the run ends with code 74", default=60.0
     )
     export: tuple[str, ...] = setting(
         names(choice(*EXPORTS), "any of " + ", ".join(EXPORTS) + ", separated by commas"),
-        "what to publish; the adapter always is",
+        "artifacts to publish; the adapter always is one",
         default=("adapter",),
     )
     cache: str | None = setting(
         _PLACE,
-        "where compile caches are kept between runs; who may write there can run code in the job: protect it as the "
-        "image",
+        "where compile caches are kept between runs; anyone who can write there can run code in the job: protect it "
+        "like the image",
         default=None,
     )
     log_format: Literal["auto", "json", "text"] = setting(
         choice("auto", "json", "text"), "`auto` = text on a terminal, else JSON lines", default="auto"
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
-        choice("debug", "info", "warning", "error"), "least level that is logged", default="info"
+        choice("debug", "info", "warning", "error"), "minimum log level", default="info"
     )
     log_steps: int = setting(integer(1), "optimizer steps between `train_progress` events", default=1)
     metrics_port: int | None = setting(
         integer(1024, 65535),
-        "port where Prometheus finds the run's numbers, at `/metrics`, while the run goes on",
+        "port of the metrics endpoint for Prometheus, `/metrics`, for as long as the run lasts",
         default=None,
     )
 
@@ -258,7 +272,7 @@ class Config:
     def identity(self) -> str:
         """The run id: the user's, or 12 hex digits of the SHA-256 of the settings that decide the result.
 
-        Those at their defaults are left out, so that a later version with a variable more names a run as this one does.
+        Those at their defaults are left out, so that a later version with another variable gives a run the same id.
         """
         if self.run_id is not None:
             return self.run_id

@@ -95,5 +95,5 @@ def auto_or(kind: Kind) -> Kind:
 
 def names(kind: Kind, rule: str) -> Kind:
     """A comma-separated list, kept in order as a tuple."""
-    # `items` binds no string: it tells programs that write the list what each part must be.
+    # `items` does not apply to strings: it is for programs that write the list part by part.
     return Kind(field=_Names(kind.field), rule=rule, schema={"type": "string", "minLength": 1, "items": kind.schema})

@@ -1,8 +1,8 @@
-"""The log pump: a small process of its own that turns whatever libraries print into JSON lines.
+"""The log pump: a small separate process that turns whatever libraries print into JSON lines.
 
-It owns the real stdout. One pipe brings finished JSON lines of our own (and control lines, marked by a record
-separator), another brings what was written to file descriptors 1 and 2 by anybody: Python's print, tqdm, C++, child
-processes. Being a process, it still delivers the last words of a parent that aborts. It uses the standard library
+It owns the real stdout. One pipe carries the job's own finished JSON lines (and control lines, marked by a record
+separator), another carries what was written to file descriptors 1 and 2 by anybody: Python's print, tqdm, C++, child
+processes. Being a process, it still delivers the last lines of a parent that aborts. It uses the standard library
 only and runs with `python -I -S`, so that it starts in a few milliseconds.
 """
 
@@ -31,7 +31,7 @@ class Pump:
         self._secrets: list[str] = []
 
     def own(self, line: bytes) -> None:
-        """A line of the job's own: a control line or a finished JSON line."""
+        """One of the job's own lines: a control line or a finished JSON line."""
         if line.startswith(CONTROL):
             message = json.loads(line[1:])
             self._context = message["context"]
@@ -40,7 +40,7 @@ class Pump:
             self._write(line)
 
     def foreign(self, line: bytes) -> None:
-        """A line that somebody printed. What a carriage return overwrote is dropped, as a terminal would."""
+        """A line of printed output. Text that a carriage return overwrote is dropped, as on a terminal."""
         text = line.rstrip(b"\r\n").rpartition(b"\r")[2].decode(errors="replace")
         text = ANSI.sub("", text).rstrip()
         if not text.strip():
@@ -57,7 +57,7 @@ class Pump:
             while data:
                 data = data[os.write(self._out, data) :]
         except BrokenPipeError:
-            self._out = os.open(os.devnull, os.O_WRONLY)  # whoever read the log is gone; the run goes on
+            self._out = os.open(os.devnull, os.O_WRONLY)  # the reader of the log is gone; the run continues
 
 
 def pump(own: int, foreign: int, out: int) -> None:
@@ -70,7 +70,7 @@ def pump(own: int, foreign: int, out: int) -> None:
             os.set_blocking(descriptor, False)
             selector.register(descriptor, selectors.EVENT_READ)
         while selector.get_map():
-            # When the job has closed its pipe, stragglers that still hold the other get a moment, not for ever.
+            # When the job has closed its pipe, processes that still hold the other get a moment, no more.
             ready = selector.select(None if own in selector.get_map() else GRACE_SECONDS)
             if not ready:
                 break

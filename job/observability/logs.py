@@ -24,20 +24,23 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from job.observability import capture, terminal
+from job.observability.redaction import Redactor
 
 FIRST_KEYS = ("timestamp", "level", "event", "run_id", "attempt", "rank")
+CONSTANTS = frozenset(("timestamp", "level", "event"))
+"""Fields that hold words of this program, which are never a secret."""
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 DRAIN_SECONDS = 5.0
-# Chatty at info, or at warning about things this project decides on purpose.
+# Verbose at info.
 QUIET = {"botocore": logging.WARNING, "urllib3": logging.WARNING, "s3transfer": logging.WARNING}
 
 
 @dataclass
 class _State:
-    """What outlives a single call: the context of every line, the secrets, and where lines go."""
+    """What outlives a single call: the context of every line, what removes secrets, and where lines go."""
 
     context: dict[str, Any] = field(default_factory=dict)
-    secrets: set[str] = field(default_factory=set)
+    redactor: Redactor = field(default_factory=Redactor)
     write: Callable[[str], None] = print
     control: Callable[[], None] = lambda: None
     close: Callable[[], None] = lambda: None
@@ -54,11 +57,12 @@ def configure(*, form: str, level: str, secrets: Iterable[str] = ()) -> None:
 
     Args:
         form: `json`, `text`, or `auto` (text on a terminal).
-        level: least level of the job's own lines; what libraries print is always kept.
+        level: minimum level of the job's own lines; what libraries print is always kept.
         secrets: values that are replaced by `***` wherever they would appear.
     """
-    _state.secrets.update(secrets)
+    _state.redactor = _state.redactor.with_secrets(secrets)
     if _state.configured:
+        _state.control()
         return
     _state.configured = True
     as_json = form == "json" or (form != "text" and not sys.stdout.isatty())
@@ -75,19 +79,21 @@ def configure(*, form: str, level: str, secrets: Iterable[str] = ()) -> None:
         _add_context,
         _exceptions(as_json=as_json),
         _order,
+        _redact,
         _observe,
+        last,
     ]
     structlog.configure(
-        processors=[structlog.contextvars.merge_contextvars, *shared, last, _redact],
+        processors=[structlog.contextvars.merge_contextvars, *shared],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
         logger_factory=lambda *_: _Line(),
         cache_logger_on_first_use=False,
     )
-    _adopt_stdlib([_foreign, *shared], last)
+    _adopt_stdlib(shared)
 
 
 def to_stderr() -> int:
-    """Send stdout to stderr from here on, before `configure`: what is logged and printed stands beside a result.
+    """Send stdout to stderr from here on, before `configure`, so that stdout carries the command's result alone.
 
     Returns:
         a file descriptor of the real stdout.
@@ -98,7 +104,7 @@ def to_stderr() -> int:
 
 
 def set_level(level: str) -> None:
-    """Change the least level of the job's own lines, once the configuration is known."""
+    """Change the minimum level of the job's own lines, once the configuration is known."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]))
 
 
@@ -109,16 +115,13 @@ def bind(**context: Any) -> None:
 
 
 def observe(observer: Callable[[EventDict], None]) -> None:
-    """Call `observer` with each of the job's own events as a dictionary."""
+    """Call `observer` with each event as a dictionary, without secrets."""
     _state.observers.append(observer)
 
 
-def redact(text: str) -> str:
-    """The text with every known secret replaced."""
-    for secret in sorted(_state.secrets, key=len, reverse=True):  # a secret may begin with another
-        for form in (secret, json.dumps(secret, ensure_ascii=False)[1:-1], json.dumps(secret)[1:-1]):
-            text = text.replace(form, "***")
-    return text
+def redact(value: Any) -> Any:
+    """A JSON-like value without the secrets that `configure` was given; numbers and keys stay (`Redactor`)."""
+    return _state.redactor(value)
 
 
 def processes() -> set[int]:
@@ -155,8 +158,8 @@ def _observe(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return event
 
 
-def _redact(_: WrappedLogger, __: str, line: Any) -> Any:
-    return redact(line) if isinstance(line, str) else line
+def _redact(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    return {key: value if key in CONSTANTS else redact(value) for key, value in event.items()}
 
 
 def _exceptions(*, as_json: bool) -> Processor:
@@ -177,10 +180,10 @@ def _foreign(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return event
 
 
-def _adopt_stdlib(processors: list[Processor], last: Processor) -> None:
+def _adopt_stdlib(processors: list[Processor]) -> None:
+    """Let records of the standard library's logging take the same way as the job's own events."""
     formatter = structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=processors,
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, last, _redact],
+        processors=[_foreign, structlog.stdlib.ProcessorFormatter.remove_processors_meta, *processors]
     )
     handler = _Handler()
     handler.setFormatter(formatter)
@@ -209,7 +212,7 @@ def _capture() -> None:
         [sys.executable, "-I", "-S", str(Path(capture.__file__)), str(own_read), str(foreign_read)],
         pass_fds=(own_read, foreign_read),
         stdin=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C at a terminal reaches the job, not its voice
+        start_new_session=True,  # Ctrl-C at a terminal reaches the job, not the process that writes its log
     )
     os.close(own_read)
     os.close(foreign_read)
@@ -227,7 +230,7 @@ def _capture() -> None:
                 data = data[os.write(own_write, data) :]
 
     def control() -> None:
-        message = {"context": _state.context, "secrets": sorted(_state.secrets, key=len, reverse=True)}
+        message = {"context": redact(_state.context), "secrets": _state.redactor.forms}
         write(capture.CONTROL.decode() + json.dumps(message, default=str))
 
     def drain() -> None:

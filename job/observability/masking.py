@@ -1,8 +1,8 @@
-"""What a text should not hold: secrets, e-mail addresses, characters that no one typed.
+"""What a text should not hold: secrets, e-mail addresses, invisible characters.
 
-Says only that they are there, never what they are; `masked` is for whatever shows a text, `shown` for what a message
-names. Each pattern is tried only where a few characters that it cannot do without are found, which costs a hundredth of
-the pattern itself.
+It finds them by their form and reports where they are, never what they are. `masked` is for whatever shows a text,
+`shown` for values that a message names. Each pattern is tried only where a few characters that it requires are found,
+which costs a hundredth of the pattern itself. Credentials of this process are `job.observability.redaction`'s.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ MASK = "[masked]"
 LONGEST_SHOWN = 80
 """Characters of a name or value of the data that a message shows."""
 LEAST_ENTROPY = 2.8
-"""Bits for each character from which on a password looks like one that was drawn at random."""
+"""Bits per character from which on a password looks random."""
 
 EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,5}[A-Za-z]{2,24}(?![\w-])")
 EMAIL_OF_NO_ONE = re.compile(r"(?i)@(?:[\w-]+\.)*(?:example\.(?:com|org|net)|[\w-]+\.(?:example|test|invalid|local))$")
-"""Domains that are set aside for documents and tests (RFC 2606)."""
+"""Domains that are reserved for documents and tests (RFC 2606)."""
 
 _GITHUB = re.compile(r"\bgh[pousr]_[A-Za-z0-9]{36,251}\b")
 _AWS = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
@@ -48,23 +48,23 @@ SECRETS = {
     "AIza": re.compile(r"\bAIza[A-Za-z0-9_-]{35}"),
     "eyJ": re.compile(r"\beyJ[A-Za-z0-9_-]{8,500}+\.eyJ[A-Za-z0-9_-]{8,8000}+\.[A-Za-z0-9_-]{16,}"),
 }
-"""Characters that a kind of secret cannot do without, and what it looks like."""
+"""Characters that each kind of secret contains, and its pattern."""
 HINTED = tuple((next(mark for mark in "_/JKIx-" if mark in hint), hint, pattern) for hint, pattern in SECRETS.items())
-"""With the rarest of these characters: one character is found ten times as fast as several."""
+"""The same with the rarest of these characters: one character is found ten times as fast as several."""
 HINTS = ("passw", "pwd", "secret", "api", "access", "token")
 PLAIN_HINTS = tuple(hint.encode() for hint in HINTS)
 NAMED = re.compile(
     r"(?i)(?:passwd|password|pwd|secret(?:[_-]?access)?(?:[_-]?key)?|api[_-]?key|access[_-]?key|token)"
     r"[\"']?[ \t]{0,4}(?::=|=>|=|:)[ \t]{0,4}[\"']?([A-Za-z0-9+/=_!@#%^&*.~-]{8,256})"
 )
-"""A name that says what follows, and a value."""
+"""A name that announces a secret, and a value."""
 IN_ADDRESS = re.compile(r"://[^\s:/@]{1,64}:([^\s:/@]{6,256})@")
 """A password inside a URL."""
 PLACEHOLDER = re.compile(
     r"(?i)example|placeholder|changeme|your|redacted|xxx|\*\*\*|\.\.\.|dummy|sample|insert|test|none|null|token|password"
     r"|secret|getenv|environ|process\.env|config|self\.|request"
 )
-"""Words of values that stand for another."""
+"""Words of values that are placeholders."""
 
 
 def holds_secret(text: str) -> bool:
@@ -73,12 +73,12 @@ def holds_secret(text: str) -> bool:
 
 
 def holds_email(text: str) -> bool:
-    """Whether an e-mail address is in the text, other than of a domain that belongs to no one."""
+    """Whether an e-mail address is in the text, other than of a domain reserved for examples."""
     return next(_emails(text), None) is not None
 
 
 def masked(text: str) -> str:
-    """The text as it may be shown: without what looks like a secret or an e-mail address."""
+    """The text with `[masked]` for what looks like a secret or an e-mail address."""
     shown, at = [], 0
     for start, end in suspicious(text):
         if start >= at:
@@ -93,7 +93,7 @@ def suspicious(text: str) -> list[tuple[int, int]]:
 
 
 def shown(value: object) -> str:
-    """A name or value of the data for a message: short, without secrets and without characters that steer a terminal.
+    """A name or value of the data for a message: short, without secrets and without a terminal's control characters.
 
     Other values than texts are shown as Python writes them.
     """
@@ -102,7 +102,7 @@ def shown(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with characters that no one sees as escapes; half a surrogate pair, too, becomes what can be encoded."""
+    """The text with invisible characters as escapes; half a surrogate pair, too, becomes what can be encoded."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -115,7 +115,7 @@ def _secrets(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _named(text: str) -> Iterator[re.Match[str]]:
-    """Values behind a name that says that they are secret."""
+    """Values after a name that announces a secret."""
     if "://" in text:
         yield from IN_ADDRESS.finditer(text)
     plain = text.encode("utf-8", "surrogatepass").lower()
@@ -139,7 +139,7 @@ def _emails(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _drawn(value: str) -> bool:
-    """Whether a value looks drawn at random: letters and digits, many different ones, and no placeholder."""
+    """Whether a value looks random: letters and digits, many different ones, and not a placeholder."""
     mixed = any(char.isdigit() for char in value) and any(char.isalpha() for char in value)
     return mixed and not PLACEHOLDER.search(value) and _entropy(value) >= LEAST_ENTROPY
 

@@ -1,4 +1,4 @@
-"""The run's numbers for Prometheus, at `/metrics` while the run goes on.
+"""The run's numbers for Prometheus, at `/metrics` for as long as the run lasts.
 
 It knows the log's events, and shows the newest of each as gauges; it measures nothing itself.
 """
@@ -24,11 +24,11 @@ EVENTS: Mapping[str, Mapping[str, str]] = {
         "learning_rate": "Learning rate of the newest step.",
         "grad_norm": "Norm of the gradients before clipping.",
         "tokens_per_second": "Tokens trained on per second, padding excluded.",
-        "eta_seconds": "Seconds of training that are left.",
+        "eta_seconds": "Estimated seconds of training that are left.",
         "gpu_memory_allocated_bytes": "GPU memory in tensors now.",
         "gpu_memory_reserved_bytes": "GPU memory held by the allocator now.",
         "gpu_memory_peak_bytes": "Most GPU memory held so far.",
-        "gpu_memory_total_bytes": "Memory of the card.",
+        "gpu_memory_total_bytes": "Total memory of the GPU.",
         "host_memory_rss_bytes": "Memory of the process on the host.",
     },
     "evaluated": {"eval_loss": "Loss on the held-out rows."},
@@ -42,7 +42,7 @@ EVENTS: Mapping[str, Mapping[str, str]] = {
 
 
 class Metrics:
-    """The gauges of one run, in a registry of their own."""
+    """The gauges of one run, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -50,7 +50,7 @@ class Metrics:
         self._gauges: dict[str, Gauge] = {}
 
     def observe(self, event: Mapping[str, Any]) -> None:
-        """Take the numbers of a log event over."""
+        """Set the gauges of a log event."""
         kind = event["event"]
         if kind not in EVENTS:
             return
@@ -61,7 +61,7 @@ class Metrics:
         self._info.info({field: str(event.get(field, "")) for field in ("run_id", "attempt")})
 
     def _gauge(self, metric: str, meaning: str) -> Gauge:
-        """A gauge exists from its first number on: a 0 that nobody measured would set off alerts."""
+        """A gauge exists from its first value on: a 0 that was never measured would trigger alerts."""
         if metric not in self._gauges:
             self._gauges[metric] = Gauge(metric, meaning, registry=self.registry)
         return self._gauges[metric]
@@ -76,7 +76,7 @@ def serve(port: int | None) -> Metrics | None:
     """Listen on all addresses, IPv6 and IPv4, in a thread that ends with the process; None for no port.
 
     Raises:
-        ConfigError: the port cannot be had.
+        ConfigError: the port is not available.
     """
     if port is None:
         return None
@@ -88,7 +88,7 @@ def serve(port: int | None) -> Metrics | None:
             start_http_server(port, addr="0.0.0.0", registry=metrics.registry)  # noqa: S104 - scrapers come from outside
     except OSError as error:
         raise ConfigError(
-            f"TUNE_METRICS_PORT={port} cannot be listened on: {error}.", remedy="Choose a free port."
+            f"TUNE_METRICS_PORT={port} is not available: {error}.", remedy="Choose a free port."
         ) from None
     logs.observe(metrics.observe)
     return metrics

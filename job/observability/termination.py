@@ -22,11 +22,10 @@ def facts(error: JobError) -> dict[str, Any]:
     return {"kind": error.kind, "exit_code": error.exit_code, "message": error.message, "remedy": error.remedy}
 
 
-def tell(error: JobError) -> None:
-    """Write the message, if anybody looks for one. A long one loses its end, never the remedy."""
+def write(error: JobError) -> None:
+    """Write the message, where a platform reads one. A long one loses its end, never the remedy."""
     places = [PLACE] * PLACE.exists() + [SAGEMAKER] * SAGEMAKER.parent.is_dir()
-    body = facts(error) | {"message": str(error)}
-    body = {key: logs.redact(value) if isinstance(value, str) else value for key, value in body.items()}
+    body = logs.redact(facts(error) | {"message": str(error)})
     while (
         len(line := json.dumps(body, ensure_ascii=False).encode(errors="replace")) > LONGEST_BYTES and body["message"]
     ):

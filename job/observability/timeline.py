@@ -1,6 +1,6 @@
 """Where a run's time goes: seconds by what was being done.
 
-Parts may overlap, since downloads, imports and uploads go on beside each other: their sum may exceed the run's time.
+Parts may overlap, since downloads, imports and uploads run in parallel: their sum may exceed the run's time.
 A part never exceeds it, because time that two threads spend on the same part counts once.
 """
 
@@ -35,8 +35,8 @@ class Timeline:
 
     @contextlib.contextmanager
     def span(self, part: Part) -> Iterator[None]:
-        """Measure the block as time of a part, also where it raises; inside another span of the same part, and beside
-        one, it adds nothing to what that one measures."""
+        """Measure the block as time of a part, also where it raises; inside another span of the same part, and in
+        parallel to one, it adds nothing to what that one measures."""
         with self._lock:
             self._inside[part] += 1
             if self._inside[part] == 1:
@@ -55,7 +55,7 @@ class Timeline:
             self._seconds[part] += seconds
 
     def seconds(self) -> dict[str, float]:
-        """All parts, in seconds; of a span that goes on, nothing counts yet."""
+        """All parts, in seconds; a span that has not ended does not count yet."""
         with self._lock:
             return {part: round(seconds, 3) for part, seconds in self._seconds.items()}
 

@@ -1,4 +1,4 @@
-"""Work that goes on beside the main thread, and is waited for where its result is needed."""
+"""Work in a background thread, which is waited for where its result is needed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """One call in a thread of its own, which ends with the process at the latest.
+    """One call in its own thread, which ends with the process at the latest.
 
-    The thread is a daemon: whatever it waits for, it holds nobody up. An exception is raised where the result is asked
-    for. A signal breaks that waiting off at once.
+    The thread is a daemon: whatever it waits for, it does not delay the end of the process. An exception is raised
+    where the result is asked for. A signal interrupts that wait at once.
     """
 
     def __init__(self, work: Callable[[], T], *, name: str) -> None:
@@ -29,11 +29,11 @@ class Background(Generic[T]):
             self._future.set_exception(error)
 
     def result(self) -> T:
-        """What the work returned, when it has; raises what it raised."""
+        """Wait for what the work returns; raises what it raised."""
         return self._future.result()
 
     def ended(self, seconds: float) -> bool:
-        """Wait for the end, whatever it is, for so many seconds at most; whether it came."""
+        """Wait for the end, in success or failure, for at most `seconds`; returns whether it came."""
         try:
             self._future.exception(timeout=seconds)
         except TimeoutError:

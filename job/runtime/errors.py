@@ -1,4 +1,4 @@
-"""The ways a run can end badly. Each kind knows its exit code; nothing else in the project names a number.
+"""The ways a run can fail. Each kind knows its exit code; no other module has these numbers.
 
 The codes are sysexits' where one fits, because schedulers decide by them whether to try again (README, "Exit codes").
 """
@@ -20,10 +20,10 @@ class JobError(Exception):
 
     kind: ClassVar[str] = "unknown"
     exit_code: ClassVar[int] = 1
-    meaning: ClassVar[str] = "an error nobody foresaw: the log has the traceback"
+    meaning: ClassVar[str] = "unexpected error: the log has the traceback"
     retry: ClassVar[bool] = True
     """Whether whatever runs the container should start it again; every manifest and spec is tested against this.
-    For the unknown, as for a storage outage, a bounded number of times."""
+    For an unexpected error, as for a storage outage, a bounded number of times."""
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ class ConfigError(JobError):
     retry = False
 
     def __init__(self, message: str, *, remedy: str = "", problems: Sequence[str] = ()) -> None:
-        """Args: problems: every single problem in words, when there may be several."""
+        """Args: problems: each problem in words, when there may be several."""
         super().__init__(message, remedy=remedy)
         self.problems = tuple(problems)
 
@@ -61,20 +61,20 @@ class DataError(JobError):
 
 
 class AccessDeniedError(JobError):
-    """Credentials or a permission were refused."""
+    """Access was denied: wrong credentials, or a permission is missing."""
 
     kind = "denied"
     exit_code = 77
-    meaning = "credentials or permission refused"
+    meaning = "wrong credentials, or a permission is missing"
     retry = False
 
 
 class PermanentError(JobError):
-    """Trying again would end the same way: the loss diverged, or memory does not suffice."""
+    """Not retryable: the loss diverged, or memory is not enough."""
 
     kind = "permanent"
     exit_code = 70
-    meaning = "trying again would end the same way: diverged, or out of memory"
+    meaning = "a retry would fail in the same way: the loss diverged, or out of memory"
     retry = False
 
 
@@ -88,11 +88,11 @@ class FencedError(JobError):
 
 
 class StorageError(JobError):
-    """Storage was unreachable past the patience, or the disk is full."""
+    """Storage was unreachable for longer than the patience, or the disk is full."""
 
     kind = "storage"
     exit_code = 74
-    meaning = "storage unreachable past the patience, or disk full"
+    meaning = "storage unreachable for longer than the patience, or disk full"
 
 
 class InterruptedError(JobError):  # noqa: A001 - the domain's word; the builtin is for retried system calls
@@ -119,7 +119,7 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def known(error: BaseException) -> JobError | None:
-    """The kind of failure that an operating-system error or a lack of memory is; None for what nobody foresaw."""
+    """The kind of failure that an operating-system error or a lack of memory is; None for an unexpected error."""
     if isinstance(error, JobError):
         return error
     number = error.errno if isinstance(error, OSError) else None
@@ -127,7 +127,7 @@ def known(error: BaseException) -> JobError | None:
     if number in NO_SPACE or any(f"os error {code}" in str(error) for code in NO_SPACE):
         return StorageError(f"The disk is full: {error}.", remedy="Give the scratch directory (TMPDIR) more room.")
     if number in REFUSED:
-        return AccessDeniedError(f"A file may not be read or written: {error}.", remedy="Correct its owner or mode.")
+        return AccessDeniedError(f"A file is not accessible: {error}.", remedy="Fix its owner or mode.")
     if isinstance(error, MemoryError):
         return PermanentError("The machine ran out of memory.", remedy="Give the job more memory.")
     return None

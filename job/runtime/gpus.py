@@ -1,77 +1,119 @@
-"""The GPUs in sight and their driver, as the driver's own library tells (NVML), without touching CUDA.
+"""The GPUs of this machine and their driver, without touching CUDA.
 
-CUDA would be told which cards to see when it is first asked anything, and never again.
+CUDA reads which cards it may use when it is first asked anything, and never again. So NVML is asked, the driver's
+management library; where a container was given no more than `compute`, the files that the driver itself shows; and
+CUDA's own library for nothing but its version.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-LIBRARY = "libnvidia-ml.so.1"
+DEVICES = Path("/dev")
 SHOWN = Path("/proc/driver/nvidia")
-LONGEST = 96  # characters of a name: NVML_DEVICE_NAME_V2_BUFFER_SIZE in nvml.h
+CUDA_LIBRARY = "libcuda.so.1"
+_VERSION = re.compile(r"\d+\.\d+[\d.]*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cards:
-    """What compiled code for the GPUs of this machine depends on."""
+class Card:
+    """One GPU."""
 
-    driver: str
+    name: str
+    capability: str = ""
+    """Its compute capability, such as `9.0`; empty where only the driver's files could be read."""
+    memory_bytes: int | None = None
+    """All of its memory; None where the driver does not report it."""
+
+    @property
+    def kind(self) -> str:
+        """What compiled code depends on: the name and the compute capability."""
+        return f"{self.name} sm_{self.capability.replace('.', '')}" if self.capability else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpus:
+    """The cards in the order of the bus, and their driver."""
+
+    driver: str = ""
     """Its version; empty without one."""
-    kinds: tuple[str, ...]
-    """Each kind of card that is there, by name and compute capability, in alphabetical order."""
+    cards: tuple[Card, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each card."""
+        return tuple(card.name for card in self.cards)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Each kind of card once, in alphabetical order."""
+        return tuple(sorted({card.kind for card in self.cards}))
 
 
-def cards() -> Cards:
-    """What is there; nothing without a driver. Without the library (a container that was given `compute` only) it is
-    what the driver itself shows, which has no capabilities."""
-    with contextlib.suppress(OSError, AttributeError), _nvml() as nvml:
-        return Cards(driver=_driver(nvml), kinds=tuple(sorted({_kind(nvml, at) for at in range(_count(nvml))})))
-    models = {line for path in SHOWN.glob("gpus/*/information") for line in _lines(path) if line.startswith("Model:")}
-    return Cards(driver=next(iter(_lines(SHOWN / "version")), ""), kinds=tuple(sorted(models)))
+def present() -> bool:
+    """Whether this machine shows a GPU device (WSL shows /dev/dxg)."""
+    return any(DEVICES.glob("nvidia[0-9]*")) or (DEVICES / "dxg").exists()
 
 
-def _lines(path: Path) -> list[str]:
-    with contextlib.suppress(OSError):
-        return path.read_text().splitlines()
-    return []
+def find() -> Gpus:
+    """The GPUs of this machine; empty without a driver. The time that it takes is NVML's: up to a second a card."""
+    return _asked_of_nvml() or _shown_by_the_driver()
 
 
-@contextlib.contextmanager
-def _nvml() -> Iterator[ctypes.CDLL]:
-    nvml = ctypes.CDLL(LIBRARY)
-    _ask(nvml.nvmlInit_v2)
+def cuda_version() -> tuple[int, int] | None:
+    """The newest CUDA that the driver supports; None without the driver's CUDA library.
+
+    NVML may be there without that library, and a run needs the library.
+    """
+    version = ctypes.c_int()
     try:
-        yield nvml
+        failed = ctypes.CDLL(CUDA_LIBRARY).cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return None
+    # 13020 is 13.2
+    return None if failed or not version.value else (version.value // 1000, version.value % 1000 // 10)
+
+
+def _asked_of_nvml() -> Gpus | None:
+    import pynvml  # noqa: PLC0415 - a large module, of use only here
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return Gpus(driver=pynvml.nvmlSystemGetDriverVersion(), cards=tuple(map(_card, handles)))
+    except pynvml.NVMLError:
+        return None
     finally:
-        nvml.nvmlShutdown()
+        pynvml.nvmlShutdown()
 
 
-def _ask(function: Any, *arguments: Any) -> None:
-    if (failed := function(*arguments)) != 0:
-        raise OSError(f"NVML says {failed}")
+def _card(handle: object) -> Card:
+    import pynvml  # noqa: PLC0415 - a large module, of use only here
+
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    memory = None
+    with contextlib.suppress(pynvml.NVMLError):  # refused for a card that is partitioned (MIG)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
+    return Card(name=pynvml.nvmlDeviceGetName(handle), capability=f"{major}.{minor}", memory_bytes=memory)
 
 
-def _driver(nvml: ctypes.CDLL) -> str:
-    text = ctypes.create_string_buffer(LONGEST)
-    _ask(nvml.nvmlSystemGetDriverVersion, text, ctypes.c_uint(LONGEST))
-    return text.value.decode()
+def _shown_by_the_driver() -> Gpus:
+    version = _VERSION.search(_text(SHOWN / "version"))
+    cards = []
+    for path in sorted(SHOWN.glob("gpus/*/information")):
+        lines = dict(line.split(":", 1) for line in _text(path).splitlines() if ":" in line)
+        cards.append(Card(name=lines.get("Model", "unknown").strip()))
+    return Gpus(driver=version[0] if version else "", cards=tuple(cards))
 
 
-def _count(nvml: ctypes.CDLL) -> int:
-    count = ctypes.c_uint()
-    _ask(nvml.nvmlDeviceGetCount_v2, ctypes.byref(count))
-    return count.value
-
-
-def _kind(nvml: ctypes.CDLL, index: int) -> str:
-    card, name, major, minor = ctypes.c_void_p(), ctypes.create_string_buffer(LONGEST), ctypes.c_int(), ctypes.c_int()
-    _ask(nvml.nvmlDeviceGetHandleByIndex_v2, ctypes.c_uint(index), ctypes.byref(card))
-    _ask(nvml.nvmlDeviceGetName, card, name, ctypes.c_uint(LONGEST))
-    _ask(nvml.nvmlDeviceGetCudaComputeCapability, card, ctypes.byref(major), ctypes.byref(minor))
-    return f"{name.value.decode()} sm_{major.value}{minor.value}"
+def _text(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text()
+    return ""

@@ -23,7 +23,7 @@ def combined(digests: Mapping[str, str]) -> str:
 
 
 def hashes(paths: Iterable[Path]) -> dict[Path, str]:
-    """SHA-256 of several files at once; hashing releases the interpreter, so threads help."""
+    """SHA-256 of several files in parallel; hashing releases the interpreter lock, so threads help."""
     listed = list(paths)
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         return dict(zip(listed, pool.map(sha256, listed), strict=True))

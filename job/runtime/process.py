@@ -1,9 +1,8 @@
-"""What the process knows of itself: rank and pod as the platform gives them, its age, its GPUs, its scratch
-directory."""
+"""What the process knows of itself: rank and pod as the platform gives them, its environment and age, the limits of
+its container, its scratch directory."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import tempfile
@@ -13,20 +12,20 @@ from pathlib import Path
 
 import psutil
 
-from job.runtime import secrets
+from job.runtime import gpus
 from job.runtime.errors import ConfigError
+
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """Where this process runs, as the platform tells it."""
+    """Where this process runs, as the platform describes it."""
 
     rank: int
     world_size: int
     host: str
     pod: str | None
-    gpus: tuple[str, ...]
-    """The cards' names, as the driver tells without any library."""
 
     @classmethod
     def current(cls) -> Process:
@@ -36,8 +35,19 @@ class Process:
             world_size=int(os.environ.get("WORLD_SIZE") or "1"),
             host=socket.gethostname(),
             pod=os.environ.get("POD_NAME") or os.environ.get("HOSTNAME"),
-            gpus=_gpus(),
         )
+
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        """The names of the cards of this machine."""
+        return gpus.find().names
+
+
+def variables() -> dict[str, str]:
+    """The environment as it is now."""
+    # One by one: another thread may be removing names, as libraries do when they are imported.
+    found = ((name, os.environ.get(name)) for name in list(os.environ))
+    return {name: value for name, value in found if value is not None}
 
 
 def place_problems() -> list[str]:
@@ -54,13 +64,21 @@ def seconds_since_start() -> float:
     return time.time() - psutil.Process().create_time()
 
 
-def _gpus() -> tuple[str, ...]:
-    found = []
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        with contextlib.suppress(OSError):
-            lines = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
-            found.append(lines.get("Model", "unknown").strip())
-    return tuple(found)
+def cpu_quota() -> float | None:
+    """CPUs that the container may use (cgroup v2: `<quota> <period>` or `max ...`); None without a limit."""
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def memory_limit() -> int | None:
+    """Bytes of memory that the container may use (cgroup v2); None without a limit."""
+    try:
+        return int((CGROUP / "memory.max").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def scratch() -> Path:
@@ -69,26 +87,17 @@ def scratch() -> Path:
     It lies under `TMPDIR` and is private to the user, since `/tmp` may be shared.
     """
     try:
-        # gettempdir alone would take another directory in silence where TMPDIR cannot be written.
+        # gettempdir alone would take another directory in silence where TMPDIR is not writable.
         parent = os.environ.get("TMPDIR") or tempfile.gettempdir()
         path = Path(parent) / f"finetune-job-{os.getuid()}"
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"No directory to work in: {error}.", remedy="Set TMPDIR to a writable directory with room for the model."
+            f"The scratch directory cannot be created: {error}.",
+            remedy="Set TMPDIR to a writable directory with room for the model.",
         ) from None
     if path.stat().st_uid != os.getuid():
         raise ConfigError(
             f"The scratch directory {path} belongs to another user.", remedy="Set TMPDIR to a directory of your own."
         )
     return path
-
-
-def gpu_present() -> bool:
-    """Whether the machine shows a GPU device, told without importing torch (WSL shows /dev/dxg)."""
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
-
-
-def secret_values() -> frozenset[str]:
-    """The values of all variables whose names say that they are secret, and passwords inside URLs."""
-    return secrets.values(os.environ)

@@ -1,19 +1,22 @@
-"""The directory that one attempt works in, under the scratch directory; what dead attempts left there is removed.
+"""The directory that one attempt works in, under the scratch directory; those of dead attempts are removed.
 
 A killed process cannot clean up, and on a volume that outlives it every attempt would leave its data, checkpoints and
-merged weights. Each holds a lock on its own directory for as long as it lives, so that one without a lock is nobody's.
+merged weights. Each attempt holds a lock on its own directory for as long as it lives; the kernel releases it with the
+process, so that a directory without a held lock belongs to nobody.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from job.runtime.errors import ConfigError, known
 
 log = structlog.get_logger()
 LOCK = "lock"
@@ -21,20 +24,36 @@ LOCK = "lock"
 
 @contextlib.contextmanager
 def workspace(scratch: Path, run_id: str) -> Iterator[Path]:
-    """An empty directory for this attempt alone; it is gone with the block."""
+    """An empty directory for this attempt alone; it is removed at the end of the block.
+
+    Raises:
+        ConfigError: the file system of `scratch` has no locks.
+    """
     place = scratch / "work"
     place.mkdir(exist_ok=True)
-    with (place / LOCK).open("wb") as door:
-        fcntl.flock(door, fcntl.LOCK_EX)  # nobody sweeps between the making of a directory and its lock
+    with _lock(place):  # nobody sweeps between the making of a directory and its lock
         _sweep(place)
         work = Path(tempfile.mkdtemp(prefix=f"{run_id}-", dir=place))
-        lock = (work / LOCK).open("wb")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    with lock:
+        held = _lock(work)
+    with held:
         try:
             yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _lock(directory: Path) -> AcquireReturnProxy[FileLock]:
+    """Wait for the lock on a directory; it is released at the end of a `with` block, or with the process."""
+    try:
+        return FileLock(directory / LOCK, fallback_to_soft=False).acquire()
+    except OSError as error:
+        if known(error):
+            raise
+        raise ConfigError(
+            f"Files in the scratch directory {directory} cannot be locked: {error.strerror}.",
+            remedy="Point TMPDIR to a local disk, such as an emptyDir or a Docker volume: a lock shows which of the "
+            "directories there belong to running attempts.",
+        ) from error
 
 
 def _sweep(place: Path) -> None:
@@ -47,10 +66,9 @@ def _sweep(place: Path) -> None:
 
 def _abandoned(work: Path) -> bool:
     try:
-        with (work / LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        FileLock(work / LOCK, fallback_to_soft=False).acquire(blocking=False).lock.release()
     except FileNotFoundError:
-        return True
-    except OSError:
+        return True  # its owner is just removing it
+    except (Timeout, OSError):
         return False
     return True

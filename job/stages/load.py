@@ -7,6 +7,7 @@ import gc
 from job.model.base_model import BaseModel
 from job.runtime import libraries
 from job.runtime.errors import ConfigError
+from job.runtime.libraries import LibrarySettings
 from job.stages import preflight
 from job.stages.context import Finetune, RunContext, TrainingInputs, TrainingStack
 from job.state.checkpoints import Restored
@@ -21,13 +22,15 @@ def import_training_stack(context: RunContext, base: BaseModel, *, expect_gpu: b
     """
     config, cache = context.config, context.cache
     compiled = cache.directory
-    libraries.prepare_libraries(
-        context.scratch,
-        compiled=compiled,
-        expect_gpu=expect_gpu,
-        cpu_only=config.device == "cpu",
-        deterministic=config.deterministic,
-        linear_attention=base.linear_attention,
+    prepared = libraries.prepare(
+        LibrarySettings(
+            scratch=context.scratch,
+            compiled=compiled,
+            expect_gpu=expect_gpu,
+            cpu_only=config.device == "cpu",
+            deterministic=config.deterministic,
+            linear_attention=base.linear_attention,
+        )
     )
     if compiled is not None and bytecode.missing():
         cache.wait_for_modules()
@@ -41,7 +44,7 @@ def import_training_stack(context: RunContext, base: BaseModel, *, expect_gpu: b
     finally:
         gc.enable()
     gc.freeze()  # later collections skip it as well: Unsloth asks for a dozen while it loads a model
-    libraries.keep_compiled()
+    prepared.restore_compiled()
     stack: TrainingStack = finetune
     return stack
 

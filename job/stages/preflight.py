@@ -1,15 +1,12 @@
-"""Whether this machine is fit for a run, told before anything is downloaded or loaded.
+"""Whether this machine is fit for a run, checked before anything is downloaded or loaded.
 
-It knows devices, drivers and mounts by what the system says of them, and imports no training library.
+It knows devices, drivers and mounts as the system describes them, and imports no training library.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import importlib.util
 import os
-import re
 import shutil
 import tempfile
 import uuid
@@ -21,7 +18,7 @@ import structlog
 from job.config import rules
 from job.config.schema import Config
 from job.observability import logs
-from job.runtime import process
+from job.runtime import gpus, libraries, process
 from job.runtime.errors import AccessDeniedError, ConfigError, JobError, StorageError, known
 from job.runtime.process import Process
 from job.storage.open import open_store
@@ -29,8 +26,6 @@ from job.storage.open import open_store
 log = structlog.get_logger()
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the mount itself
 SHARED_MEMORY_BYTES = 64 << 20  # what Docker gives by default
-DRIVER = "libcuda.so.1"
-CUDA_OF_TORCH = re.compile(r"^cuda\b.*=\s*'(\d+)\.(\d+)'", re.MULTILINE)
 PATIENCE_SECONDS = 10.0
 
 
@@ -43,7 +38,7 @@ def machine(config: Config) -> bool:
     Raises:
         ConfigError: with everything that is wrong with this machine.
     """
-    gpu = config.device == "cuda" or (config.device == "auto" and process.gpu_present())
+    gpu = config.device == "cuda" or (config.device == "auto" and gpus.present())
     problems: list[JobError] = []
     if (processes := Process.current().world_size) > 1:
         problems.append(
@@ -67,7 +62,7 @@ def machine(config: Config) -> bool:
     if len(problems) > 1:
         raise ConfigError(
             "This machine is not fit for the run.",
-            remedy="Correct what is named here.",
+            remedy="Fix the problems listed here.",
             problems=[str(problem) for problem in problems],
         )
     if problems:
@@ -76,7 +71,7 @@ def machine(config: Config) -> bool:
 
 
 def everything(config: Config) -> None:
-    """`python -m job preflight`: the machine, and what the credentials may do at the output; one line for each.
+    """`python -m job preflight`: the machine, and what the credentials permit at the output; one line for each.
 
     Raises:
         JobError: as a run would end.
@@ -84,8 +79,8 @@ def everything(config: Config) -> None:
     logs.bind(run_id=config.identity())
     log.info("preflight_passed", check="configuration")
     gpu = machine(config)
-    if gpu and (driver := driver_cuda()):
-        log.info("preflight_passed", check="gpu", gpus=Process.current().gpus, driver_cuda=".".join(map(str, driver)))
+    if gpu and (driver := gpus.cuda_version()):
+        log.info("preflight_passed", check="gpu", gpus=gpus.find().names, driver_cuda=".".join(map(str, driver)))
     scratch = process.scratch()
     log.info("preflight_passed", check="scratch", path=str(scratch), free_bytes=shutil.disk_usage(scratch).free)
     log.info("preflight_passed", check="output", uri=config.output, conditional_writes=probe_output(config.output))
@@ -101,7 +96,7 @@ def _collected(problems: list[JobError]) -> Iterator[None]:
 
 
 def no_gpu(asked: str, why: str) -> ConfigError:
-    """The error for a GPU that was expected and is not there: training on the CPU instead would take for ever."""
+    """The error for a GPU that was expected and is missing: training on the CPU instead would take days."""
     return ConfigError(
         f"TUNE_DEVICE={asked}, but {why}.",
         remedy="Request a GPU for the container (--gpus all, or nvidia.com/gpu) and check its driver with nvidia-smi, "
@@ -110,25 +105,25 @@ def no_gpu(asked: str, why: str) -> ConfigError:
 
 
 def check_gpu(asked: str) -> None:
-    """A GPU device is in sight, and its driver is new enough for the CUDA that torch was built for.
+    """Check that there is a GPU, and that its driver is new enough for the CUDA that torch was built for.
 
     Raises:
         ConfigError: it is not.
     """
-    if not process.gpu_present():
+    if not gpus.present():
         raise no_gpu(asked, "this machine shows no GPU device")
-    driver, built = driver_cuda(), torch_cuda()
+    driver, built = gpus.cuda_version(), libraries.torch_cuda()
     if driver is None:
         raise ConfigError(
-            f"There is a GPU, but its driver's library {DRIVER} is not in this container.",
+            f"There is a GPU, but its driver's library {gpus.CUDA_LIBRARY} is not in this container.",
             remedy="Run it with NVIDIA's container runtime and NVIDIA_DRIVER_CAPABILITIES=compute,utility.",
         )
     check_driver(driver, built)
 
 
 def check_driver(driver: tuple[int, int], built: tuple[int, int] | None) -> None:
-    """A driver runs what was built for its own major version of CUDA or an older one (NVIDIA's "minor version
-    compatibility").
+    """Check that a driver is new enough: it runs what was built for its own major version of CUDA or an older one
+    (NVIDIA's "minor version compatibility").
 
     Raises:
         ConfigError: it is too old.
@@ -140,28 +135,8 @@ def check_driver(driver: tuple[int, int], built: tuple[int, int] | None) -> None
         )
 
 
-def driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA that the driver knows; None where there is no driver. Does not touch the GPU."""
-    version = ctypes.c_int()
-    try:
-        failed = ctypes.CDLL(DRIVER).cuDriverGetVersion(ctypes.byref(version))
-    except OSError:
-        return None
-    # 13020 is 13.2
-    return None if failed or not version.value else (version.value // 1000, version.value % 1000 // 10)
-
-
-def torch_cuda() -> tuple[int, int] | None:
-    """The CUDA that the installed torch was built for, read without importing it; None for a build without."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    found = CUDA_OF_TORCH.search(Path(spec.origin).with_name("version.py").read_text())
-    return (int(found[1]), int(found[2])) if found else None
-
-
 def check_scratch(directory: Path, *, compiles: bool) -> None:
-    """Files can be written in `directory`, and what is compiled there can be loaded.
+    """Check that files can be written in `directory`, and that code which is compiled there can be loaded.
 
     Raises:
         ConfigError: they cannot.
@@ -175,7 +150,7 @@ def check_scratch(directory: Path, *, compiles: bool) -> None:
             raise full from None
         raise ConfigError(
             f"The scratch directory {directory} cannot be written: {error.strerror}.",
-            remedy="Mount a writable volume there, or point TMPDIR to one that this user may write.",
+            remedy="Mount a writable volume there, or point TMPDIR to a directory that this user can write to.",
         ) from None
     if compiles and os.statvfs(directory).f_flag & os.ST_NOEXEC:
         raise ConfigError(
@@ -185,8 +160,8 @@ def check_scratch(directory: Path, *, compiles: bool) -> None:
 
 
 def check_shared_memory(mount: Path) -> None:
-    """Warn where there is less than Docker's own default: no run of one process needs it, and yet it is a sign of a
-    container that was set up wrong."""
+    """Warn of less than Docker's own default: a run of one process does not need it, but a container with less was
+    probably set up wrong."""
     total = shutil.disk_usage(mount).total if mount.is_dir() else 0
     if total < SHARED_MEMORY_BYTES:
         log.warning(
@@ -204,8 +179,8 @@ def probe_output(uri: str) -> bool:
         whether the store honours conditional writes.
 
     Raises:
-        AccessDeniedError: one of them is refused.
-        StorageError: the store is not reached, or returns something else.
+        AccessDeniedError: one of them is denied.
+        StorageError: the store is unreachable, or returns something else.
     """
     store = open_store(uri, patience_seconds=PATIENCE_SECONDS, denied_patience_seconds=PATIENCE_SECONDS)
     key, content = f"preflight-{uuid.uuid4().hex}", b"written by a pre-flight check; may be deleted\n"
@@ -213,13 +188,14 @@ def probe_output(uri: str) -> bool:
     try:
         if store.read(key) != content:
             raise StorageError(
-                f"{uri} does not return what was written to it.", remedy="Check what stands between here and the store."
+                f"{uri} does not return what was written to it.",
+                remedy="Check the proxies between this machine and the store.",
             )
         return not store.create(key, content)
     finally:
         try:
             store.delete(key)
-        except AccessDeniedError as error:  # a run only warns, too: it then keeps every checkpoint
+        except AccessDeniedError as error:  # a run only warns, too, and then keeps every checkpoint
             log.warning(
                 "preflight_object_not_deleted", key=key, reason=error.message, remedy="Delete it by other means."
             )

@@ -119,7 +119,7 @@ class Attempts:
                 return
             self._ended = True
             body = {"attempt": self.number, "outcome": outcome, "ended": now(), **self.facts, **facts}
-            self.closing(patience_seconds).write(self._key(self.number, "end."), _redacted(body))
+            self.closing(patience_seconds).write(self._key(self.number, "end."), _encode(logs.redact(body)))
 
     def fail(self, error: Exception, *, step: int | None) -> JobError | None:
         """Write `failure.json` and end the attempt.
@@ -155,7 +155,7 @@ class Attempts:
         # A store that has just used up all patience gets no more of it.
         patience = LAST_PATIENCE_SECONDS if isinstance(error, StorageError | AccessDeniedError) else PATIENCE_SECONDS
         with contextlib.suppress(StorageError, AccessDeniedError):
-            self.closing(patience).write(f"{self.run_id}/failure.json", _redacted(body))
+            self.closing(patience).write(f"{self.run_id}/failure.json", _encode(logs.redact(body)))
         self._end(patience, body["kind"], exit_code=body["exit_code"], step=step)
         return final
 
@@ -219,8 +219,3 @@ def now() -> str:
 
 def _encode(body: dict[str, Any]) -> bytes:
     return (json.dumps({"layout": LAYOUT, **body}, indent=2, ensure_ascii=False, default=str) + "\n").encode()
-
-
-def _redacted(body: dict[str, Any]) -> bytes:
-    # Messages of errors are free text, which may quote anything.
-    return logs.redact(_encode(body).decode()).encode()

@@ -11,13 +11,13 @@ import functools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
 import structlog
 
 from job.config.schema import Config
 from job.observability import logs
+from job.runtime import libraries
 from job.runtime.errors import AccessDeniedError, ConfigError, FencedError, StorageError
 from job.storage.base import Store, create
 
@@ -31,11 +31,7 @@ STAYS = ("checkpoints/", "attempts/", "aside/")  # when a run is set aside; the 
 @functools.cache
 def versions() -> dict[str, str]:
     """The installed versions of the training stack; looked up once, since every checkpoint names them."""
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+    return libraries.installed(PACKAGES)
 
 
 @dataclass(kw_only=True)
@@ -130,7 +126,7 @@ class Record:
         """Add a line to the history that becomes `metrics.jsonl`."""
         entry = {**entry, "attempt": self.attempt}
         self._history.append(entry)
-        self._lines.append(logs.redact(json.dumps(entry, ensure_ascii=False, default=str)).encode() + b"\n")
+        self._lines.append(json.dumps(logs.redact(entry), ensure_ascii=False, default=str).encode() + b"\n")
 
     def resume(self, history: bytes) -> None:
         """Take the history up to a checkpoint over."""

@@ -125,7 +125,7 @@ def documented(column: int) -> Callable[[int], bool]:
 
 
 def test_what_is_worth_another_try() -> None:
-    """Interruptions, storage outages and what nobody foresaw are; all other kinds would end the same way again."""
+    """Interruptions, storage outages and unexpected errors are; all other kinds would end the same way again."""
     assert {code for code, retry in RETRIED.items() if retry} == {75, 74, 1, 137}
 
 
@@ -140,7 +140,7 @@ def test_what_is_worth_another_try() -> None:
     ],
 )
 def test_exit_codes_mean_the_same_everywhere(retries: Callable[[int], bool], code: int) -> None:
-    """A platform starts again exactly the kinds of failure that say `retry`, and what nobody foresaw."""
+    """A platform starts again exactly the kinds of failure that say `retry`, and unexpected errors."""
     assert retries(code) is RETRIED[code]
 
 

@@ -20,7 +20,7 @@ def main() -> None:
     """Import, then fork until standard input closes."""
     from job.runtime import libraries
 
-    libraries.prepare_libraries(Path(sys.argv[1]), expect_gpu=False)
+    libraries.prepare(libraries.LibrarySettings(scratch=Path(sys.argv[1]), expect_gpu=False))
     for name in ("boto3", "datasets"):
         importlib.import_module(name)
     for name in ("job.run", "job.storage.s3.store", "job.stages.train", "job.tuning.finetune"):

@@ -58,7 +58,8 @@ def test_kernels_for_linear_attention(model, tmp_path, config, expected, given):
 import os, sys
 from pathlib import Path
 from job.runtime import libraries
-libraries.prepare_libraries(Path(sys.argv[1]), expect_gpu=False, linear_attention=sys.argv[2] == "True")
+scratch, linear = Path(sys.argv[1]), sys.argv[2] == "True"
+libraries.prepare(libraries.LibrarySettings(scratch=scratch, expect_gpu=False, linear_attention=linear))
 print(os.environ.get("UNSLOTH_DISABLE_VENDORED_FLA"))
 """
     environment = {**os.environ, **({"UNSLOTH_DISABLE_VENDORED_FLA": given} if given else {})}

@@ -141,7 +141,7 @@ def test_a_last_message_with_half_a_character_is_written(tmp_path, monkeypatch):
     """Whatever a message quotes, the platform gets a line of JSON, within its limit."""
     monkeypatch.setattr(termination, "PLACE", tmp_path / "log")
     (tmp_path / "log").touch()
-    termination.tell(DataError("half a \ud800" + "é" * 9000, remedy="Correct it."))
+    termination.write(DataError("half a \ud800" + "é" * 9000, remedy="Correct it."))
     line = (tmp_path / "log").read_bytes()
     assert len(line) <= termination.LONGEST_BYTES
     assert json.loads(line)["message"].startswith("half a ?é")

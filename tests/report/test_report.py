@@ -21,6 +21,7 @@ from job.model.base_model import inspect
 from job.model.memory import estimate
 from job.model.schedule import schedule
 from job.observability import logs
+from job.observability.redaction import Redactor
 from job.report import charts
 from job.report.build import all_findings, lengths, publish, report
 from job.report.page import Answer, Curve, Report, visible
@@ -253,7 +254,7 @@ def test_a_long_sequence_shows_its_beginning_and_its_end():
 
 def test_a_sample_with_a_secret_is_not_shown(monkeypatch):
     """A secret of the environment is not shown, not even in pieces."""
-    monkeypatch.setattr(logs._state, "secrets", {"planted-secret-value"})
+    monkeypatch.setattr(logs._state, "redactor", Redactor(frozenset({"planted-secret-value"})))
     made = tokenizer()
     ids = made.encode("the password is planted-secret-value, is it").ids
     shown = sample(made, {"input_ids": ids, "labels": ids}, name="s", place="planted-secret-value.jsonl:1")

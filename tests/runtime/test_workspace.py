@@ -1,17 +1,23 @@
 """What dead attempts left on a scratch volume, with real processes that are really killed."""
 
+import errno
+import fcntl
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from job.runtime.errors import ConfigError
 from job.runtime.workspace import workspace
 from tests.jobs import ROOT
 
 HOLD = """
 import sys
 from pathlib import Path
-from job.workspace import workspace
+from job.runtime.workspace import workspace
 with workspace(Path(sys.argv[1]), "run") as work:
     (work / "weights").write_bytes(b"0" * 1000)
     print(work, flush=True)
@@ -44,3 +50,15 @@ def test_what_a_killed_attempt_left_is_removed(tmp_path):
     finally:
         living.kill()
         living.wait()
+
+
+def test_a_scratch_without_locks_is_a_configuration_error(tmp_path, monkeypatch):
+    """A file system whose locks do not work (NFS without its lock daemon) is named, with what to do."""
+
+    def refused(_descriptor, _operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.raises(ConfigError, match=str(tmp_path)) as raised, workspace(tmp_path, "run"):
+        pass
+    assert "TMPDIR" in raised.value.remedy

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ import structlog
 
 from job.config.schema import Config
 from job.runtime import gpus
-from job.runtime.gpus import Cards
+from job.runtime.gpus import Card, Gpus
 from job.state.compile_cache import archive, bytecode
 from job.state.compile_cache import cache as compile_cache
 from job.state.compile_cache import key as compile_key
@@ -247,7 +248,7 @@ def test_a_foreign_archive_is_passed_over(machine, tmp_path, logged):
     assert "README (5 bytes) is none of ours" in reasons
 
 
-HERE = Cards(driver="580.1", kinds=("NVIDIA H100 sm_90",))
+HERE = Gpus(driver="580.1", cards=(Card(name="NVIDIA H100", capability="9.0"),))
 CONFIG = Config(model="/m", dataset=("/d",), output="/o")
 
 
@@ -257,8 +258,10 @@ CONFIG = Config(model="/m", dataset=("/d",), output="/o")
         pytest.param({}, {**SHAPE, "_name_or_path": "other", "transformers_version": "0"}, HERE, True, id="a name"),
         pytest.param({"model": "/n", "epochs": 9.0, "seed": 1}, SHAPE, HERE, True, id="what is not compiled"),
         pytest.param({}, {**SHAPE, "hidden_size": 128}, HERE, False, id="the model's shape"),
-        pytest.param({}, SHAPE, Cards(driver="580.2", kinds=HERE.kinds), False, id="the driver"),
-        pytest.param({}, SHAPE, Cards(driver="580.1", kinds=("NVIDIA A100 sm_80",)), False, id="the card"),
+        pytest.param({}, SHAPE, Gpus(driver="580.2", cards=HERE.cards), False, id="the driver"),
+        pytest.param(
+            {}, SHAPE, Gpus(driver="580.1", cards=(Card(name="NVIDIA A100", capability="8.0"),)), False, id="the card"
+        ),
         pytest.param({"precision": "16bit"}, SHAPE, HERE, False, id="precision"),
         pytest.param({"lora_targets": ("q_proj",)}, SHAPE, HERE, False, id="targets"),
         pytest.param({"max_length": 512}, SHAPE, HERE, False, id="length"),
@@ -266,31 +269,20 @@ CONFIG = Config(model="/m", dataset=("/d",), output="/o")
 )
 def test_the_key_is_what_compiled_code_depends_on(settings, shape, there, same):
     """Another card, driver, shape or compiled setting is another key; another name is not."""
-    base = compile_key.facts(CONFIG, SHAPE, cards=HERE, scratch=Path("/s"))
+    base = compile_key.facts(CONFIG, SHAPE, gpus=HERE, scratch=Path("/s"))
     changed = Config(**{"model": "/m", "dataset": ("/d",), "output": "/o", **settings})
-    other = compile_key.facts(changed, shape, cards=there, scratch=Path("/s"))
+    other = compile_key.facts(changed, shape, gpus=there, scratch=Path("/s"))
     assert (compile_key.key(base) == compile_key.key(other)) is same
 
 
 def test_the_key_has_the_versions_and_the_place(monkeypatch):
     """The installed versions and the place of the caches are part of the key."""
-    base = compile_key.facts(CONFIG, SHAPE, cards=HERE, scratch=Path("/s"))
+    base = compile_key.facts(CONFIG, SHAPE, gpus=HERE, scratch=Path("/s"))
     assert {"torch", "triton", "unsloth", "transformers", "bitsandbytes"} <= base["packages"].keys()
-    elsewhere = compile_key.facts(CONFIG, SHAPE, cards=HERE, scratch=Path("/t"))
-    monkeypatch.setattr(compile_key.metadata, "version", lambda package: f"{package} 2")
-    later = compile_key.facts(CONFIG, SHAPE, cards=HERE, scratch=Path("/s"))
+    elsewhere = compile_key.facts(CONFIG, SHAPE, gpus=HERE, scratch=Path("/t"))
+    monkeypatch.setattr(metadata, "version", lambda package: f"{package} 2")
+    later = compile_key.facts(CONFIG, SHAPE, gpus=HERE, scratch=Path("/s"))
     assert len({compile_key.key(found) for found in (base, elsewhere, later)}) == 3
-
-
-def test_cards_without_the_library_are_what_the_driver_shows(tmp_path, monkeypatch):
-    """Without NVML the driver's own files tell; without a driver there is nothing, and nothing is raised."""
-    monkeypatch.setattr(gpus, "LIBRARY", "libno-such-library.so.1")
-    monkeypatch.setattr(gpus, "SHOWN", tmp_path)
-    assert gpus.cards() == Cards(driver="", kinds=())
-    (tmp_path / "gpus/0000:01:00.0").mkdir(parents=True)
-    (tmp_path / "gpus/0000:01:00.0/information").write_text("Model: \t NVIDIA H100\nIRQ: 1\n")
-    (tmp_path / "version").write_text("NVRM version: 580.1\nGCC version: 12\n")
-    assert gpus.cards() == Cards(driver="NVRM version: 580.1", kinds=("Model: \t NVIDIA H100",))
 
 
 @pytest.mark.parametrize("bound", ["restore", "disk"])
@@ -478,7 +470,7 @@ def test_a_run_saves_and_the_next_restores(tiny_model, rows, tmp_path):
     settings = {name: value for name, value in SHORT.items() if name != "samples"}
     config = Config(model=str(tiny_model), dataset=(str(rows),), output="/o", **settings)
     shape = json.loads((tiny_model / "config.json").read_text())
-    key = compile_key.key(compile_key.facts(config, shape, cards=gpus.cards(), scratch=scratch))
+    key = compile_key.key(compile_key.facts(config, shape, gpus=gpus.find(), scratch=scratch))
     left = scratch / "compiled" / key / "triton/ab/kernel.cubin"  # as on a volume that outlived a run
     left.parent.mkdir(parents=True)
     left.write_bytes(b"compiled")

@@ -12,7 +12,7 @@ REWRITES = """
 import json, sys
 from pathlib import Path
 from job.runtime import libraries
-libraries.prepare_libraries(Path(sys.argv[1]), expect_gpu=False, cpu_only=True)
+libraries.prepare(libraries.LibrarySettings(scratch=Path(sys.argv[1]), expect_gpu=False, cpu_only=True))
 from job.tuning import unsloth_import
 if sys.argv[2] == "all":
     sys.meta_path[:] = [one for one in sys.meta_path if type(one).__module__ != unsloth_import.__name__]

@@ -84,7 +84,7 @@ class CompileCache:
         """
         if self._uri is None:
             return
-        self._facts = key.facts(self._config, shape, cards=gpus.cards(), scratch=self._scratch)
+        self._facts = key.facts(self._config, shape, gpus=gpus.find(), scratch=self._scratch)
         self._key = key.key(self._facts)
         self._restoring = Background(self._restore, name="compile-cache")
 

@@ -12,12 +12,12 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from job.config.schema import SETTINGS, Config
-from job.runtime.gpus import Cards
+from job.runtime import libraries
+from job.runtime.gpus import Gpus
 
 FORMAT = 1
 """Of the archives."""
@@ -37,7 +37,7 @@ NAMES = frozenset(("_name_or_path", "name_or_path", "transformers_version", "_co
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def facts(config: Config, shape: Mapping[str, Any], *, cards: Cards, scratch: Path) -> dict[str, Any]:
+def facts(config: Config, shape: Mapping[str, Any], *, gpus: Gpus, scratch: Path) -> dict[str, Any]:
     """Everything that the caches depend on.
 
     Args:
@@ -46,11 +46,11 @@ def facts(config: Config, shape: Mapping[str, Any], *, cards: Cards, scratch: Pa
     """
     return {
         "format": FORMAT,
-        "cards": list(cards.kinds),
-        "driver": cards.driver,
+        "cards": list(gpus.kinds),
+        "driver": gpus.driver,
         "cpu": f"{platform.machine()} {_digest(_cpu_features())[:16]}",
         "python": platform.python_version(),
-        "packages": _versions(),
+        "packages": libraries.installed(PACKAGES),
         "model": _digest(_without_names(shape)),
         "settings": {s.variable: getattr(config, s.name) for s in SETTINGS if s.name in COMPILED},
         "path": str(scratch),
@@ -71,14 +71,6 @@ def _without_names(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _without_names(inner) for name, inner in value.items() if name not in NAMES}
     return value
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
 
 
 def _cpu_features() -> list[str]:

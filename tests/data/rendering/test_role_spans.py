@@ -101,8 +101,8 @@ def test_other_words_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        pytest.param({"role_weights": ("assistant=1", "assistant=2")}, "names a role twice", id="twice"),
-        pytest.param({"role_weights": ("user=1",)}, "what answers weigh", id="no assistant"),
+        pytest.param({"role_weights": ("assistant=1", "assistant=2")}, "a role twice", id="twice"),
+        pytest.param({"role_weights": ("user=1",)}, "Add assistant=1", id="no assistant"),
         pytest.param({"role_weights": ("assistant=0", "user=0")}, "nothing to learn", id="all zero"),
         pytest.param({"role_weights": ("assistant=1",), "train_on": "all"}, "TUNE_TRAIN_ON=all", id="all"),
         pytest.param({"role_weights": ("assistant=1",), "train_on": "last_response"}, "last_response", id="last"),

@@ -1,0 +1,195 @@
+"""Secrets vanish from texts; numbers, keys and JSON stay whole, whatever the environment holds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from job.observability import logs
+from job.observability.redaction import Redactor, is_credential, secret_values
+from job.runtime.errors import DataError
+from job.state.attempts import Attempts
+from job.state.record import Record
+from job.storage.open import open_store
+from tests.jobs import ROOT
+
+SECRET = "s3cr3t-value"
+
+
+@pytest.fixture
+def secrets(monkeypatch):
+    """Give the log, and all that asks it, secrets to remove."""
+
+    def plant(*values):
+        monkeypatch.setattr(logs._state, "redactor", Redactor(frozenset(values)))
+
+    return plant
+
+
+@pytest.mark.parametrize(
+    ("name", "credential"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", True),
+        ("AWS_SESSION_TOKEN", True),
+        ("HF_TOKEN", True),
+        ("HUGGING_FACE_HUB_TOKEN", True),
+        ("WANDB_API_KEY", True),
+        ("MLFLOW_TRACKING_PASSWORD", True),
+        ("MLFLOW_TRACKING_TOKEN", True),
+        ("GITHUB_TOKEN", True),
+        ("AZURE_CLIENT_SECRET", True),
+        ("AZURE_STORAGE_CONNECTION_STRING", True),
+        ("GOOGLE_API_KEY", True),
+        ("SSH_PRIVATE_KEY", True),
+        ("PASSWORD", True),
+        ("http_proxy_password", True),
+        ("PGPASSWORD", True),
+        ("MAX_TOKENS", False),
+        ("TOKENIZERS_PARALLELISM", False),
+        ("AWS_ACCESS_KEY_ID", False),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", False),
+        ("GOOGLE_APPLICATION_CREDENTIALS", False),
+        ("TOKEN_PATH", False),
+        ("SECRETARY", False),
+        ("EOS_TOKEN", False),
+        ("PARTITION_KEY", False),
+        ("TUNE_MODEL", False),
+    ],
+)
+def test_credentials_are_named(name, credential):
+    """A variable holds a credential by its whole name or by its last words, not because a word occurs in it."""
+    assert is_credential(name) is credential
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        pytest.param({"HF_TOKEN": f" {SECRET}\n"}, {SECRET}, id="without white space"),
+        pytest.param({"A_TOKEN": "133333", "B_TOKEN": "-1.5e-07", "C_TOKEN": "1,000,000"}, set(), id="numbers"),
+        pytest.param({"A_TOKEN": "", "B_TOKEN": "true", "C_TOKEN": "short"}, set(), id="too short"),
+        pytest.param({"MAX_TOKENS": "some-text"}, set(), id="not a credential"),
+        pytest.param(
+            {"PROXY": "http://user:pass%40word@proxy:3128/a"},
+            {"user:pass%40word", "user:pass@word", "pass%40word", "pass@word"},
+            id="in a URL",
+        ),
+        pytest.param({"URLS": "http://a,https://token-1234@b"}, {"token-1234"}, id="in one of several URLs"),
+        pytest.param({"TUNE_DATASET": "hf://datasets/org/name@revision:train"}, set(), id="revision"),
+        pytest.param({"TUNE_DATASET": "https://host/path?mail=a.person@example.com"}, set(), id="@ in a path"),
+    ],
+)
+def test_values_that_are_secret(environment, found):
+    """Credentials and passwords inside URLs, as written and decoded; never a plain number or a short word."""
+    assert secret_values(environment) == found
+
+
+def test_only_texts_change():
+    """Texts lose their secrets at any depth; numbers, booleans, None and keys stay as they are."""
+    redact = Redactor(frozenset({SECRET, "133333", "seconds", 'quo"ted'}))
+    value = {
+        "seconds": 0.000133333,
+        "count": 133333,
+        "none": None,
+        "yes": True,
+        "list": [f"a {SECRET} b", {"deep": (SECRET, 133333.5)}],
+        "path": Path("/tmp") / SECRET,
+        "error": ValueError(SECRET),
+        "quoted": json.dumps({"message": 'quo"ted'}),
+    }
+    shown = redact(value)
+    assert shown == {
+        "seconds": 0.000133333,
+        "count": 133333,
+        "none": None,
+        "yes": True,
+        "list": ["a *** b", {"deep": ("***", 133333.5)}],
+        "path": "/tmp/***",
+        "error": "***",
+        "quoted": '{"message": "***"}',
+    }
+    assert type(shown["count"]) is int
+
+
+def test_a_longer_secret_goes_first():
+    """A secret that begins with another one leaves nothing of it."""
+    assert Redactor(frozenset({"secret", "secret-and-more"})).text("secret-and-more secret") == "*** ***"
+
+
+def test_a_history_stays_readable(tmp_path, secrets):
+    """Secrets that look like parts of numbers or JSON do not change what a checkpoint's history says."""
+    secrets(SECRET, "133333", "000133", '"step"', "train_progress", ": 0.")
+    record = Record(store=open_store(str(tmp_path), patience_seconds=1), run_id="run", attempt=1)
+    record.note({"event": "evaluated", "step": 133333, "loss": 0.000133333, "answer": f"It is {SECRET}."})
+    (line,) = map(json.loads, record.history_text().splitlines())
+    assert line == {"event": "evaluated", "step": 133333, "loss": 0.000133333, "answer": "It is ***.", "attempt": 1}
+    other = Record(store=record.store, run_id="run", attempt=2)
+    other.resume(record.history_text())
+    assert other.history_text() == record.history_text()
+
+
+def test_records_of_failures_hold_no_secret(tmp_path, secrets):
+    """The message of an error may quote anything; the records of how an attempt ended stay JSON without secrets."""
+    secrets(SECRET, "133333")
+    store = open_store(str(tmp_path), patience_seconds=1)
+    attempts = Attempts(store=store, closing=lambda _: store, run_id="run", number=1)
+    attempts.facts["resumed_step"] = 133333
+    attempts.fail(DataError(f"No access with {SECRET}.", remedy="None."), step=133333)
+    failure = json.loads((tmp_path / "run/failure.json").read_text())
+    assert (failure["message"], failure["step"]) == ("No access with ***.", 133333)
+    assert json.loads((tmp_path / "run/attempts/0001.end.json").read_text())["resumed_step"] == 133333
+
+
+LOGS = """
+import logging, os
+import structlog
+from job.observability import logs
+from job.observability.redaction import secret_values
+from job.runtime import process
+logs.configure(form=os.environ["FORM"], level="info", secrets=secret_values(process.variables()))
+log = structlog.get_logger()
+log.info("evaluated", step=133333, loss=0.000133333, eval={"loss": [133333, 1e-07]})
+log.info("quoted", reason=ValueError("the token is s3cr3t-value"), path=["s3cr3t-value"])
+logging.getLogger("library").warning("133333 of %s", "s3cr3t-value")
+if os.environ["FORM"] == "json":  # on a terminal nothing that is printed is captured
+    print("133333 s3cr3t-value", flush=True)
+try:
+    raise ValueError("s3cr3t-value")
+except ValueError:
+    log.exception("failed")
+logs.close()
+"""
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_log_lines_stay_json_with_their_numbers(form):
+    """`MAX_TOKENS=133333` and a numeric token leave the numbers of the log alone; a real token vanishes from it."""
+    planted = {"FORM": form, "MAX_TOKENS": "133333", "OTHER_TOKEN": "133333", "HF_TOKEN": SECRET}
+    environment = {**os.environ, **planted}
+    done = subprocess.run(
+        [sys.executable, "-c", LOGS], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert SECRET not in done.stdout
+    assert done.stdout.count("***") >= 4
+    if form == "json":
+        progress, quoted, *_ = (json.loads(line) for line in done.stdout.splitlines() if "library_output" not in line)
+        assert (progress["step"], progress["loss"]) == (133333, 0.000133333)
+        assert progress["eval"] == {"loss": [133333, 1e-07]}
+        assert quoted["reason"] == "the token is ***"
+        assert all(isinstance(json.loads(line), dict) for line in done.stdout.splitlines())
+
+
+def test_what_observers_see_holds_no_secret():
+    """What is passed on to other services is redacted as the log is."""
+    code = f"""
+import json
+import structlog
+from job.observability import logs
+logs.configure(form="text", level="info", secrets=[{SECRET!r}])
+logs.observe(lambda event: print("seen", json.dumps([event["message"], event["step"]])))
+structlog.get_logger().info("event", message={SECRET!r}, step=3)
+"""
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert 'seen ["***", 3]' in said
