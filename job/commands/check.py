@@ -85,11 +85,9 @@ class Checked:
             self.add(check, InterruptedError(f"{stop.signal_name} asked the run to stop.", remedy="Start it again."))
             raise
         except Exception as error:
-            ended = errors.known(error)
-            if ended is None:
+            if errors.known(error) is None:
                 log.exception("check_failed", check=check)
-                ended = JobError(f"{type(error).__name__}: {error}", remedy="The log has the traceback.")
-            self.add(check, ended)
+            self.add(check, errors.as_job_error(error))
 
     def add(self, check: str, error: JobError) -> None:
         """Note a problem."""

@@ -115,22 +115,27 @@ KINDS: tuple[type[JobError], ...] = (
 
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def known(error: BaseException) -> JobError | None:
-    """The kind of failure that an operating-system error or a lack of memory is; None for what nobody foresaw."""
+    """The kind of failure that an operating-system error or a lack of memory is; None for an unexpected error."""
     if isinstance(error, JobError):
         return error
     number = error.errno if isinstance(error, OSError) else None
     # safetensors reports the system's error in words only.
     if number in NO_SPACE or any(f"os error {code}" in str(error) for code in NO_SPACE):
         return StorageError(f"The disk is full: {error}.", remedy="Give the scratch directory (TMPDIR) more room.")
-    if number in REFUSED:
-        return AccessDeniedError(f"A file may not be read or written: {error}.", remedy="Correct its owner or mode.")
+    if number in NO_ACCESS:
+        return AccessDeniedError(f"A file is not accessible: {error}.", remedy="Correct its owner or mode.")
     if isinstance(error, MemoryError):
         return PermanentError("The machine ran out of memory.", remedy="Give the job more memory.")
     return None
+
+
+def as_job_error(error: BaseException) -> JobError:
+    """What to report of an error: of a known kind, or an unexpected one of kind `unknown`."""
+    return known(error) or JobError(f"{type(error).__name__}: {error}", remedy="The log has the traceback.")
 
 
 class StopRequested(BaseException):
