@@ -1,4 +1,4 @@
-"""The local disk: files that appear whole or not at all, and disk errors that say what to do."""
+"""The local disk: atomic writes, and disk errors that say what to do."""
 
 from __future__ import annotations
 
