@@ -31,7 +31,7 @@ def model_files(repo: str, names: list[str]) -> list[str]:
     """The files that loading a model needs: safetensors, configuration, tokenizer, templates.
 
     Raises:
-        DataError: there are no safetensors; pickles are named.
+        DataError: there are no safetensors; pickles are listed.
     """
     chosen = filter_repo_objects(names, allow_patterns=MODEL_FILES, ignore_patterns=_NOT_MODEL_FILES)
     files = [name for name in chosen if "/" not in name or name.startswith("additional_chat_templates/")]
@@ -129,7 +129,7 @@ def _patterns(declared: Any) -> list[tuple[str, str]]:
 
 
 def _globbed(name: str, pattern: str) -> bool:
-    """Whether a path matches, as the hub does it: `*` stays within one directory, which `fnmatch` cannot say."""
+    """Whether a path matches, as the hub does it: `*` stays within one directory, unlike in `fnmatch`."""
     parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
     regex = "".join(
         {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(part, re.escape(part)) for part in parts

@@ -45,16 +45,16 @@ def _download(request: Request) -> Downloaded:
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
     files = model_files(repo, list(sizes)) if kind == "model" else _dataset_files(request, info.sha, list(sizes))
     stubs = [] if request.weights else [name for name in files if name.endswith(safetensors_stub.SUFFIX)]
-    whole = [name for name in files if name not in stubs]
-    total = sum(sizes[name] for name in whole)
+    complete = [name for name in files if name not in stubs]
+    total = sum(sizes[name] for name in complete)
     directory.mkdir(parents=True, exist_ok=True)
     require_free(directory, total)
     for name in stubs:
         read = functools.partial(_read_start, repo, info.sha, name)
         safetensors_stub.write_stub(directory / name, sizes[name], read)
-    with _progress(request, whole, total):
-        # The names are escaped because they are patterns here; with the commit nobody asks for the branch again.
-        patterns = [glob.escape(name) for name in whole]
+    with _progress(request, complete, total):
+        # Escaped, because the names are patterns here. The commit, so that the branch is not looked up again.
+        patterns = [glob.escape(name) for name in complete]
         snapshot_download(repo, repo_type=kind, revision=info.sha, local_dir=directory, allow_patterns=patterns)
     for name in files:
         if not (directory / name).is_file() or (directory / name).stat().st_size != sizes[name]:
@@ -157,7 +157,7 @@ def _failure(request: Request, error: Exception) -> JobError | None:
         )
     if status in {401, 403} or isinstance(error, errors.DisabledRepoError):
         return AccessDeniedError(
-            f"{where} was refused (HTTP {status}): it does not exist or is private. {_token()}",
+            f"{where} was denied (HTTP {status}): it does not exist or is private. {_token()}",
             remedy="Correct its name, or set HF_TOKEN to one that has access.",
         )
     if isinstance(error, errors.RepositoryNotFoundError):

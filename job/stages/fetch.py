@@ -8,7 +8,7 @@ from typing import Any
 
 from job.config.schema import Config
 from job.inputs import pull
-from job.inputs.pull import Inputs, ModelFiles, Puller
+from job.inputs.pull import Inputs, ModelFiles, Puller, Sources
 from job.model import base_model, shape
 from job.model.base_model import BaseModel
 from job.runtime.background import Background
@@ -47,9 +47,9 @@ def finished(config: Config, record: Record) -> dict[str, Any] | None:
     if done is None:
         return None
     fingerprint.check(record.run_id, done["fingerprint"], fingerprint.settings(config), allowed=(), finished=True)
-    if not fingerprint.contents_may_change(config):
+    if not fingerprint.contents_may_change(config.allow_change):
         pinned = record.inputs() or {}
-        record.check_inputs(pinned, pull.listing(config, pinned=pinned), added_too=True)
+        record.check_inputs(pinned, pull.listing(Sources.of(config), pinned=pinned), added_too=True)
     return done
 
 
@@ -66,15 +66,15 @@ def fetch_inputs(life: RunContext) -> tuple[Inputs, PendingModel]:
             record.run_id, first["fingerprint"], fingerprint.settings(config), allowed=config.allow_change
         )
     began = record.inputs()
-    pinned = None if fingerprint.contents_may_change(config) else began
+    pinned = None if fingerprint.contents_may_change(config.allow_change) else began
     with life.timeline.span("download"):
-        puller = Puller.of(config, scratch=life.scratch, pinned=pinned, weights=False)
+        puller = Puller.of(Sources.of(config), scratch=life.scratch, pinned=pinned, weights=False)
         small = puller.model(config.model)
         base = _inspected(config, small)
         life.cache.begin(base.config)
-        whole = Puller.of(config, scratch=life.scratch, pinned=pinned)
+        whole = Puller.of(Sources.of(config), scratch=life.scratch, pinned=pinned)
         model = Background(lambda: _pull_model(life, whole), name="model")
-        pulled = puller.rest(config, small, date=began["date"] if began else None)
+        pulled = puller.rest(small, date=began["date"] if began else None)
     if pinned is not None:
         record.check_inputs(pinned, pulled.as_json())
     return pulled, PendingModel(model=model, base=base, pinned=pinned)
