@@ -66,8 +66,8 @@ def run(config: Config) -> None:
         _begin(config, record, attempts, ledger)
         if config.resume == "fresh":
             ledger.fence()
-            ledger.begin_anew()
-            log.warning("run_archived", uri=record.set_aside())
+            ledger.start_over()
+            log.warning("run_archived", uri=record.archive())
         scratch = process.scratch()
         with workspace(scratch, record.run_id) as work:
             life = RunContext(
@@ -79,7 +79,9 @@ def run(config: Config) -> None:
                 scratch=scratch,
                 work=work,
                 timeline=Timeline(),
-                cache=CompileCache(config, scratch=scratch, work=work, saves=here.rank == 0),
+                cache=CompileCache(
+                    config.cache, config.as_variables(), scratch=scratch, work=work, saves=here.rank == 0
+                ),
             )
             _live(life)
 

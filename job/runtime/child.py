@@ -144,6 +144,7 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        self._output.close()
 
 
 class ParentGone(BaseException):
@@ -158,7 +159,7 @@ class Parent:
     """
 
     def __init__(self) -> None:
-        # The pipe to the parent becomes ours alone: whatever libraries print from here on goes to stderr.
+        # Only messages go to the pipe: what libraries print from here on goes to stderr.
         self._output = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._sending = threading.Lock()

@@ -1,9 +1,12 @@
-"""The environment variables that the training libraries read at import, and the environment of child processes."""
+"""The training libraries: the environment variables that they read at import, that of child processes, versions."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -117,3 +120,12 @@ def child_environment(**overrides: str | None) -> dict[str, str]:
     # One by one: another thread may be taking names away, as libraries do when they are imported.
     changed: dict[str, str | None] = {name: os.environ.get(name) for name in list(os.environ)} | _given | overrides
     return {name: value for name, value in changed.items() if value is not None}
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed, read without importing them."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

@@ -17,7 +17,7 @@ from job.state.model_card import Card
 def export(life: RunContext, finetune: Any, base: BaseModel, card: Card, *, directory: Path) -> list[Artifact]:
     """Publish the adapter, and only then, with the adapter safe, whatever else was asked for."""
     record, spans = life.record, life.timeline.span
-    record.sweep()
+    record.remove_unfinished_uploads()
     adapter = directory / "adapter"
     with spans("export"):
         finetune.save_adapter(adapter, base=base)

@@ -28,7 +28,7 @@ def restore(
     restored = checkpoints.restore(life.ledger, life.work / "restored", check=check)
     if restored is None:
         if config.resume == "require":
-            raise checkpoints.none_there(record.uri)
+            raise checkpoints.nothing_to_resume(record.uri)
         return None
     changed = fingerprint.check(record.run_id, restored.body["fingerprint"], mark, allowed=config.allow_change)
     if changed:
@@ -42,8 +42,13 @@ def restore(
 def begin(life: RunContext, pulled: Inputs, mark: dict[str, Any], reproducibility_facts: dict[str, Any]) -> None:
     """Write down what the run is, now that all is checked and the first step is about to begin."""
     config, record = life.config, life.record
-    pinned = record.pin(config, inputs=pulled.as_json(), fingerprint=mark, reproducibility_facts=reproducibility_facts)
-    if not pinned and not fingerprint.contents_may_change(config):
+    pinned = record.pin(
+        settings=config.as_variables(),
+        inputs=pulled.as_json(),
+        fingerprint=mark,
+        reproducibility_facts=reproducibility_facts,
+    )
+    if not pinned and not fingerprint.contents_may_change(config.allow_change):
         record.check_inputs(record.inputs() or {}, pulled.as_json())
 
 

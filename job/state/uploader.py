@@ -138,7 +138,7 @@ class Uploader:
             timeout_seconds: None waits as long as the uploads are patient, and for the deletion of old checkpoints.
 
         Returns:
-            False if the timeout came first.
+            False after the timeout.
 
         Raises:
             JobError: an upload failed for good.
@@ -193,7 +193,7 @@ class Uploader:
                 if self._worker is worker:  # else it was closed
                     self._worker = None
                     self._on_death(status)
-        except Exception as error:  # noqa: BLE001 - whoever waits for the uploads has to learn of it
+        except Exception as error:  # noqa: BLE001 - raised where the uploads are waited for
             self._fail(
                 StorageError(
                     f"The uploads stopped with an unexpected error: {error!r}.",

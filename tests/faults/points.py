@@ -21,7 +21,7 @@ def kill_in_save(name: str, step: int) -> None:
 
         return write
 
-    import job.tuning.checkpoint
+    import job.tuning.checkpoint_files
 
     torch.save = broken(torch.save, 1)
     job.tuning.checkpoint_files.save_file = broken(safetensors.torch.save_file, 1)

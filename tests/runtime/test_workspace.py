@@ -11,7 +11,7 @@ from tests.jobs import ROOT
 HOLD = """
 import sys
 from pathlib import Path
-from job.workspace import workspace
+from job.runtime.workspace import workspace
 with workspace(Path(sys.argv[1]), "run") as work:
     (work / "weights").write_bytes(b"0" * 1000)
     print(work, flush=True)
