@@ -41,7 +41,7 @@ CLIENTS = ("ours", "aws s3 cp", "s5cmd")
 OURS = """
 import sys
 from pathlib import Path
-from job.storage.store import open_store
+from job.storage.open import open_store
 direction, uri, path = sys.argv[1:]
 store = open_store(uri)
 if direction == "up":

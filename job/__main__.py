@@ -110,11 +110,8 @@ def _report(error: BaseException) -> int:
         ended = error
         problems = {"problems": list(error.problems)} if isinstance(error, ConfigError) and error.problems else {}
         log.error("run_failed", **termination.facts(error), **problems)
-    elif (known := errors.known(error)) is not None:
-        ended = known
-        log.error("run_failed", **termination.facts(ended), exc_info=error)
     else:
-        ended = JobError(f"{type(error).__name__}: {error}", remedy="The log has the traceback.")
+        ended = errors.as_job_error(error)
         log.error("run_failed", **termination.facts(ended), exc_info=error)
     termination.write(ended)
     return ended.exit_code

@@ -33,8 +33,8 @@ def main(asked: argparse.Namespace, scratch: Path) -> None:
     loaded = None
     for number, weights in enumerate(asked.weights):
         config = _config(asked, rows, scratch, weights)
-        puller = pull.Puller.of(config, scratch=scratch, pinned=None)
-        pulled = puller.rest(config, puller.model(config.model), date=None)
+        puller = pull.Puller.of(pull.Sources.of(config), scratch=scratch, pinned=None)
+        pulled = puller.rest(puller.model(config.model), date=None)
         data = render(config, pulled, read(config, pulled), directory=scratch / f"data-{number}")
         if loaded is None:
             base = base_model.inspect(pulled.model, name=config.model)

@@ -43,8 +43,8 @@ def main(asked: argparse.Namespace, scratch: Path) -> None:
         lora_r=4,
         samples=0,
     )
-    puller = pull.Puller.of(config, scratch=scratch, pinned=None)
-    pulled = puller.rest(config, puller.model(config.model), date=None)
+    puller = pull.Puller.of(pull.Sources.of(config), scratch=scratch, pinned=None)
+    pulled = puller.rest(puller.model(config.model), date=None)
     data = render(config, pulled, read(config, pulled), directory=scratch / "data")
     base = base_model.inspect(pulled.model, name=config.model)
     for limit in asked.limits:

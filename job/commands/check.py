@@ -26,7 +26,7 @@ from job.config.schema import Config
 from job.data.prepare import Data, Examples, judge, read, render
 from job.data.tokenizer import load
 from job.inputs import pull
-from job.inputs.pull import Inputs, Puller
+from job.inputs.pull import Inputs, Puller, Sources
 from job.model import base_model, shape
 from job.model.base_model import BaseModel
 from job.model.memory import Estimate
@@ -87,11 +87,9 @@ class Checked:
             self.add(check, InterruptedError(f"{stop.signal_name} asked the run to stop.", remedy="Start it again."))
             raise
         except Exception as error:
-            ended = errors.known(error)
-            if ended is None:
+            if errors.known(error) is None:
                 log.exception("check_failed", check=check)
-                ended = JobError(f"{type(error).__name__}: {error}", remedy="The log has the traceback.")
-            self.add(check, ended)
+            self.add(check, errors.as_job_error(error))
 
     def add(self, check: str, error: JobError) -> None:
         """Note a problem."""
@@ -167,7 +165,7 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
         config = dataclasses.replace(config, storage_patience_minutes=PATIENCE_SPENT_SECONDS / 60)
     before = len(checked.problems)
     pulled = _pull(checked, config, scratch, began)
-    if began and len(checked.problems) == before and not fingerprint.contents_may_change(config):
+    if began and len(checked.problems) == before and not fingerprint.contents_may_change(config.allow_change):
         with checked.collecting("inputs"):
             record.check_inputs(began, pulled.as_json())
     with checked.collecting("dataset"):
@@ -216,7 +214,7 @@ def _begun(checked: Checked, config: Config, record: Record) -> dict[str, Any] |
         settings = fingerprint.settings(config)
         fingerprint.check(record.run_id, first["fingerprint"], settings, allowed=config.allow_change)
     if config.resume == "require" and not _may_resume(record):
-        raise checkpoints.none_there(record.uri)
+        raise checkpoints.nothing_to_resume(record.uri)
     return record.inputs() if first else None
 
 
@@ -228,8 +226,8 @@ def _may_resume(record: Record) -> bool:
 
 def _pull(checked: Checked, config: Config, scratch: Path, began: dict[str, Any] | None) -> Inputs:
     """Bring the inputs here, each as far as it can be had: what is missing is empty."""
-    pinned = None if fingerprint.contents_may_change(config) else began
-    puller = Puller.of(config, scratch=scratch, pinned=pinned, weights=False)
+    pinned = None if fingerprint.contents_may_change(config.allow_change) else began
+    puller = Puller.of(Sources.of(config), scratch=scratch, pinned=pinned, weights=False)
     pulled = Inputs(
         model=scratch,
         model_files=(),

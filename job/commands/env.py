@@ -66,7 +66,7 @@ def facts() -> dict[str, Any]:
     return {
         "job": _job(given),
         "python": f"{platform.python_version()} {sys.executable}",
-        "packages": libraries.installed(PACKAGES),
+        "packages": libraries.installed_versions(PACKAGES),
         "system": _system(given),
         "gpu": _gpu(),
         "scratch": _scratch(),

@@ -1,4 +1,4 @@
-"""Models, datasets and templates brought to this disk, from S3, a hub or a folder; and what exactly was read.
+"""Models, datasets and templates -> files on this disk, from S3, a hub or a directory; and which versions were read.
 
 Knows places, not contents.
 """

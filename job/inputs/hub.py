@@ -1,28 +1,53 @@
 """Models and datasets from the Hugging Face Hub, or what `HF_ENDPOINT` names instead.
 
-The process that trains is offline, so a child process (`hub_download`) does the work, in the environment that the
-user gave.
+The process that trains is offline, so another one (`job.inputs.hub_worker`) downloads, in the environment that the user
+gave. The messages between the two are defined here.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
-import subprocess
-import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import structlog
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from job.inputs.hub_files import Request
 from job.runtime import libraries
-from job.runtime.errors import AccessDeniedError, ConfigError, DataError, JobError, StorageError
+from job.runtime.child import Child, Failed, Message
+from job.runtime.errors import ConfigError, StorageError
 
 _NAME = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^:@]+))?(:(?P<split>[\w.-]+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Message):
+    """What to download, and where to."""
+
+    kind: str
+    """`model` or `dataset`."""
+    repo: str
+    revision: str | None
+    split: str | None
+    directory: str
+    weights: bool = True
+    """False asks for stubs with the headers of the weights (`job.inputs.safetensors_stub`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Downloaded(Message):
+    """The worker's answer: where the files are."""
+
+    path: str
+    commit: str
+    files: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unreachable(Message):
+    """The worker's answer when the hub does not respond, or not now: another try may help."""
+
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +64,7 @@ class HubFetched:
 
 
 class _UnreachableError(Exception):
-    """The hub does not answer, or not now."""
+    """The hub does not respond, or not now."""
 
 
 def fetch_model(name: str, directory: Path, *, patience_seconds: float = 3600.0, weights: bool = True) -> HubFetched:
@@ -47,16 +72,16 @@ def fetch_model(name: str, directory: Path, *, patience_seconds: float = 3600.0,
 
     Args:
         name: `org/name` or `org/name@revision`.
-        directory: where to; what is there already is not fetched again.
-        patience_seconds: how long an outage is waited for.
-        weights: False brings stubs with the headers and sizes of the weights.
+        directory: where to; files that are already there are not downloaded again.
+        patience_seconds: how long an outage is retried.
+        weights: False downloads stubs with the headers and sizes of the weights.
 
     Raises:
         DataError: no such repository or revision, or no safetensors in it.
-        AccessDeniedError: gated or private, and the token does not open it.
+        AccessDeniedError: gated or private, and the token does not give access.
         StorageError: unreachable past the patience, or offline.
     """
-    return _fetch(replace(_request("model", name, directory), weights=weights), patience_seconds)
+    return _fetch(_request("model", name, directory, weights=weights), patience_seconds)
 
 
 def fetch_dataset(uri: str, directory: Path, *, patience_seconds: float = 3600.0) -> HubFetched:
@@ -64,26 +89,32 @@ def fetch_dataset(uri: str, directory: Path, *, patience_seconds: float = 3600.0
 
     Args:
         uri: `hf://datasets/org/name[@revision][:split]`. Without a split: the only one there is, else `train`.
-        directory: where to; what is there already is not fetched again.
-        patience_seconds: how long an outage is waited for.
+        directory: where to; files that are already there are not downloaded again.
+        patience_seconds: how long an outage is retried.
 
     Raises:
         DataError: no such repository, revision or split, or it is not clear which files are meant.
-        AccessDeniedError: gated or private, and the token does not open it.
+        AccessDeniedError: gated or private, and the token does not give access.
         StorageError: unreachable past the patience, or offline.
     """
     return _fetch(_request("dataset", uri.removeprefix("hf://datasets/"), directory), patience_seconds)
 
 
-def _request(kind: str, name: str, directory: Path) -> Request:
+def _request(kind: str, name: str, directory: Path, *, weights: bool = True) -> Request:
     found = _NAME.fullmatch(name)
     if found is None or (kind == "model" and found["split"]):
         raise ConfigError(
-            f"{name!r} is no name of a {kind} on the hub.",
+            f"{name!r} is not the name of a {kind} on the hub.",
             remedy="Use org/name or org/name@revision; for a dataset :split may follow.",
         )
-    place = str(directory.absolute())
-    return Request(kind=kind, repo=found["repo"], revision=found["revision"], split=found["split"], directory=place)
+    return Request(
+        kind=kind,
+        repo=found["repo"],
+        revision=found["revision"],
+        split=found["split"],
+        directory=str(directory.absolute()),
+        weights=weights,
+    )
 
 
 def _fetch(request: Request, patience_seconds: float) -> HubFetched:
@@ -106,7 +137,7 @@ def _fetch(request: Request, patience_seconds: float) -> HubFetched:
         reraise=True,
     )
     try:
-        return retrying(_run_child, request)
+        return retrying(_download, request)
     except _UnreachableError as error:
         raise StorageError(
             f"The hub could not be reached for {patience_seconds:.0f} s to read {request.repo}: {error}.",
@@ -114,42 +145,18 @@ def _fetch(request: Request, patience_seconds: float) -> HubFetched:
         ) from error
 
 
-def _run_child(request: Request) -> HubFetched:
-    child = subprocess.Popen(
-        [sys.executable, "-m", "job.inputs.hub_worker", json.dumps(asdict(request))],
-        cwd=Path(__file__).parents[2],
-        env=libraries.child_environment(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_TELEMETRY="1"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        outcome = _listen(child)
-    finally:
-        child.kill()
-        child.communicate()
-    return _understood(outcome, child.returncode)
-
-
-def _listen(child: subprocess.Popen[str]) -> dict[str, Any]:
-    outcome: dict[str, Any] = {}
-    for line in child.stdout or ():
-        with contextlib.suppress(ValueError):
-            outcome = json.loads(line)
-        if progress := outcome.get("progress"):
-            structlog.get_logger().info("transfer_progress", **progress)
-    child.wait()
-    return outcome
-
-
-def _understood(outcome: dict[str, Any], status: int) -> HubFetched:
-    if fetched := outcome.get("fetched"):
-        return HubFetched(
-            path=Path(fetched["path"]), name=fetched["name"], commit=fetched["commit"], files=tuple(fetched["files"])
-        )
-    message = outcome.get("message", f"the process that downloads ended with status {status}")
-    remedy = outcome.get("remedy", "")
-    kinds: dict[str, type[JobError]] = {"data": DataError, "denied": AccessDeniedError, "storage": StorageError}
-    if outcome.get("kind") in kinds:
-        raise kinds[outcome["kind"]](message, remedy=remedy)
-    raise _UnreachableError(message)
+def _download(request: Request) -> HubFetched:
+    """One try, in a process that ends with it."""
+    environment = libraries.child_environment(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_TELEMETRY="1")
+    answers = (Downloaded, Failed, Unreachable)
+    with Child("job.inputs.hub_worker", environment=environment, receives=answers) as worker:
+        worker.send(request)
+        match next(iter(worker), None):
+            case Downloaded(path=path, commit=commit, files=files):
+                return HubFetched(path=Path(path), name=request.repo, commit=commit, files=tuple(files))
+            case Failed() as failed:
+                raise failed.error()
+            case Unreachable(reason=reason):
+                raise _UnreachableError(reason)
+            case _:
+                raise _UnreachableError(f"the process that downloads ended with status {worker.wait()}")

@@ -1,18 +1,21 @@
-"""What is asked of the hub, and which files of a repository are meant: safetensors, the files of one split."""
+"""Which files of a hub repository are meant: a model's safetensors and configuration, the data files of one split.
+
+Knows names and the README's header; downloads nothing.
+"""
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
+from huggingface_hub import DatasetCard
+from huggingface_hub.utils import filter_repo_objects
 
 from job.runtime.errors import DataError
 
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*")
-_NOT_MODEL_FILES = ("consolidated*.safetensors", "*/*.safetensors", "*.bin.index.json")
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*"]
+_NOT_MODEL_FILES = ["consolidated*.safetensors", "*/*.safetensors", "*.bin.index.json"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DATA_FILE = re.compile(r"\.(?P<kind>jsonl?|csv|parquet)(\.(gz|zst))?$")
 _NOT_DATA_FILES = re.compile(r"(^|/)(dataset_infos?|dataset_dict|state|config)\.json$|(^|/)\.")
@@ -24,28 +27,14 @@ _SPLITS = {
 _LISTED = 12
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to download, and where to."""
-
-    kind: str
-    """`model` or `dataset`."""
-    repo: str
-    revision: str | None
-    split: str | None
-    directory: str
-    weights: bool = True
-    """False asks for stubs with the headers of the weights (`job.inputs.safetensors_stub`)."""
-
-
 def model_files(repo: str, names: list[str]) -> list[str]:
     """The files that loading a model needs: safetensors, configuration, tokenizer, templates.
 
     Raises:
-        DataError: there are no safetensors; pickles are named.
+        DataError: there are no safetensors; pickles are listed.
     """
-    files = [name for name in names if _matches(name, MODEL_FILES) and not _matches(name, _NOT_MODEL_FILES)]
-    files = [name for name in files if "/" not in name or name.startswith("additional_chat_templates/")]
+    chosen = filter_repo_objects(names, allow_patterns=MODEL_FILES, ignore_patterns=_NOT_MODEL_FILES)
+    files = [name for name in chosen if "/" not in name or name.startswith("additional_chat_templates/")]
     if any(name.endswith(".safetensors") for name in files):
         return files
     pickles = [name for name in names if name.endswith(_PICKLES)]
@@ -55,10 +44,6 @@ def model_files(repo: str, names: list[str]) -> list[str]:
             remedy="Choose a repository with safetensors, or convert it.",
         )
     raise DataError(f"{repo} has no weights as safetensors. It has: {_list(names)}.", remedy="Correct the name.")
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def data_files(repo: str, split: str | None, names: list[str], readme: str) -> list[str]:
@@ -101,9 +86,7 @@ def _split(repo: str, asked: str | None, splits: dict[str, list[str]]) -> str:
 
 def _declared_splits(repo: str, readme: str, data: list[str]) -> dict[str, list[str]]:
     """The `data_files` of the default configuration in the README's header; empty when it declares none."""
-    header = re.match(r"\s*---\s*\n(.*?)\n---", readme, re.DOTALL)
-    configs = (yaml.safe_load(header[1]) or {}).get("configs", []) if header else []
-    configs = [config for config in configs if config.get("data_files")]
+    configs = [config for config in _configs(repo, readme) if config.get("data_files")]
     if len(configs) > 1:
         default = [config for config in configs if config.get("default") or config.get("config_name") == "default"]
         configs = default[:1] or _ambiguous(repo, [str(config.get("config_name")) for config in configs])
@@ -113,6 +96,18 @@ def _declared_splits(repo: str, readme: str, data: list[str]) -> dict[str, list[
             found = [name for name in data if _globbed(name, pattern)]
             splits[split] = list(dict.fromkeys(splits.get(split, []) + found))
     return {split: files for split, files in splits.items() if files}
+
+
+def _configs(repo: str, readme: str) -> list[dict[str, Any]]:
+    if not readme.lstrip().startswith("---"):
+        return []
+    try:
+        return DatasetCard(readme).data.get("configs") or []
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise DataError(
+            f"The header of README.md in {repo} is not valid: {' '.join(str(error).split())}.",
+            remedy="Correct it, or copy the files that are meant to S3 or a directory.",
+        ) from None
 
 
 def _ambiguous(repo: str, names: list[str]) -> NoReturn:
@@ -134,6 +129,7 @@ def _patterns(declared: Any) -> list[tuple[str, str]]:
 
 
 def _globbed(name: str, pattern: str) -> bool:
+    """Whether a path matches, as the hub does it: `*` stays within one directory, unlike in `fnmatch`."""
     parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
     regex = "".join(
         {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(part, re.escape(part)) for part in parts

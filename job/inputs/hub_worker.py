@@ -1,6 +1,6 @@
-"""The process that downloads from the hub: a request as its argument, lines of JSON out, the last one the outcome.
+"""The process that downloads from the hub, at the request of `job.inputs.hub`: one request, one answer.
 
-It is online where the user may be, and ends when its standard input closes: it does not outlive its parent.
+It is online where the user may be, and ends with its parent.
 """
 
 from __future__ import annotations
@@ -8,73 +8,62 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
-import json
-import os
-import shutil
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, get_token, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from job.inputs import safetensors_stub
-from job.inputs.hub_files import MODEL_FILES, Request, data_files, model_files
-from job.runtime.errors import JobError, StorageError
+from job.inputs.hub import Downloaded, Request, Unreachable
+from job.inputs.hub_files import MODEL_FILES, data_files, model_files
+from job.runtime.child import Failed, Message, Parent, serve
+from job.runtime.errors import AccessDeniedError, DataError, JobError, StorageError, known
+from job.storage.disk import require_free
+from job.storage.progress import Progress
 
-PROGRESS_SECONDS = 5.0
+POLL_SECONDS = 1.0
 
 
-def _main() -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    request = Request(**json.loads(sys.argv[1]))
+def program(parent: Parent) -> None:
+    """Answer one request."""
+    request = parent.receive(Request)
     try:
-        outcome: dict[str, Any] = {"fetched": _download(request)}
-    except JobError as error:
-        outcome = {"kind": error.kind, "message": error.message, "remedy": error.remedy}
+        answer: Message = _download(request)
     except Exception as error:  # noqa: BLE001 - the parent decides
-        outcome = _explained(request, error)
-    _say(outcome)
+        failure = known(error) or _failure(request, error)
+        answer = Failed.of(failure) if failure else Unreachable(reason=f"{type(error).__name__}: {error}"[:500])
+    parent.send(answer)
 
 
-def _end_with_parent() -> None:
-    while os.read(0, 1):
-        pass
-    os._exit(1)
-
-
-def _say(line: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
-
-
-def _download(request: Request) -> dict[str, Any]:
-    kind, repo, directory = request.kind, request.repo, request.directory
+def _download(request: Request) -> Downloaded:
+    kind, repo, directory = request.kind, request.repo, Path(request.directory)
     if constants.HF_HUB_OFFLINE:
         return _from_cache(request)
     info = HfApi().repo_info(repo, repo_type=kind, revision=request.revision, files_metadata=True)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
     files = model_files(repo, list(sizes)) if kind == "model" else _dataset_files(request, info.sha, list(sizes))
-    skimmed = [] if request.weights else [name for name in files if name.endswith(safetensors_stub.SUFFIX)]
-    whole = [name for name in files if name not in skimmed]
-    _require_free(directory, sum(sizes[name] for name in whole))
-    for name in skimmed:
-        safetensors_stub.write_stub(Path(directory, name), sizes[name], functools.partial(_start, repo, info.sha, name))
-    with _progress(request, whole, sum(sizes[name] for name in whole)):
-        # The names are escaped because they are patterns here; the commit spares another look at the branch.
-        patterns = [glob.escape(name) for name in whole]
+    stubs = [] if request.weights else [name for name in files if name.endswith(safetensors_stub.SUFFIX)]
+    complete = [name for name in files if name not in stubs]
+    total = sum(sizes[name] for name in complete)
+    directory.mkdir(parents=True, exist_ok=True)
+    require_free(directory, total)
+    for name in stubs:
+        read = functools.partial(_read_start, repo, info.sha, name)
+        safetensors_stub.write_stub(directory / name, sizes[name], read)
+    with _progress(request, complete, total):
+        # Escaped, because the names are patterns here. The commit, so that the branch is not looked up again.
+        patterns = [glob.escape(name) for name in complete]
         snapshot_download(repo, repo_type=kind, revision=info.sha, local_dir=directory, allow_patterns=patterns)
     for name in files:
-        if not Path(directory, name).is_file() or Path(directory, name).stat().st_size != sizes[name]:
-            raise StorageError(f"{repo}: {name} did not arrive whole.", remedy="Run again.")
-    return {"path": directory, "name": repo, "commit": info.sha, "files": sorted(files)}
+        if not (directory / name).is_file() or (directory / name).stat().st_size != sizes[name]:
+            raise StorageError(f"{repo}: {name} was not downloaded completely.", remedy="Run again.")
+    return Downloaded(path=str(directory), commit=info.sha, files=sorted(files))
 
 
-def _start(repo: str, commit: str, name: str, size: int) -> bytes:
-    """The first bytes of a file; no more than those, also from a server that knows no ranges."""
+def _read_start(repo: str, commit: str, name: str, size: int) -> bytes:
+    """The first bytes of a file; no more than those, also from a server that ignores ranges."""
     request = {"Range": f"bytes=0-{size - 1}", **build_hf_headers()}
     url = hf_hub_url(repo, name, revision=commit)
     found = b""
@@ -87,8 +76,8 @@ def _start(repo: str, commit: str, name: str, size: int) -> bytes:
     return found[:size]
 
 
-def _from_cache(request: Request) -> dict[str, Any]:
-    """What the user's own cache holds: `HF_HUB_OFFLINE` was set by the user."""
+def _from_cache(request: Request) -> Downloaded:
+    """The files in the user's own cache: `HF_HUB_OFFLINE` was set by the user."""
     patterns = list(MODEL_FILES) if request.kind == "model" else None
     try:
         place = Path(
@@ -105,38 +94,22 @@ def _from_cache(request: Request) -> dict[str, Any]:
     else:
         readme = place / "README.md"
         files = data_files(request.repo, request.split, names, _text(readme) if readme.is_file() else "")
-    return {"path": str(place), "name": request.repo, "commit": place.name, "files": sorted(files)}
-
-
-def _require_free(directory: str, size: int) -> None:
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    if size > shutil.disk_usage(directory).free:
-        raise StorageError(f"{size} bytes do not fit into {directory}.", remedy="Give that volume more space.")
+    return Downloaded(path=str(place), commit=place.name, files=sorted(files))
 
 
 @contextlib.contextmanager
 def _progress(request: Request, files: list[str], total: int) -> Iterator[None]:
-    """Tell every few seconds how much has await_model, finished or not."""
-    over, start = threading.Event(), time.monotonic()
+    """Report every few seconds how much has been downloaded, counting files that are not complete yet."""
+    over, progress = threading.Event(), Progress(f"hf://{request.kind}s/{request.repo}", "download", total)
 
-    def tell() -> None:
-        while not over.wait(PROGRESS_SECONDS):
+    def count() -> None:
+        counted = 0
+        while not over.wait(POLL_SECONDS):
             done = min(total, _bytes_below(Path(request.directory), files))
-            speed = done / (time.monotonic() - start)
-            _say(
-                {
-                    "progress": {
-                        "uri": f"hf://{request.kind}s/{request.repo}",
-                        "direction": "download",
-                        "bytes_done": done,
-                        "bytes_total": total,
-                        "bytes_per_second": round(speed),
-                        "eta_seconds": round((total - done) / speed, 1) if speed else None,
-                    }
-                }
-            )
+            progress.add(done - counted)
+            counted = done
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=count, daemon=True)
     thread.start()
     try:
         yield
@@ -168,26 +141,30 @@ def _text(path: str | Path) -> str:
     return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
-def _explained(request: Request, error: Exception) -> dict[str, Any]:
+def _failure(request: Request, error: Exception) -> JobError | None:
+    """What the hub's answer means; None where it may be another one soon."""
     page = f"{constants.ENDPOINT}/{'datasets/' if request.kind == 'dataset' else ''}{request.repo}"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    told = f"{request.repo} at {page}"
+    where = f"{request.repo} at {page}"
     if isinstance(error, errors.GatedRepoError):
-        return _denied(f"{told} is gated (HTTP {status})", f"Accept its licence at {page} with the token's account")
+        return AccessDeniedError(
+            f"{where} is gated (HTTP {status}). {_token()}",
+            remedy=f"Accept its licence at {page} with the token's account, or set HF_TOKEN to one that has access.",
+        )
     if isinstance(error, errors.RevisionNotFoundError):
-        message = f"{request.repo} has no revision {request.revision!r}."
-        return {"kind": "data", "message": message, "remedy": f"Look at {page}/tree/main."}
+        return DataError(
+            f"{request.repo} has no revision {request.revision!r}.", remedy=f"{page}/tree/main shows those it has."
+        )
     if status in {401, 403} or isinstance(error, errors.DisabledRepoError):
-        return _denied(f"{told} was refused (HTTP {status}): it does not exist or is private", "Correct its name")
+        return AccessDeniedError(
+            f"{where} was denied (HTTP {status}): it does not exist or is private. {_token()}",
+            remedy="Correct its name, or set HF_TOKEN to one that has access.",
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return {"kind": "data", "message": f"{told} does not exist. {_token()}", "remedy": "Correct its name."}
+        return DataError(f"{where} does not exist. {_token()}", remedy="Correct its name.")
     if isinstance(error, errors.HFValidationError):
-        return {"kind": "data", "message": f"{told}: {error}.", "remedy": "Correct its name."}
-    return {"kind": "unreachable", "message": f"{type(error).__name__}: {error}"[:500]}
-
-
-def _denied(what: str, remedy: str) -> dict[str, str]:
-    return {"kind": "denied", "message": f"{what}. {_token()}", "remedy": f"{remedy}, or set HF_TOKEN to one."}
+        return DataError(f"{where} does not have a valid name: {error}.", remedy="Correct its name.")
+    return None
 
 
 def _token() -> str:
@@ -202,4 +179,4 @@ def _token() -> str:
 
 
 if __name__ == "__main__":
-    _main()
+    serve(program)

@@ -1,5 +1,7 @@
-"""Configuration -> local files: the base model, the data and the template, from wherever they are, and what exactly
-was read. Knows places, not contents."""
+"""Sources -> local files: the base model, the data and the template, and which versions of them were read.
+
+Knows places, not contents.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,32 @@ from job.config.schema import HUB_NAME, Config
 from job.inputs import hub, safetensors_stub
 from job.runtime.errors import DataError
 from job.runtime.hashing import sha256
-from job.storage.fetch import Fetched, fetch, look
+from job.storage.fetch import Fetched, fetch, list_objects
 
 MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
 NAMED_TEMPLATE = ("s3://", "/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where a run's inputs are, as its settings name them, and how long an outage is retried."""
+
+    model: str
+    dataset: tuple[str, ...]
+    eval_dataset: tuple[str, ...]
+    chat_template: str
+    patience_seconds: float
+
+    @classmethod
+    def of(cls, config: Config) -> Sources:
+        """Those of a run."""
+        return cls(
+            model=config.model,
+            dataset=config.dataset,
+            eval_dataset=config.eval_dataset,
+            chat_template=config.chat_template,
+            patience_seconds=config.storage_patience_minutes * 60,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +57,16 @@ class File:
     etag: str | None
     version: str | None
     named: bool
-    """Whether the user named this very file, rather than a place that holds it."""
+    """Whether the user named this file itself, rather than a directory or prefix."""
 
     def as_json(self) -> dict[str, Any]:
-        """For `inputs.json`: what identifies the content, not where it was put."""
+        """For `inputs.json`: what identifies the content, not the local path."""
         return {"name": self.name, "size": self.size, "etag": self.etag, "version": self.version}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """The base model, as it was pulled."""
+    """The base model on this disk."""
 
     path: Path
     """A directory with a neutral name."""
@@ -53,7 +77,7 @@ class ModelFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """All that a run reads."""
+    """Everything that a run reads."""
 
     model: Path
     """A directory with a neutral name: Unsloth decides by parts of the path."""
@@ -85,19 +109,19 @@ def day(date: str | None) -> datetime.date:
     return datetime.date.fromisoformat(date) if date else datetime.datetime.now(datetime.UTC).date()
 
 
-def listing(config: Config, *, pinned: dict[str, Any]) -> dict[str, Any]:
+def listing(sources: Sources, *, pinned: dict[str, Any]) -> dict[str, Any]:
     """The body that `inputs.json` would have now, without downloading anything.
 
     Args:
-        pinned: `inputs.json` of the run; what came from the hub is taken from it, since a commit never changes.
+        sources: what to list.
+        pinned: `inputs.json` of the run; files from the hub are taken from it, since a commit never changes.
     """
-    patience = config.storage_patience_minutes * 60
-    template = [config.chat_template] if config.chat_template.startswith(NAMED_TEMPLATE) else []
+    template = [sources.chat_template] if sources.chat_template.startswith(NAMED_TEMPLATE) else []
     files = [file for file in pinned.get("files", []) if not file["name"].startswith(NAMED_TEMPLATE)]
-    uris = dict.fromkeys((*config.dataset, *config.eval_dataset, *template)) | {config.model: _is_model_file}
+    uris = dict.fromkeys((*sources.dataset, *sources.eval_dataset, *template)) | {sources.model: _is_model_file}
     for uri, wanted in uris.items():
         if uri.startswith(NAMED_TEMPLATE):
-            found = look(uri, patience_seconds=patience, wanted=wanted)
+            found = list_objects(uri, patience_seconds=sources.patience_seconds, wanted=wanted)
             files += [
                 {
                     "name": name,
@@ -111,8 +135,8 @@ def listing(config: Config, *, pinned: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identity(name: str, etag: str | None, path: Path | None) -> str | None:
-    """What tells a file's content from another's: the store's ETag, or the SHA-256 of a data file on this disk. The
-    time of change would not do: a volume that is filled anew for every pod has other times and the same content."""
+    """What distinguishes a file's content: the store's ETag, or the SHA-256 of a data file on this disk. Its time does
+    not: a volume that is filled for every pod has other times and the same content."""
     if not name.startswith("/"):
         return etag
     return None if path is None else f"sha256:{sha256(path)}"
@@ -128,43 +152,50 @@ def _is_small_model_file(key: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Puller:
-    """Brings one kind of input after the other to this disk.
+    """Downloads inputs, one kind after the other. What is on this disk already is used again.
 
     Each method may raise DataError (something is missing), AccessDeniedError (credentials or a licence) and
     StorageError (unreachable past the patience, or the disk is full).
     """
 
+    sources: Sources
     directory: Path
-    patience_seconds: float
     names: frozenset[str] | None
-    """What an earlier attempt read; None for the first."""
+    """The only files to read, by full name; None for all."""
     weights: bool
-    """False leaves stubs in the place of remote weights, with their headers and sizes."""
+    """False makes stubs of remote weights, with their headers and sizes."""
 
     @classmethod
-    def of(cls, config: Config, *, scratch: Path, pinned: dict[str, Any] | None, weights: bool = True) -> Puller:
-        """Args: scratch: where downloads are kept and found again. pinned: `inputs.json` of an earlier attempt, exactly
-        whose files are read."""
+    def of(cls, sources: Sources, *, scratch: Path, pinned: dict[str, Any] | None, weights: bool = True) -> Puller:
+        """A puller of these sources.
+
+        Args:
+            sources: what to read.
+            scratch: the directory above the downloads.
+            pinned: `inputs.json` of an earlier attempt, whose files alone are read.
+            weights: see the class.
+        """
         return cls(
+            sources=sources,
             directory=scratch / "inputs",
-            patience_seconds=config.storage_patience_minutes * 60,
             names=None if pinned is None else frozenset(file["name"] for file in pinned["files"]),
             weights=weights,
         )
 
-    def rest(self, config: Config, model: ModelFiles, *, date: str | None) -> Inputs:
-        """The data and the template, to go with a model.
+    def rest(self, model: ModelFiles, *, date: str | None) -> Inputs:
+        """All inputs: the data and the template, together with a model that has been downloaded.
 
         Args:
+            model: what `model` returned.
             date: of the run's first attempt (ISO 8601); today where None.
         """
-        text, template_files = self.template(config.chat_template)
+        text, template_files = self.template(self.sources.chat_template)
         return Inputs(
             model=model.path,
             model_files=model.files,
             model_revision=model.revision,
-            dataset=self.data(config.dataset),
-            eval_dataset=self.data(config.eval_dataset),
+            dataset=self.data(self.sources.dataset),
+            eval_dataset=self.data(self.sources.eval_dataset),
             template_text=text,
             template_files=template_files,
             date=day(date),
@@ -174,33 +205,35 @@ class Puller:
         """The base model."""
         place = self._place(name if self.weights else f"{name} without weights")
         if HUB_NAME.fullmatch(name):
-            found = hub.fetch_model(name, place, patience_seconds=self.patience_seconds, weights=self.weights)
+            patience = self.sources.patience_seconds
+            found = hub.fetch_model(name, place, patience_seconds=patience, weights=self.weights)
             return ModelFiles(path=found.path, files=_hub_files(found), revision=found.commit)
         files = self._fetch(name, place, wanted=_is_model_file if self.weights else _is_small_model_file)
         if not self.weights:
-            files += safetensors_stub.fetch_headers(name, place, patience_seconds=self.patience_seconds)
+            files += safetensors_stub.fetch_headers(name, place, patience_seconds=self.sources.patience_seconds)
         if not name.startswith("s3://"):
             place.parent.mkdir(parents=True, exist_ok=True)
             link = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
             link.symlink_to(name)
-            link.replace(place)  # at once: another run may be reading through it
+            link.replace(place)  # atomically: another run may be reading through it
         read = (_file(file, named=False) for file in files)
         identified = tuple(dataclasses.replace(f, etag=_identity(f.name, f.etag, None)) for f in read)
         return ModelFiles(path=place, files=identified, revision=None)
 
     def template(self, name: str) -> tuple[str | None, tuple[File, ...]]:
-        """The text of a chat template that is a file, and the file; None for any other."""
+        """The text of a chat template that is a file, and the file; None for one that has a name."""
         if not name.startswith(NAMED_TEMPLATE):
             return None, ()
         files = self.data([name])
         return _text(files[0]), files
 
     def data(self, uris: Sequence[str]) -> tuple[File, ...]:
-        """The files of all these places."""
+        """All files of these places."""
         found: list[File] = []
         for uri in uris:
             if uri.startswith("hf://"):
-                found += _hub_files(hub.fetch_dataset(uri, self._place(uri), patience_seconds=self.patience_seconds))
+                patience = self.sources.patience_seconds
+                found += _hub_files(hub.fetch_dataset(uri, self._place(uri), patience_seconds=patience))
             else:
                 found += [
                     dataclasses.replace(_file(f, named=f.name == uri), etag=_identity(f.name, f.etag, f.path))
@@ -209,7 +242,7 @@ class Puller:
         return tuple(found)
 
     def _fetch(self, uri: str, place: Path, **options: Any) -> list[Fetched]:
-        return fetch(uri, place, patience_seconds=self.patience_seconds, names=self.names, **options)
+        return fetch(uri, place, patience_seconds=self.sources.patience_seconds, names=self.names, **options)
 
     def _place(self, uri: str) -> Path:
         return self.directory / hashlib.sha256(uri.encode()).hexdigest()[:16]

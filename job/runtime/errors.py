@@ -115,7 +115,7 @@ KINDS: tuple[type[JobError], ...] = (
 
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def known(error: BaseException) -> JobError | None:
@@ -126,11 +126,16 @@ def known(error: BaseException) -> JobError | None:
     # safetensors reports the system's error in words only.
     if number in NO_SPACE or any(f"os error {code}" in str(error) for code in NO_SPACE):
         return StorageError(f"The disk is full: {error}.", remedy="Give the scratch directory (TMPDIR) more room.")
-    if number in REFUSED:
+    if number in NO_ACCESS:
         return AccessDeniedError(f"A file is not accessible: {error}.", remedy="Fix its owner or mode.")
     if isinstance(error, MemoryError):
         return PermanentError("The machine ran out of memory.", remedy="Give the job more memory.")
     return None
+
+
+def as_job_error(error: BaseException) -> JobError:
+    """What to report of an error: of a known kind, or an unexpected one of kind `unknown`."""
+    return known(error) or JobError(f"{type(error).__name__}: {error}", remedy="The log has the traceback.")
 
 
 class StopRequested(BaseException):

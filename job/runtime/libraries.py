@@ -1,7 +1,5 @@
-"""The environment variables that the training libraries read at import, and the environment of child processes.
-
-It imports none of these libraries.
-"""
+"""The training libraries, none of which it imports: the environment variables that they read at import, that of child
+processes, and their versions."""
 
 from __future__ import annotations
 
@@ -147,8 +145,8 @@ def child_environment(**overrides: str | None) -> dict[str, str]:
     return {name: value for name, value in changed.items() if value is not None}
 
 
-def installed(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of those packages that are installed, without importing them."""
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed, read without importing them."""
     found = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):

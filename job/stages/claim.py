@@ -10,6 +10,7 @@ import structlog
 
 from job.config.schema import Config
 from job.inputs import pull
+from job.inputs.pull import Sources
 from job.observability import logs
 from job.observability.timeline import Timeline
 from job.runtime import process, signals
@@ -74,9 +75,9 @@ def finished(config: Config, record: Record) -> dict[str, Any] | None:
     if done is None:
         return None
     fingerprint.check(record.run_id, done["fingerprint"], fingerprint.settings(config), allowed=(), finished=True)
-    if not fingerprint.contents_may_change(config):
+    if not fingerprint.contents_may_change(config.allow_change):
         pinned = record.inputs() or {}
-        record.check_inputs(pinned, pull.listing(config, pinned=pinned), added_too=True)
+        record.check_inputs(pinned, pull.listing(Sources.of(config), pinned=pinned), added_too=True)
     return done
 
 
@@ -93,8 +94,8 @@ def attempt(config: Config, output: RunOutput) -> Iterator[RunContext]:
         _claim(config, output)
         if config.resume == "fresh":
             output.ledger.fence()
-            output.ledger.begin_anew()
-            log.warning("run_archived", uri=output.record.set_aside())
+            output.ledger.start_over()
+            log.warning("run_archived", uri=output.record.archive())
         scratch = process.scratch()
         with workspace(scratch, output.record.run_id) as work:
             log.info("run_started", uri=output.record.uri, config=config.as_variables(), versions=versions())
@@ -106,7 +107,13 @@ def attempt(config: Config, output: RunOutput) -> Iterator[RunContext]:
                 scratch=scratch,
                 work=work,
                 timeline=Timeline(),
-                cache=CompileCache(config, scratch=scratch, work=work, saves=Process.current().rank == 0),
+                cache=CompileCache(
+                    config.cache,
+                    config.as_variables(),
+                    scratch=scratch,
+                    work=work,
+                    saves=Process.current().rank == 0,
+                ),
             )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from job.config.schema import Config
-from job.inputs.pull import Inputs, ModelFiles, Puller
+from job.inputs.pull import Inputs, ModelFiles, Puller, Sources
 from job.model import base_model, shape
 from job.model.base_model import BaseModel
 from job.runtime.background import Background
@@ -49,15 +49,15 @@ def fetch_inputs(context: RunContext) -> tuple[Inputs, PendingModel]:
             record.run_id, first["fingerprint"], fingerprint.settings(config), allowed=config.allow_change
         )
     began = record.inputs()
-    pinned = None if fingerprint.contents_may_change(config) else began
+    pinned = None if fingerprint.contents_may_change(config.allow_change) else began
     with context.timeline.span("download"):
-        puller = Puller.of(config, scratch=context.scratch, pinned=pinned, weights=False)
+        puller = Puller.of(Sources.of(config), scratch=context.scratch, pinned=pinned, weights=False)
         small = puller.model(config.model)
         base = _inspected(config, small)
         context.cache.begin(base.config)
-        whole = Puller.of(config, scratch=context.scratch, pinned=pinned)
+        whole = Puller.of(Sources.of(config), scratch=context.scratch, pinned=pinned)
         download = Background(lambda: _pull_model(context, whole), name="model")
-        pulled = puller.rest(config, small, date=began["date"] if began else None)
+        pulled = puller.rest(small, date=began["date"] if began else None)
     if pinned is not None:
         record.check_inputs(pinned, pulled.as_json())
     return pulled, PendingModel(download=download, base=base, pinned=pinned)

@@ -80,7 +80,7 @@ def _earlier_final(
 def export(context: RunContext, finetune: Finetune, training: TrainingInputs, final: dict[str, Any]) -> list[Artifact]:
     """Publish the adapter, and only then, with the adapter safe, whatever else was asked for."""
     record, spans, directory = context.record, context.timeline.span, context.work / "export"
-    record.sweep()
+    record.remove_unfinished_uploads()
     adapter = directory / "adapter"
     with spans("export"):
         finetune.save_adapter(adapter, base=training.base)

@@ -34,7 +34,7 @@ def restore(
     restored = checkpoints.restore(context.ledger, context.work / "restored", check=check)
     if restored is None:
         if config.resume == "require":
-            raise checkpoints.none_there(record.uri)
+            raise checkpoints.nothing_to_resume(record.uri)
         return None
     changed = fingerprint.check(
         record.run_id, restored.body["fingerprint"], training.fingerprint, allowed=config.allow_change
@@ -51,9 +51,13 @@ def pin(context: RunContext, training: TrainingInputs, finetune: Finetune) -> No
     """Write down what the run is, now that all is checked and the first step is about to begin."""
     config, record = context.config, context.record
     read = training.inputs.as_json()
-    facts = finetune.reproducibility_facts()
-    pinned = record.pin(config, inputs=read, fingerprint=training.fingerprint, reproducibility_facts=facts)
-    if not pinned and not fingerprint.contents_may_change(config):
+    pinned = record.pin(
+        settings=config.as_variables(),
+        inputs=read,
+        fingerprint=training.fingerprint,
+        reproducibility_facts=finetune.reproducibility_facts(),
+    )
+    if not pinned and not fingerprint.contents_may_change(config.allow_change):
         record.check_inputs(record.inputs() or {}, read)
 
 

@@ -1,4 +1,4 @@
-"""Finished files -> the output: hashes, uploads, and the list of what was published."""
+"""Finished files -> the output: hashes, uploads, and the list of published files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def publish(store: Store, *, run_id: str, name: str, directory: Path) -> list[Ar
     """Upload a directory as `<run id>/<name>/...` and log `artifact_uploaded`.
 
     Returns:
-        the files in order of their names.
+        the files, sorted by name.
     """
     started = time.monotonic()
     files = sorted(path for path in directory.rglob("*") if path.is_file())

@@ -1,4 +1,7 @@
-"""The process starts of a run: `attempts/<n>.json` when one begins, `.end.json` how it ended, `failure.json` why."""
+"""The process starts of a run: `attempts/<n>.json` when one begins, `<n>.end.json` when it ends, `failure.json` why.
+
+Knows how attempts ended and when to give up; nothing of what they train.
+"""
 
 from __future__ import annotations
 
@@ -15,34 +18,43 @@ from typing import Any
 import structlog
 
 from job.observability import logs
-from job.runtime.errors import AccessDeniedError, ConfigError, FencedError, JobError, PermanentError, StorageError
+from job.runtime.errors import (
+    AccessDeniedError,
+    ConfigError,
+    FencedError,
+    JobError,
+    PermanentError,
+    StorageError,
+    as_job_error,
+    known,
+)
 from job.runtime.process import Process
+from job.state.json_object import encode
 from job.storage.base import Store
 
 log = structlog.get_logger()
-LAYOUT = 1
 TRIES = 1000
 MOST_FAILURES = 3
 PATIENCE_SECONDS = 10.0
 LAST_PATIENCE_SECONDS = 1.0
 _NUMBER = re.compile(r"(\d+)\.")
-OWN_ERRORS = frozenset({"unknown"})  # kinds of ends that the program itself is to blame for
+OWN_ERRORS = frozenset({"unknown"})  # outcomes that are the program's own fault
 
 
 @dataclass(kw_only=True)
 class Attempts:
-    """One run's attempts, as one of them sees them."""
+    """All attempts at one run, and which of them this process is."""
 
     store: Store
     closing: Callable[[float], Store]
-    """The same place with so many seconds of patience: how an attempt ended must not hold a GPU through an outage."""
+    """The same store with another patience, in seconds: recording the end must not hold a GPU through an outage."""
     run_id: str
     number: int = 0
     owner: str = ""
     """The nonce of the claim."""
     conditional: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the end of this attempt will say of it, such as where it resumed from."""
+    """Further fields for the end of this attempt, such as where it resumed from."""
     _ending: threading.Lock = field(default_factory=threading.Lock)
     _ended: bool = False
 
@@ -50,7 +62,7 @@ class Attempts:
         """Create the next `attempts/<n>.json`; the number is this process's alone.
 
         Args:
-            fencing: `require` refuses a store without conditional writes, `auto` warns of it.
+            fencing: `require` rejects a store without conditional writes, `auto` warns about it.
             from_step: of the newest checkpoint at this moment.
 
         Raises:
@@ -61,7 +73,7 @@ class Attempts:
         body |= {"versions": versions, "from_step": from_step}
         for number in range(first, first + TRIES):
             nonce = uuid.uuid4().hex
-            claim = _encode({"attempt": number, "nonce": nonce, **body})
+            claim = encode({"attempt": number, "nonce": nonce, **body})
             if not self.store.create(self._key(number), claim):
                 continue
             self.number, self.owner = number, nonce
@@ -70,11 +82,11 @@ class Attempts:
                 return number
         raise StorageError(
             f"No free attempt number from {first} on in {self.store.uri}/{self.run_id}/attempts/.",
-            remedy="Another process is starting the same run over and over: give each its own TUNE_RUN_ID.",
+            remedy="Another process keeps starting the same run: give each its own TUNE_RUN_ID.",
         )
 
     def _probe(self, claim: bytes, fencing: str) -> None:
-        """Create the own claim a second time: a store that lets that happen does not honour conditional writes."""
+        """Create the own claim a second time: a store that accepts it does not honour conditional writes."""
         key = self._key(self.number)
         again = claim.replace(b'"nonce"', b'"probe"')
         self.conditional = not self.store.create(key, again)
@@ -85,20 +97,20 @@ class Attempts:
             raise unfenced(self.store.uri)
         log.warning(
             "fencing_weak",
-            reason="the store ignores If-None-Match: two attempts at the same moment may both believe to own the run",
+            reason="the store ignores If-None-Match: two attempts at the same moment may both act as the run's owner",
         )
 
     def completed(self) -> bool:
-        """Whether an attempt came to its very end: then nothing is left to be repaired."""
+        """Whether an attempt recorded that the run is complete: then nothing is left to repair."""
         ends = (self._read(self._key(number, "end.")) for number in sorted(self._numbers(), reverse=True))
         return any(end and end.get("outcome") == "complete" for end in ends)
 
     def complete_late(self) -> None:
-        """Write the end that the attempt which finished the run could not write any more."""
+        """Write the end for the attempt that finished the run and was lost before it could."""
         number = max(self._numbers(), default=0)
         if number:
             body = {"attempt": number, "outcome": "complete", "ended": now(), "noted": "by a later start"}
-            self.store.write(self._key(number, "end."), _encode(body))
+            self.store.write(self._key(number, "end."), encode(body))
 
     def _numbers(self) -> set[int]:
         prefix = f"{self.run_id}/attempts/"
@@ -106,10 +118,9 @@ class Attempts:
         return {int(match[1]) for match in found if match}
 
     def end(self, outcome: str, **facts: Any) -> None:
-        """Write how this attempt ended; the first word counts.
+        """Write how this attempt ended. Only the first call writes; a second one waits until it has.
 
-        It may be called from two threads at once: when a signal comes, the end is written at once, because there may
-        be no later. Whoever comes second waits until it is written.
+        Two threads may call it: when a signal arrives, the end is written at once, since there may be no time later.
         """
         self._end(PATIENCE_SECONDS, outcome, **facts)
 
@@ -119,7 +130,7 @@ class Attempts:
                 return
             self._ended = True
             body = {"attempt": self.number, "outcome": outcome, "ended": now(), **self.facts, **facts}
-            self.closing(patience_seconds).write(self._key(self.number, "end."), _encode(logs.redact(body)))
+            self.closing(patience_seconds).write(self._key(self.number, "end."), encode(logs.redact(body)))
 
     def fail(self, error: Exception, *, step: int | None) -> JobError | None:
         """Write `failure.json` and end the attempt.
@@ -129,38 +140,39 @@ class Attempts:
             step: the optimizer step that it happened in; None outside training.
 
         Returns:
-            another error to report instead, when this was the last of too many like it.
+            another error to report instead, when too many attempts have failed like this one.
         """
-        if isinstance(error, FencedError):  # the run belongs to somebody else, also its failure.json
+        if isinstance(error, FencedError):  # the run and its failure.json belong to another attempt
             self.end(error.kind, exit_code=error.exit_code)
             return None
-        final = None
-        if not isinstance(error, JobError) and self._failures_before(step) + 1 >= MOST_FAILURES:
+        final, expected = None, known(error) is not None
+        if not expected and self._failures_before(step) + 1 >= MOST_FAILURES:
             final = PermanentError(
                 f"{MOST_FAILURES} attempts in a row ended at the same step ({step or 'before training'}), the last by "
                 f"{type(error).__name__}: {error}",
-                remedy="The log has the traceback. Mend the cause, then start the run again: it resumes.",
+                remedy="The log has the traceback. Fix the cause, then start the run again: it resumes.",
             )
-        shown = final or error
+        reported = final or as_job_error(error)
         body: dict[str, Any] = {
             "attempt": self.number,
-            "kind": shown.kind if isinstance(shown, JobError) else "unknown",
-            "exit_code": shown.exit_code if isinstance(shown, JobError) else 1,
-            "message": shown.message if isinstance(shown, JobError) else f"{type(shown).__name__}: {shown}",
-            "remedy": shown.remedy if isinstance(shown, JobError) else "",
+            "kind": reported.kind,
+            "exit_code": reported.exit_code,
+            "message": reported.message,
+            "remedy": reported.remedy,
             "step": step,
-            "foreseen": isinstance(error, JobError),
+            "expected": expected,
             "time": now(),
         }
-        # A store that has just used up all patience gets no more of it.
-        patience = LAST_PATIENCE_SECONDS if isinstance(error, StorageError | AccessDeniedError) else PATIENCE_SECONDS
+        # The store has just used up its patience: do not wait for it again.
+        store_failed = isinstance(reported, StorageError | AccessDeniedError)
+        patience = LAST_PATIENCE_SECONDS if store_failed else PATIENCE_SECONDS
         with contextlib.suppress(StorageError, AccessDeniedError):
-            self.closing(patience).write(f"{self.run_id}/failure.json", _encode(logs.redact(body)))
-        self._end(patience, body["kind"], exit_code=body["exit_code"], step=step)
+            self.closing(patience).write(f"{self.run_id}/failure.json", encode(logs.redact(body)))
+        self._end(patience, reported.kind, exit_code=reported.exit_code, step=step)
         return final
 
     def check_progress(self, from_step: int) -> None:
-        """Refuse to go on where others died without a word, one after the other, and none got any further.
+        """Give up when the last attempts were all killed before they could record why, and made no progress.
 
         Args:
             from_step: of the newest checkpoint.
@@ -168,27 +180,28 @@ class Attempts:
         Raises:
             PermanentError: the attempts before this one were killed from outside and left no new checkpoint.
         """
-        before = [self._look(number) for number in range(self.number - 1, self.number - 1 - MOST_FAILURES, -1)]
+        before = [self._read_attempt(number) for number in range(self.number - 1, self.number - 1 - MOST_FAILURES, -1)]
         if all(found and found[1] is None and found[0].get("from_step") == from_step for found in before):
             raise PermanentError(
-                f"{MOST_FAILURES} attempts in a row died without a word, none got past step {from_step}.",
+                f"{MOST_FAILURES} attempts in a row were killed before they could record why, none got past step "
+                f"{from_step}.",
                 remedy="Most often the kernel killed them for their memory: give the job more, then start it again.",
             )
 
     def _failures_before(self, step: int | None) -> int:
-        """How many attempts just before this one ended by their own error at this step, or died there."""
-        count, from_step = 0, (self._look(self.number) or ({}, None))[0].get("from_step")
+        """How many attempts just before this one failed with an unexpected error at this step, or were killed there."""
+        count, from_step = 0, (self._read_attempt(self.number) or ({}, None))[0].get("from_step")
         for number in range(self.number - 1, 0, -1):
-            start, end = self._look(number) or ({}, {})
-            died = end is None and start.get("from_step") == from_step
+            start, end = self._read_attempt(number) or ({}, {})
+            killed = end is None and start.get("from_step") == from_step
             failed = end is not None and end.get("outcome") in OWN_ERRORS and end.get("step") == step
-            if not (died or failed):
+            if not (killed or failed):
                 break
             count += 1
         return count
 
-    def _look(self, number: int) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
-        """The start and the end of an attempt; None for what is not there."""
+    def _read_attempt(self, number: int) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
+        """The start and the end of an attempt, each None where it was not recorded."""
         start = self._read(self._key(number)) if number > 0 else None
         return None if start is None else (start, self._read(self._key(number, "end.")))
 
@@ -197,7 +210,7 @@ class Attempts:
         try:
             body = json.loads(data) if data is not None else None
         except ValueError:
-            return {}  # unreadable counts as neither died nor failed
+            return {}  # unreadable counts as neither killed nor failed
         return body if isinstance(body, dict) or body is None else {}
 
     def _key(self, number: int, what: str = "") -> str:
@@ -205,17 +218,13 @@ class Attempts:
 
 
 def unfenced(uri: str) -> ConfigError:
-    """The error for a store that cannot keep two attempts at one run apart, where that is required."""
+    """The error for a store that cannot keep two attempts at one run apart, although TUNE_FENCING requires it."""
     return ConfigError(
         f"TUNE_FENCING=require, but {uri} does not honour conditional writes (If-None-Match).",
-        remedy="Use a store that does, or TUNE_FENCING=auto and never run one run id twice at the same time.",
+        remedy="Use a store that does, or TUNE_FENCING=auto, and never run one run id twice at the same time.",
     )
 
 
 def now() -> str:
     """The time as records show it (RFC 3339, UTC)."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def _encode(body: dict[str, Any]) -> bytes:
-    return (json.dumps({"layout": LAYOUT, **body}, indent=2, ensure_ascii=False, default=str) + "\n").encode()

@@ -1,7 +1,7 @@
-"""What a run is, in one comparable table: the settings and the contents that decide its result.
+"""The identity of a run as one comparable table: the settings and the contents that decide its result.
 
-A checkpoint carries the fingerprint of the run that made it. Another one would go on as something that neither run
-was, so a difference is refused unless the user names it in TUNE_ALLOW_CHANGE.
+A checkpoint has the fingerprint of the run that made it. Continued with another one, the result would be that of
+neither run, so a difference is an error unless TUNE_ALLOW_CHANGE names it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from job.runtime.hashing import combined, hashes, sha256
 
 log = structlog.get_logger()
 TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-# Variables whose change also changes what is learned, and so the contents' digests.
+# Variables whose change also changes what is learned, and with it the contents' digests.
 DECIDE_CONTENTS = frozenset(
     "TUNE_" + name
     for name in (
@@ -30,7 +30,7 @@ DECIDE_CONTENTS = frozenset(
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """The part that is known before anything is read, as JSON holds it."""
+    """The part that is known before anything is read, as JSON represents it."""
     found: dict[str, Any] = json.loads(json.dumps(config.fingerprint_fields()))
     return found
 
@@ -38,7 +38,7 @@ def settings(config: Config) -> dict[str, Any]:
 def fingerprint(
     config: Config, base: BaseModel, base_hashes: Mapping[str, str], *, template: str, training_data: str
 ) -> dict[str, Any]:
-    """The whole table.
+    """The fingerprint of a run.
 
     Args:
         base_hashes: SHA-256 of the files of weights, by name.
@@ -57,7 +57,7 @@ def fingerprint(
 
 
 def weights(base: BaseModel) -> dict[str, str]:
-    """SHA-256 of the files of weights, by name. Takes a second for each gigabyte or two."""
+    """SHA-256 of the files of weights, by name. Takes about a second per one or two gigabytes."""
     return {path.name: digest for path, digest in hashes(list(base.weights)).items()}
 
 
@@ -71,34 +71,40 @@ def check(
 ) -> list[str]:
     """Compare with the fingerprint of a checkpoint, or of the run's first attempt.
 
-    Only what both have is compared, so that settings can be checked before anything was read.
+    Only names that both have are compared, so that settings can be checked before anything is read.
 
     Args:
-        finished: whether there is nothing left to go on with.
+        run_id: for the message.
+        before: the earlier fingerprint.
+        now: the present one.
+        allowed: names that may differ (`TUNE_ALLOW_CHANGE`).
+        finished: whether the run is complete, so that there is no checkpoint to continue from.
 
     Returns:
         the names that differ and may.
 
     Raises:
-        ConfigError: others differ; it lists them.
+        ConfigError: other names differ; it lists them.
     """
     changed = [name for name in now if name in before and before[name] != now[name]]
-    may = set(allowed)
-    if may & DECIDE_CONTENTS & set(changed):
-        may |= set(CONTENTS)
-    refused = [name for name in changed if name not in may]
-    if refused:
-        fits = not (finished or set(refused) & set(FIXED))
-        insist = f"; TUNE_ALLOW_CHANGE={','.join(refused)} goes on from its checkpoint all the same" if fits else ""
+    permitted = set(allowed)
+    if permitted & DECIDE_CONTENTS & set(changed):
+        permitted |= set(CONTENTS)
+    rejected = [name for name in changed if name not in permitted]
+    if rejected:
+        can_be_allowed = not (finished or set(rejected) & set(FIXED))
+        allow = (
+            f"; TUNE_ALLOW_CHANGE={','.join(rejected)} continues from its checkpoint anyway" if can_be_allowed else ""
+        )
         raise ConfigError(
             f"Run {run_id} was started with other settings or contents.",
-            remedy="Restore the old ones, or set another TUNE_RUN_ID for the new ones; TUNE_RESUME=fresh sets the old "
-            f"run aside{insist}.",
-            problems=[f"{name} was {before[name]!r}, is {now[name]!r}" for name in refused],
+            remedy="Restore the old ones, or set another TUNE_RUN_ID for the new ones; TUNE_RESUME=fresh archives the "
+            f"old run and starts over{allow}.",
+            problems=[f"{name} was {before[name]!r}, is {now[name]!r}" for name in rejected],
         )
     return changed
 
 
-def contents_may_change(config: Config) -> bool:
-    """Whether the user lets the run go on with other files than it began with."""
-    return bool(set(config.allow_change) & (DECIDE_CONTENTS | {"training_data", "base_weights", "model_config"}))
+def contents_may_change(allowed: tuple[str, ...]) -> bool:
+    """Whether these names (`TUNE_ALLOW_CHANGE`) let the run continue with other files than it started with."""
+    return bool(set(allowed) & (DECIDE_CONTENTS | {"training_data", "base_weights", "model_config"}))

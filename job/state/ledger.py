@@ -1,8 +1,8 @@
-"""The order of things in a run: numbered records that are created once and never changed, `checkpoints/commits/`.
+"""The order of events in a run: numbered records that are created once and never changed, `checkpoints/commits/`.
 
-Whoever creates a number owns it, so that the records of all attempts stand in one order without clocks or leases. An
-attempt fences the others by creating a record: whoever meets the record of a higher attempt where its own should go
-knows that it has been replaced.
+Exactly one attempt can create a number, so the records of all attempts have one order without clocks or leases. An
+attempt fences earlier ones by creating a record: an attempt that finds the record of a later one where its own should
+go knows that it has been replaced.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any, Literal
 import structlog
 
 from job.runtime.errors import FencedError, StorageError
+from job.state.json_object import LAYOUT
 from job.storage.base import Store, create
 from job.storage.faults import DamagedError
 
 Kind = Literal["checkpoint", "fence", "fresh", "final"]
-LAYOUT = 1
 TRIES = 10_000
 VANISHED_TRIES = 5
 SHAPES: dict[str, dict[str, type]] = {
@@ -39,16 +39,16 @@ class Entry:
 
     number: int
     body: dict[str, Any] | None
-    """None where the object cannot be understood."""
+    """None if the object is not a valid record."""
 
     @property
     def kind(self) -> str | None:
-        """Its kind, or None where it is damaged."""
+        """Its kind, or None if it is damaged."""
         return None if self.body is None else str(self.body["kind"])
 
     @property
     def attempt(self) -> int:
-        """The attempt that wrote it; 0 where it is damaged."""
+        """The attempt that wrote it; 0 if it is damaged."""
         return 0 if self.body is None else int(self.body["attempt"])
 
 
@@ -60,28 +60,28 @@ class Ledger:
     run_id: str
     attempt: int = 0
     owner: str = ""
-    """The nonce of the attempt's claim: where a store let two attempts claim one number, they still differ."""
+    """The nonce of the attempt's claim: it differs even if a store let two attempts claim the same number."""
     life: int = 0
-    """The attempt that last began the run anew; 0 for the first life."""
+    """The attempt that last started the run over (`TUNE_RESUME=fresh`); 0 if none did. Its records are one life."""
     conditional: bool = True
-    """Whether the store honours conditional writes. Where it does not, a record is looked for before it is created
-    and read back afterwards, which leaves a moment in which two writers may both believe to have won."""
+    """Whether the store honours conditional writes. If not, each record is checked before it is created and read back
+    afterwards, which leaves a moment in which two writers may both seem to have won."""
     last: int = 0
-    """The number of this attempt's last record. The next is the one after it, never what a new listing shows."""
+    """The number of this attempt's last record. The next one has the number after it, whatever a new listing shows."""
 
     def fence(self) -> int:
-        """Create this attempt's first record behind all that there are; from here on lower attempts cannot commit.
+        """Create this attempt's first record, after all existing ones; from here on earlier attempts cannot commit.
 
         Returns:
-            its number. What this attempt reads lies below it.
+            its number. This attempt reads only records below it.
 
         Raises:
-            FencedError: a higher attempt was quicker.
+            FencedError: a later attempt was faster.
         """
         self.last = max(self._numbers(), default=0)
         number = self.append("fence")
-        # A higher attempt may have fenced while this one was on its way: then its record lies below. Behind any other
-        # record than a fence all attempts are at most the record's own, so that nothing further back need be read.
+        # A later attempt may have fenced in the meantime: then its record is below this one. Every record that is not
+        # a fence was written by the latest attempt so far, so that nothing below it has to be read.
         for entry in self._backwards(below=number):
             self._yield_to(entry)
             if entry.body is not None and entry.kind != "fence":
@@ -89,17 +89,17 @@ class Ledger:
                 break
         return number
 
-    def begin_anew(self) -> None:
-        """Leave all that there is to an older life of the run. Only behind the own fence.
+    def start_over(self) -> None:
+        """Begin a new life of the run, which ignores all records so far. Only after the attempt's own fence.
 
         Raises:
-            FencedError: a higher attempt has taken over.
+            FencedError: a later attempt has taken over.
         """
         self.append("fresh")
         self.life = self.attempt
 
     def check(self) -> None:
-        """Look whether a higher attempt has taken over since the last record.
+        """Check that no later attempt has taken over since the last record.
 
         Raises:
             FencedError: one has.
@@ -112,15 +112,15 @@ class Ledger:
         """Create the next record.
 
         Args:
-            kind: what it means.
-            nonce: the same one makes a repetition of an append, whose outcome was lost, find the first.
-            facts: what it says.
+            kind: of record.
+            nonce: the same one again, after an append whose outcome was lost, finds the record if it was created.
+            facts: further fields.
 
         Returns:
             its number.
 
         Raises:
-            FencedError: a higher attempt has written where this record should go.
+            FencedError: a later attempt has written a record where this one should go.
         """
         nonce = nonce or uuid.uuid4().hex
         body = {"layout": LAYOUT, "kind": kind, "attempt": self.attempt, "owner": self.owner, "life": self.life}
@@ -133,20 +133,20 @@ class Ledger:
         raise StorageError(f"No free number after {self.last} under {self._key(0)}.", remedy="Use another TUNE_RUN_ID.")
 
     def _take(self, number: int, data: bytes) -> bool:
-        """Whether the number is now ours."""
+        """Create the record with this number; returns whether it is this attempt's."""
         mine = json.loads(data)
         for _ in range(VANISHED_TRIES):
             if self._create(self._key(number), data):
                 return True
             found = self.read(number)
             if found is None:
-                continue  # a store that shows an object to one request and not to the next
+                continue  # the store shows an object to one request and not to the next
             if found.body is not None and found.body.get("nonce") == mine["nonce"]:
                 return True
             self._yield_to(found)
             return False
         raise StorageError(
-            f"{self._key(number)} exists for writing and not for reading.",
+            f"{self._key(number)} exists for a write and not for a read.",
             remedy="The store contradicts itself: check for a cache or a replica between this job and the bucket.",
         )
 
@@ -155,7 +155,7 @@ class Ledger:
         if entry.attempt > self.attempt or other:
             raise FencedError(
                 f"Attempt {entry.attempt} of run {self.run_id} has taken over; this is attempt {self.attempt}.",
-                remedy="Nothing is lost: the newer attempt goes on. Do not run one run id twice at the same time.",
+                remedy="Nothing is lost: the newer attempt continues. Do not run one run id twice at the same time.",
             )
 
     def _create(self, key: str, data: bytes) -> bool:
@@ -173,7 +173,7 @@ class Ledger:
         return Entry(number=number, body=body if _is_record(body) else None)
 
     def newest_first(self, *, below: int | None = None) -> Iterator[Entry]:
-        """The records of this run's present life, back to a `fresh` one, which is left out.
+        """The records since the run last started over.
 
         Args:
             below: only records with lower numbers.
@@ -195,9 +195,9 @@ class Ledger:
         stems = [
             PurePosixPath(entry.key).stem for entry in self.store.list_objects(f"{self.run_id}/checkpoints/commits/")
         ]
-        strange = [stem for stem in stems if not stem.isdecimal()]
-        if strange:
-            structlog.get_logger().warning("ledger_unexpected_objects", names=strange[:10])
+        unexpected = [stem for stem in stems if not stem.isdecimal()]
+        if unexpected:
+            structlog.get_logger().warning("ledger_unexpected_objects", names=unexpected[:10])
         return [int(stem) for stem in stems if stem.isdecimal()]
 
     def _key(self, number: int) -> str:
@@ -205,7 +205,7 @@ class Ledger:
 
 
 def _is_record(body: Any) -> bool:
-    """Whether everything that anybody will look up is there, and of its type."""
+    """Whether all fields that are read exist and have the right types."""
     if not isinstance(body, dict) or body.get("kind") not in SHAPES:
         return False
     shape = {"attempt": int, "owner": str, "life": int, "nonce": str} | SHAPES[body["kind"]]

@@ -1,11 +1,10 @@
-"""The model card: what the adapter is, in the format that the Hugging Face hub reads (YAML header, Markdown).
+"""The model card: a description of the adapter in the hub's format, a YAML header and Markdown.
 
-It holds no clock and no host, so that two attempts that finish the same run write the same bytes.
+It has no time and no host, so that two attempts that finish the same run write the same bytes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,16 +27,23 @@ class Card:
     template: str
 
     def text(self) -> str:
-        """The whole card."""
+        """The card."""
         return "\n".join([*self._header(), *self._body()]) + "\n"
 
     def _header(self) -> list[str]:
+        from huggingface_hub import ModelCardData  # noqa: PLC0415 - it reads at import whether the process is offline
+
         on_hub = "://" not in self.base and not self.base.startswith("/")
-        name = [f"base_model: {json.dumps(self.base.partition('@')[0])}"] if on_hub else []
-        return ["---", "library_name: peft", "pipeline_tag: text-generation", *name, "tags: [lora]", "---", ""]
+        data = ModelCardData(
+            base_model=self.base.partition("@")[0] if on_hub else None,
+            library_name="peft",
+            pipeline_tag="text-generation",
+            tags=["lora"],
+        )
+        return ["---", data.to_yaml(), "---", ""]
 
     def _load(self) -> list[str]:
-        """How to load the base as it was in training: an adapter fits the weights that it was trained on."""
+        """Code that loads the base as it was in training: an adapter fits the weights that it was trained on."""
         name = f'"{self.base if self.base.startswith("/") else self.base.partition("@")[0]}"'
         if "://" in self.base:
             name = '"path/of/the/base"'
@@ -104,11 +110,10 @@ def _table(head: Sequence[str], rows: Any) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    text = (
-        f"{value:.6g}"
-        if isinstance(value, float)
-        else ", ".join(value)
-        if isinstance(value, (tuple, list))
-        else str(value)
-    )
+    if isinstance(value, float):
+        text = f"{value:.6g}"
+    elif isinstance(value, tuple | list):
+        text = ", ".join(value)
+    else:
+        text = str(value)
     return text.replace("|", "\\|").replace("\n", " ")

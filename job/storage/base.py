@@ -18,14 +18,14 @@ class Entry:
     etag: str | None
     """Changes when the object does; without quotes. Not an MD5: do not compare it with one."""
     version: str | None
-    """The version id, where the bucket keeps versions and the store told it (a listing does not)."""
+    """The version id, where the bucket keeps versions and the store reported it (a listing does not)."""
 
 
 class Store(Protocol):
     """A flat space of objects under one root.
 
     Every method may raise StorageError (unreachable past the patience, disk full), AccessDeniedError (refused past the
-    denied patience) and DataError (no such bucket, or a key that is refused, see `uri.checked_key`).
+    denied patience) and DataError (no such bucket, or an invalid key, see `uri.checked_key`).
     """
 
     uri: str
@@ -35,8 +35,8 @@ class Store(Protocol):
         ...
 
     def names(self, prefix: str) -> list[str]:
-        """What stands directly under a folder's prefix, at most a thousand, sorted: keys, and folders with a `/` at
-        their end."""
+        """The names directly under a folder's prefix, at most a thousand, sorted: keys, and folders with a `/` at the
+        end."""
         ...
 
     def head(self, key: str) -> Entry | None:
@@ -48,11 +48,11 @@ class Store(Protocol):
         ...
 
     def read_start(self, key: str, size: int) -> bytes | None:
-        """The first `size` bytes of an object that has as many, or None."""
+        """The first `size` bytes of an object, all of a shorter one, or None."""
         ...
 
     def write(self, key: str, data: bytes) -> None:
-        """Create or replace a small object, whole or not at all."""
+        """Create or replace a small object atomically."""
         ...
 
     def create(self, key: str, data: bytes) -> bool:
@@ -60,22 +60,22 @@ class Store(Protocol):
         ...
 
     def upload(self, path: Path, key: str, *, sha256: str | None = None) -> None:
-        """Create or replace an object from a file, whole or not at all; its size is verified afterwards.
+        """Create or replace an object from a file, atomically; its size is verified afterwards.
 
         Args:
-            path: the file; it must not change meanwhile.
+            path: the file; it must not change during the upload.
             key: where to.
-            sha256: what the file must hold, in hexadecimal digits; DamagedError when it holds something else.
+            sha256: of the file, in hexadecimal digits; DamagedError when the file has another one.
         """
         ...
 
     def download(self, entry: Entry, path: Path) -> None:
-        """Write exactly the object that `entry` describes to `path`, whole or not at all.
+        """Write exactly the object that `entry` describes to `path`, atomically.
 
         Raises:
-            ChangedError: the object is another one by now.
+            ChangedError: the object has been replaced.
             DamagedError: its bytes do not match the store's checksum.
-            MissingError: it is gone.
+            MissingError: it does not exist any more.
         """
         ...
 
@@ -87,13 +87,13 @@ class Store(Protocol):
         """Create or replace the object `target` with the content of `key`, inside the store.
 
         Raises:
-            MissingError: there is no `key`.
+            MissingError: `key` does not exist.
         """
         ...
 
-    def sweep(self, prefix: str) -> int:
-        """Remove what uploads that were broken off have left under `prefix`, which no listing shows (parts of
-        multipart uploads, temporary files). Only for a prefix that nobody is uploading to.
+    def remove_unfinished(self, prefix: str) -> int:
+        """Remove what cancelled uploads have left under `prefix`, which no listing shows (parts of multipart uploads,
+        temporary files). Only for a prefix that nobody is uploading to.
 
         Returns:
             how many were removed.
@@ -102,10 +102,16 @@ class Store(Protocol):
 
 
 def create(store: Store, key: str, data: bytes, *, conditional: bool) -> bool:
-    """Create an object that must not be there; the data must be unlike that of any other writer.
+    """Create an object that must not exist; no other writer may have the same data.
 
     Args:
-        conditional: whether the store is known to refuse a second creation. If not, look first and read back after.
+        store: where.
+        key: of the object.
+        data: its content.
+        conditional: whether the store honours conditional writes. If not, check before the write and read back after.
+
+    Returns:
+        whether this call created it.
     """
     if conditional:
         return store.create(key, data)

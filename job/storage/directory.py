@@ -1,4 +1,4 @@
-"""A directory used like a bucket, with the same promises: whole objects, one winner per create, idempotent deletes."""
+"""A directory used like a bucket, with its guarantees: atomic writes, one winner per create, idempotent deletes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 class DirectoryStore:
-    """Objects are files under `root`; what an unfinished write left behind is never listed."""
+    """Objects are files under `root`; the temporary files of unfinished writes are never listed."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -85,7 +85,7 @@ class DirectoryStore:
             _put_in_place(part, path)
 
     def create(self, key: str, data: bytes) -> bool:
-        """See `Store.create`. A link to a finished file makes it atomic; file systems without links get less."""
+        """See `Store.create`. A link to a complete file makes it atomic, except on file systems without links."""
         path = self._path(key)
         with disk_errors(path), temporary(path) as part:
             write_synced(part, data)
@@ -107,7 +107,7 @@ class DirectoryStore:
             require_free(part.parent, path.stat().st_size)
             shutil.copyfile(path, part)
             if sha256 is not None and sha256_of(part) != sha256:
-                raise DamagedError(f"{path} does not have the SHA-256 {sha256}.", remedy="It changed; make it again.")
+                raise DamagedError(f"{path} does not have the SHA-256 {sha256}.", remedy="It changed: write it again.")
             sync(part)
             _put_in_place(part, target)
 
@@ -126,12 +126,12 @@ class DirectoryStore:
     def _require_same(self, entry: Entry, source: Path) -> None:
         now = _entry(entry.key, source)
         if now is None:
-            raise MissingError(f"{source} is gone.", remedy="Restore it.")
+            raise MissingError(f"{source} does not exist any more.", remedy="Restore it.")
         if (now.size, now.etag) != (entry.size, entry.etag or now.etag):
-            raise ChangedError(f"{source} changed while it was read.", remedy="Run again when it is final.")
+            raise ChangedError(f"{source} changed while it was read.", remedy="Run again when it is complete.")
 
     def delete(self, key: str) -> None:
-        """See `Store.delete`. Directories that become empty go as well."""
+        """See `Store.delete`. Directories that become empty are deleted too."""
         path = self._path(key)
         with disk_errors(path):
             with contextlib.suppress(*_ABSENT):
@@ -143,11 +143,11 @@ class DirectoryStore:
     def copy(self, key: str, target: str) -> None:
         """See `Store.copy`."""
         if self.head(key) is None:
-            raise MissingError(f"{self._path(key)} is gone.", remedy="Restore it.")
+            raise MissingError(f"{self._path(key)} does not exist any more.", remedy="Restore it.")
         self.upload(self._path(key), target)
 
-    def sweep(self, prefix: str) -> int:
-        """See `Store.sweep`."""
+    def remove_unfinished(self, prefix: str) -> int:
+        """See `Store.remove_unfinished`."""
         top = self.root / prefix.rpartition("/")[0]
         found = [Path(folder, name) for folder, _, names in os.walk(top) for name in names if is_temporary(name)]
         mine = [path for path in found if path.relative_to(self.root).as_posix().startswith(prefix)]

@@ -1,4 +1,4 @@
-"""The local disk: files that appear whole or not at all, and disk errors that say what to do."""
+"""The local disk: atomic writes, and disk errors that say what to do."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from job.runtime.errors import AccessDeniedError, StorageError
+from job.runtime.errors import NO_ACCESS, NO_SPACE, AccessDeniedError, StorageError
 
 _TEMPORARY_PREFIX = ".finetune-job-"
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file name is one of `temporary`'s: what an unfinished write left behind."""
+    """Whether a file name is one of `temporary`'s: an unfinished write left the file."""
     return name.startswith(_TEMPORARY_PREFIX)
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into the error of ours that says what to do about it."""
+    """Turn an OSError into a JobError that says what to do about it."""
     try:
         yield
     except OSError as error:
@@ -32,18 +30,18 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _explained(error: OSError, path: Path) -> AccessDeniedError | StorageError:
-    if error.errno in _FULL:
+    if error.errno in NO_SPACE:
         return StorageError(
             f"The disk is full: {path} could not be written ({error.strerror}).",
             remedy="Give the volume that holds it more space.",
         )
-    if error.errno in _REFUSED:
+    if error.errno in NO_ACCESS:
         return AccessDeniedError(
-            f"{path} may not be used: {error.strerror}, as uid {os.geteuid()}.",
+            f"{path} is not accessible: {error.strerror}, as uid {os.geteuid()}.",
             remedy="Make it accessible for that user.",
         )
     return StorageError(
-        f"{path} could not be read or written: {error.strerror or error}.", remedy="Look at the volume that holds it."
+        f"{path} could not be read or written: {error.strerror or error}.", remedy="Check the volume that holds it."
     )
 
 
@@ -59,7 +57,7 @@ def require_free(directory: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def temporary(path: Path) -> Iterator[Path]:
-    """Yield the name of a new empty file beside `path`, with the mode that the umask gives; gone afterwards."""
+    """Yield the name of a new empty file next to `path`, with the mode that the umask gives; removed afterwards."""
     part = path.with_name(f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}.part")
     _create(part)
     try:

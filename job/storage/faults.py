@@ -1,4 +1,4 @@
-"""What can be wrong with one stored object. All are the data's fault: exit code 65 when nobody catches them."""
+"""What can be wrong with one stored object. All are data errors: exit code 65 when nobody catches them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from job.runtime.errors import DataError
 
 
 class MissingError(DataError):
-    """The object, or all of what was asked for, is not there."""
+    """The object does not exist, or no object under the prefix does."""
 
 
 class ChangedError(DataError):
-    """The object is not the one that was listed: somebody wrote it in between."""
+    """The object is not the one that was listed: it has been replaced since."""
 
 
 class DamagedError(DataError):
-    """The bytes do not match the checksum or size that the store or the caller knows, however often they are read."""
+    """The bytes do not match the checksum or size that the store or the caller has, however often they are read."""

@@ -1,4 +1,4 @@
-"""Bring what a URI names to local files. What is here already and unchanged is not fetched again."""
+"""The objects that a URI names -> local files. Unchanged files from an earlier download are used again."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from job.storage.uri import S3Address, parents, parse
 
 INDEX = ".finetune-job-fetched.json"
 SMALL_BYTES = 32 << 20
-"""Larger objects come one after another, each over several connections."""
+"""Larger objects are downloaded one after another, each over several connections."""
 
 WORKERS = 8
 _CHANGED_ATTEMPTS = 3
 _INDEX_SECONDS = 5.0
-_NEARBY = 8
+_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,35 +61,35 @@ def fetch(
         directory: where the files go, under their relative keys. It also keeps an index of what it holds.
         patience_seconds: see `open_store`.
         wanted: which keys to take; all when None.
-        names: take only these, by full URI; what else is there is logged and left.
+        names: take only these, by full URI; other objects are logged and ignored.
 
     Raises:
-        MissingError: nothing is there; it names what stands near.
-        ChangedError: an object was written again and again while it was read.
+        MissingError: there are no such objects; it lists similar names.
+        ChangedError: an object was changed during the download, several times.
         StorageError, AccessDeniedError, DataError: see `Store`.
     """
     for attempt in range(1, _CHANGED_ATTEMPTS):
         try:
-            return _bring(uri, directory, patience_seconds, wanted, names)
+            return _fetch_once(uri, directory, patience_seconds, wanted, names)
         except ChangedError as error:
             structlog.get_logger().warning("fetch_changed", error=error.message, tries=attempt)
-    return _bring(uri, directory, patience_seconds, wanted, names)
+    return _fetch_once(uri, directory, patience_seconds, wanted, names)
 
 
-def look(
+def list_objects(
     uri: str, *, patience_seconds: float = 3600.0, wanted: Callable[[str], bool] | None = None
 ) -> dict[str, Entry]:
-    """What `fetch` would bring, by full URI, without bringing it; empty when nothing is there."""
+    """The objects that `fetch` would download, by full URI; empty when there are none."""
     try:
-        found = find(uri, patience_seconds, wanted)
+        resolved = resolve(uri, patience_seconds, wanted)
     except MissingError:
         return {}
-    return {found.name(entry): entry for entry in found.entries}
+    return {resolved.name(entry): entry for entry in resolved.entries}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """Objects, and the store whose root makes their keys what `Fetched.key` promises."""
+class Resolved:
+    """The objects that a URI names, and the store with the URI as its root, which their keys are relative to."""
 
     store: Store
     entries: list[Entry]
@@ -99,36 +99,36 @@ class Found:
         return f"{self.store.uri.rstrip('/')}/{entry.key}"
 
     def fetched(self, entry: Entry, path: Path) -> Fetched:
-        """The object, once it is at `path`."""
+        """The object as a local file at `path`."""
         return Fetched(
             name=self.name(entry), path=path, key=entry.key, size=entry.size, etag=entry.etag, version=entry.version
         )
 
 
-def find(uri: str, patience_seconds: float, wanted: Callable[[str], bool] | None) -> Found:
-    """The object of that name, else everything under it.
+def resolve(uri: str, patience_seconds: float, wanted: Callable[[str], bool] | None) -> Resolved:
+    """The object of that name, else all objects under it.
 
     Raises:
-        MissingError: nothing is there; it names what stands near.
+        MissingError: there are none; it lists similar names.
     """
     address = parse(uri)
-    found = _find_local(address) if isinstance(address, Path) else _find_remote(address, patience_seconds)
-    if not found.entries:
-        near = _names_in(address.parent) if isinstance(address, Path) else _near(address, patience_seconds)
-        raise _nothing(uri, near)
-    chosen = [entry for entry in found.entries if wanted is None or wanted(entry.key)]
+    resolved = _resolve_local(address) if isinstance(address, Path) else _resolve_remote(address, patience_seconds)
+    if not resolved.entries:
+        near = _names_in(address.parent) if isinstance(address, Path) else _nearest_names(address, patience_seconds)
+        raise _missing(uri, near)
+    chosen = [entry for entry in resolved.entries if wanted is None or wanted(entry.key)]
     if not chosen:
-        raise _nothing(uri, [entry.key for entry in found.entries])
-    return dataclasses.replace(found, entries=chosen)
+        raise _missing(uri, [entry.key for entry in resolved.entries])
+    return dataclasses.replace(resolved, entries=chosen)
 
 
-def _find_local(path: Path) -> Found:
+def _resolve_local(path: Path) -> Resolved:
     if path.is_dir():
         store = open_store(str(path))
-        return Found(store=store, entries=store.list_objects())
+        return Resolved(store=store, entries=store.list_objects())
     store = open_store(str(path.parent))
     entry = store.head(path.name) if path.name else None
-    return Found(store=store, entries=[entry] if entry else [])
+    return Resolved(store=store, entries=[entry] if entry else [])
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -136,20 +136,20 @@ def _names_in(folder: Path) -> list[str]:
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-def _find_remote(address: S3Address, patience_seconds: float) -> Found:
+def _resolve_remote(address: S3Address, patience_seconds: float) -> Resolved:
     key = address.key.strip("/")
     if key and not address.key.endswith("/"):
         folder, _, name = key.rpartition("/")
         store = open_store(f"s3://{address.bucket}/{folder}", patience_seconds=patience_seconds)
         entry = store.head(name)
         if entry is not None:
-            return Found(store=store, entries=[entry])
+            return Resolved(store=store, entries=[entry])
     store = open_store(f"s3://{address.bucket}/{key}", patience_seconds=patience_seconds)
-    return Found(store=store, entries=store.list_objects())
+    return Resolved(store=store, entries=store.list_objects())
 
 
-def _near(address: S3Address, patience_seconds: float) -> list[str]:
-    """The names in the nearest folder above a key that has any."""
+def _nearest_names(address: S3Address, patience_seconds: float) -> list[str]:
+    """The names in the nearest folder above a key that is not empty."""
     store = open_store(f"s3://{address.bucket}", patience_seconds=patience_seconds)
     key = address.key.strip("/")
     for folder in [*(parents(key) if key else []), ""]:
@@ -159,45 +159,45 @@ def _near(address: S3Address, patience_seconds: float) -> list[str]:
     return []
 
 
-def _nothing(uri: str, near: list[str]) -> MissingError:
+def _missing(uri: str, near: list[str]) -> MissingError:
     name = uri.rstrip("/").rpartition("/")[2]
     by_name = {candidate.rstrip("/").rpartition("/")[2]: candidate for candidate in near}
-    closest = [by_name[match] for match in difflib.get_close_matches(name, by_name, n=_NEARBY, cutoff=0.5)]
-    there = ", ".join(closest or near[:_NEARBY])
+    closest = [by_name[match] for match in difflib.get_close_matches(name, by_name, n=_SHOWN, cutoff=0.5)]
+    shown = ", ".join(closest or near[:_SHOWN])
     return MissingError(
-        f"{uri} holds nothing to read." + (f" Near it: {there}." if there else " There is nothing near it either."),
+        f"{uri} holds nothing to read." + (f" Near it: {shown}." if shown else " There is nothing near it either."),
         remedy="Correct the address.",
     )
 
 
-def _bring(
+def _fetch_once(
     uri: str,
     directory: Path,
     patience_seconds: float,
     wanted: Callable[[str], bool] | None,
     names: frozenset[str] | None,
 ) -> list[Fetched]:
-    found = find(uri, patience_seconds, wanted)
+    resolved = resolve(uri, patience_seconds, wanted)
     if names is not None:
-        found = _only(found, names)
+        resolved = _only(resolved, names)
     if isinstance(parse(uri), Path):
-        return [found.fetched(entry, Path(found.store.uri) / entry.key) for entry in found.entries]
-    _require_distinct(found.entries)
-    index = _Index(directory, found.store.uri)
+        return [resolved.fetched(entry, Path(resolved.store.uri) / entry.key) for entry in resolved.entries]
+    _require_distinct(resolved.entries)
+    index = _Index(directory, resolved.store.uri)
     try:
-        _download(found, directory, index)
+        _download(resolved, directory, index)
     finally:
         index.save()
-    return [found.fetched(entry, directory / entry.key) for entry in found.entries]
+    return [resolved.fetched(entry, directory / entry.key) for entry in resolved.entries]
 
 
-def _only(found: Found, names: frozenset[str]) -> Found:
-    """What the run began with: objects that came later are not part of it."""
-    entries = [entry for entry in found.entries if found.name(entry) in names]
-    later = [found.name(entry) for entry in found.entries if found.name(entry) not in names]
+def _only(resolved: Resolved, names: frozenset[str]) -> Resolved:
+    """The objects with these names: those that were added later are not part of the run."""
+    entries = [entry for entry in resolved.entries if resolved.name(entry) in names]
+    later = [resolved.name(entry) for entry in resolved.entries if resolved.name(entry) not in names]
     if later:
-        structlog.get_logger().warning("inputs_added_later", ignored=len(later), first=later[:_NEARBY])
-    return dataclasses.replace(found, entries=entries)
+        structlog.get_logger().warning("inputs_added_later", ignored=len(later), first=later[:_SHOWN])
+    return dataclasses.replace(resolved, entries=entries)
 
 
 def _require_distinct(entries: list[Entry]) -> None:
@@ -211,20 +211,20 @@ def _require_distinct(entries: list[Entry]) -> None:
                 )
 
 
-def _download(found: Found, directory: Path, index: _Index) -> None:
-    def take(entry: Entry, _: threading.Event) -> None:
-        found.store.download(entry, directory / entry.key)
+def _download(resolved: Resolved, directory: Path, index: _Index) -> None:
+    def download(entry: Entry, _: threading.Event) -> None:
+        resolved.store.download(entry, directory / entry.key)
         index.add(entry)
 
-    missing = [entry for entry in found.entries if not index.holds(entry)]
-    each(take, [entry for entry in missing if entry.size <= SMALL_BYTES], workers=WORKERS)
+    missing = [entry for entry in resolved.entries if not index.holds(entry)]
+    each(download, [entry for entry in missing if entry.size <= SMALL_BYTES], workers=WORKERS)
     for entry in missing:
         if entry.size > SMALL_BYTES:
-            take(entry, threading.Event())
+            download(entry, threading.Event())
 
 
 class _Index:
-    """What a directory holds: for each file the object it came from, and the file's own size and time."""
+    """The files of a directory: for each the object that it was downloaded from, and its own size and time."""
 
     def __init__(self, directory: Path, uri: str) -> None:
         self._directory, self._uri, self._path = directory, uri, directory / INDEX
@@ -240,7 +240,7 @@ class _Index:
         return files if isinstance(files, dict) else {}
 
     def holds(self, entry: Entry) -> bool:
-        """Whether the file is there, is that object, and nobody touched it since."""
+        """Whether the file exists, is a download of that object, and has not been changed since."""
         return self._files.get(entry.key) == self._record(entry) is not None
 
     def add(self, entry: Entry) -> None:
@@ -251,7 +251,7 @@ class _Index:
                 self._save()
 
     def save(self) -> None:
-        """Write the index down."""
+        """Write the index."""
         with self._lock:
             self._save()
 

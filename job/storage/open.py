@@ -7,7 +7,7 @@ from job.storage.directory import DirectoryStore
 from job.storage.uri import S3Address, parse
 
 DENIED_PATIENCE_SECONDS = 45.0
-"""How long a refusal is retried before it is believed: workload identity takes a while to be ready in a new pod."""
+"""How long a refusal is retried: workload identity takes a while to be ready in a new pod."""
 
 REPLY_SECONDS = 60.0
 """How long a server may stay silent before the connection counts as dead."""
@@ -23,7 +23,7 @@ def open_store(
     """The store that a URI names; nothing is contacted yet.
 
     Args:
-        uri: `s3://bucket/prefix`, `file:///path` or an absolute path. A missing directory is made by the first write.
+        uri: `s3://bucket/prefix`, `file:///path` or an absolute path. The first write creates a missing directory.
         patience_seconds: how long one operation is retried through an outage, counted from its first failure.
         denied_patience_seconds: how long a refusal is retried; never longer than an outage.
         reply_seconds: how long a server may stay silent.

@@ -1,4 +1,4 @@
-"""Several things at once: the first failure ends the rest, and nobody waits for a thread that hangs."""
+"""Several transfers in parallel: the first failure stops the others, and nobody waits for a thread that hangs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ R = TypeVar("R")
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: another thread of the same transfer failed
-    """The transfer that this call belongs to is over."""
+    """The transfer that this call belongs to has been stopped."""
 
 
 def each(act: Callable[[T, threading.Event], R], items: Iterable[T], *, workers: int) -> list[R]:
     """`act(item, stop)` for every item, results in order.
 
-    The first failure, or an exception out of a signal handler, sets `stop` and is raised at once. Threads that still
-    run see `stop` or their own next failure; so `act` must open what it writes to by itself.
+    The first failure, or an exception from a signal handler, sets `stop` and is raised at once. Threads that are still
+    running end at `stop` or at their own next failure, so `act` must open the files that it writes by itself.
     """
     stop = threading.Event()
     pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="transfer")

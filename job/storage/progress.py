@@ -1,4 +1,4 @@
-"""How far a transfer is, told every few seconds and never for a short one."""
+"""The progress of a transfer, logged every few seconds, and not at all for a short one."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class Progress:
         self._uri, self._direction, self._total = uri, direction, total
         self._lock = threading.Lock()
         self._done = 0
-        self._start = self._told = time.monotonic()
+        self._start = self._reported = time.monotonic()
 
     def add(self, count: int) -> None:
-        """Count bytes that went through; negative when a part has to start again."""
+        """Count transferred bytes; negative when a part has to start again."""
         with self._lock:
             self._done += count
             now = time.monotonic()
-            if now - self._told < INTERVAL_SECONDS:
+            if now - self._reported < INTERVAL_SECONDS:
                 return
-            self._told = now
+            self._reported = now
             done = self._done
-        self._tell(done, now - self._start)
+        self._report(done, now - self._start)
 
-    def _tell(self, done: int, seconds: float) -> None:
+    def _report(self, done: int, seconds: float) -> None:
         speed = done / seconds
         structlog.get_logger().info(
             "transfer_progress",

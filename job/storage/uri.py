@@ -35,14 +35,14 @@ def parse(uri: str) -> S3Address | Path:
     if uri.startswith("/"):
         return Path(uri)
     raise ConfigError(
-        f"{uri!r} is no address of a store.", remedy="Use s3://bucket/prefix, an absolute path, or file:///path."
+        f"{uri!r} is not a valid address.", remedy="Use s3://bucket/prefix, an absolute path, or file:///path."
     )
 
 
 def _s3(uri: str) -> S3Address:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket:
-        raise ConfigError(f"{uri!r} names no bucket.", remedy="Use s3://bucket/prefix.")
+        raise ConfigError(f"{uri!r} has no bucket name.", remedy="Use s3://bucket/prefix.")
     if key.strip("/"):
         checked_key(key.strip("/"))
     return S3Address(bucket=bucket, key=key)
@@ -51,12 +51,12 @@ def _s3(uri: str) -> S3Address:
 def _file(uri: str) -> Path:
     parts = urlsplit(uri)
     if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/"):
-        raise ConfigError(f"{uri!r} is no local file.", remedy="Use file:///absolute/path.")
+        raise ConfigError(f"{uri!r} is not a local file.", remedy="Use file:///absolute/path.")
     return Path(unquote(parts.path))
 
 
 def checked_key(key: str) -> str:
-    """The key itself, if it can become a relative path and come back unchanged.
+    """The key itself, if it is also a valid relative path.
 
     Raises:
         DataError: it is empty or absolute, has an empty, `.` or `..` part, a backslash or a NUL.
@@ -64,7 +64,7 @@ def checked_key(key: str) -> str:
     parts = key.split("/")
     if "\\" in key or "\0" in key or any(part in {"", ".", ".."} for part in parts):
         raise DataError(
-            f"The object key {key!r} is refused: a key must be a relative path"
+            f"The object key {key!r} is not valid: a key must be a relative path"
             " without empty, '.' or '..' parts, backslashes or NUL.",
             remedy="Rename the object.",
         )

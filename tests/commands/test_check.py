@@ -12,7 +12,7 @@ import boto3
 import pytest
 
 from job.config.schema import Config
-from job.inputs.pull import listing
+from job.inputs.pull import Sources, listing
 from tests.hub_server import serve_hub
 from tests.jobs import ROOT
 
@@ -214,12 +214,12 @@ def test_what_a_run_would_refuse_of_what_is_there(tiny_model, rows, tmp_path):
     named = {"model": tiny_model, "dataset": f"{data}/", "output": tmp_path / "runs", "run_id": "r", "max_length": 256}
     checked = check(tmp_path, **named, resume="require")
     assert checked.code == 78
-    assert "holds no checkpoint" in checked.problem("output")["message"]
+    assert "TUNE_RESUME=require" in checked.problem("output")["message"]
 
     asked = Config(model=str(tiny_model), dataset=(f"{data}/",), output=str(tmp_path / "runs"), max_length=256)
     body = {"fingerprint": asked.fingerprint_fields()}
     output.mkdir(parents=True)
-    (output / "inputs.json").write_text(json.dumps(listing(asked, pinned={"date": "2026-01-01"})))
+    (output / "inputs.json").write_text(json.dumps(listing(Sources.of(asked), pinned={"date": "2026-01-01"})))
     for name in ("run.json", "done.json"):
         (output / name).write_text(json.dumps(body))
     checked = check(tmp_path, **named)

@@ -110,7 +110,7 @@ def steps(account: Account, directory: Path) -> dict[str, Callable[[], Any]]:
     begun = account.s3.create_multipart_upload(Bucket=OUTPUT, Key="runs/broken-off")
     assert begun["UploadId"]
     return {
-        "list inputs": inputs.entries,
+        "list inputs": inputs.list_objects,
         "pin an input": lambda: inputs.head("rows.jsonl"),
         "fetch what is listed": lambda: inputs.download(inputs.list_objects()[0], directory / "listed"),
         "fetch what is pinned": lambda: inputs.download(inputs.head("rows.jsonl"), directory / "pinned"),
@@ -122,9 +122,9 @@ def steps(account: Account, directory: Path) -> dict[str, Callable[[], Any]]:
         "upload a small file": lambda: outputs.upload(small, "small"),
         "upload a large file": lambda: outputs.upload(large, "large"),
         "restore a checkpoint": lambda: outputs.download(outputs.head("kept"), directory / "restored"),
-        "set aside": lambda: outputs.copy("kept", "aside"),
+        "archive": lambda: outputs.copy("kept", "aside"),
         "retire a checkpoint": lambda: outputs.delete("old"),
-        "sweep": lambda: outputs.sweep(""),
+        "remove unfinished uploads": lambda: outputs.remove_unfinished(""),
     }
 
 
@@ -184,7 +184,7 @@ def test_the_policy_allows_nothing_else(account: Account, step: Callable[[], Any
 
 def test_every_operation_of_the_job_has_its_permission() -> None:
     """A new S3 operation in job/storage must be named here with what it needs, and nothing else is in the policy."""
-    source = "".join(path.read_text() for path in (ROOT / "job" / "storage").glob("*.py"))
+    source = "".join(path.read_text() for path in (ROOT / "job" / "storage").rglob("*.py"))
     called = set(re.findall(r"\bclient\.([a-z_0-9]+)\(", source)) - {"get_paginator"}
     called |= set(re.findall(r'get_paginator\("([a-z_0-9]+)"\)', source))
     assert called == set(NEEDED)

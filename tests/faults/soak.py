@@ -153,7 +153,7 @@ class Soak:
             self.tally.damaged_passed_over += len(job.events("checkpoint_damaged"))
             if code == 0:
                 return
-            assert "died without a word" in job.event("run_failed")["message"], job.tail()
+            assert "attempts in a row" in job.event("run_failed")["message"], job.tail()
         raise AssertionError(f"not whole after {TRIES} undisturbed attempts")
 
     def ended(self, code: int, allowed: set[int]) -> int:

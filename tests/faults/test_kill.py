@@ -55,7 +55,7 @@ def test_kill_of_the_uploader_alone(bench):
     "place",
     [
         "job.state.ledger:Ledger.append",
-        "job.state.record:Record.sweep",
+        "job.state.record:Record.remove_unfinished_uploads",
         "job.state.record:Record.finish",
         "job.state.record:Record._create",
     ],

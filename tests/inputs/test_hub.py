@@ -211,6 +211,8 @@ def test_splits(split: str | None, names: list[str], readme: str, expected: list
         pytest.param(None, ["a.txt"], "", "no data files", id="no data"),
         pytest.param(None, ["train.csv", "train.jsonl"], "", "several formats.*train.csv", id="twice"),
         pytest.param(None, ["a.jsonl"], HEADER.replace("default", "large"), "several configurations", id="configs"),
+        pytest.param(None, ["a.jsonl"], "---\na: [\n---\n", "README.md", id="not YAML"),
+        pytest.param(None, ["a.jsonl"], "---\n- a\n---\n", "README.md", id="a list"),
     ],
 )
 def test_unclear_splits(split: str | None, names: list[str], readme: str, text: str) -> None:

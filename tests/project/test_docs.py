@@ -21,8 +21,7 @@ PAGE_NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
 
 NEED_NO_ENTRY = {
     "job/__main__.py: \0.": "argparse's own words; the entry for the command line quotes the usage",
-    "job/__main__.py: \0: \0": "an unforeseen error's own words; the entry for exit 1 quotes the remedy",
-    "job/commands/check.py: \0: \0": "the same, found by a check",
+    "job/runtime/errors.py: \0: \0": "an unexpected error's own words; the entry for exit 1 quotes the remedy",
     "job/storage/s3/client.py: \0.": "boto3's own words; the entry for the profile quotes the remedy",
     "job/storage/s3/upload.py: \0: \0.": "the store's own words; an entry quotes the remedy",
     "job/model/base_model.py: \0 has \0.": "both things that it can lack are quoted",
@@ -30,6 +29,7 @@ NEED_NO_ENTRY = {
     "job/data/reading/files.py: ": "passes an element's problem on, each of which has an entry",
     "job/data/examples.py: ": "the list of invalid rows; its first line has an entry",
     "job/inputs/hub.py: ": "within the program: an outage, which ends as the entry for an unreachable hub",
+    "job/inputs/hub.py: the process that downloads ended with status \0": "within the program: the same",
     "job/tuning/fit/attention.py: its attention is not one that a single kernel computes for all lengths": (
         "within the program: a reason of the plan, which continues without CUDA graphs"
     ),

@@ -26,7 +26,7 @@ libraries.keep_modules(kept)
 import torch
 files = [path for path in kept.rglob("*.pyc") if "torch" in path.parts]
 there = [path.stat().st_ino for path in files]
-lasting = all([bytecode.made_to_last(path) for path in files])
+lasting = all([bytecode.bind_to_source(path) for path in files])
 subprocess.run([sys.executable, "-c", "import torch.child"], check=True)
 children = len(list(Path(torch.__cached__).parent.glob("child.*")))
 print(json.dumps([missing, torch.VALUE, torch.__cached__, there, lasting, children]))
@@ -98,13 +98,13 @@ def test_another_source_is_compiled_anew(package, tmp_path):
         pytest.param(lambda _, module: module.write_bytes(b"none" + module.read_bytes()[4:]), id="another Python"),
     ],
 )
-def test_what_is_no_good_is_not_made_to_last(package, tmp_path, monkeypatch, spoil):
+def test_what_is_no_good_is_not_bind_to_source(package, tmp_path, monkeypatch, spoil):
     """A module whose source is another by now, or that is torn, stays as it is: Python alone decides what to do."""
     monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "kept"))
     module = Path(py_compile.compile(str(package)))
     spoil(package, module)
     before = module.read_bytes() if module.exists() else None
-    assert not bytecode.made_to_last(module)
+    assert not bytecode.bind_to_source(module)
     assert before == (module.read_bytes() if module.exists() else None)
 
 

@@ -12,7 +12,6 @@ import sys
 import tarfile
 import threading
 import time
-from importlib import metadata
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +19,7 @@ import pytest
 import structlog
 
 from job.config.schema import Config
-from job.runtime import gpus
+from job.runtime import gpus, libraries
 from job.runtime.gpus import Card, Gpus
 from job.state.compile_cache import archive, bytecode
 from job.state.compile_cache import cache as compile_cache
@@ -63,8 +62,8 @@ class Machine:
 
     def beside(self, uri: str, **settings: object) -> CompileCache:
         self.work.mkdir(parents=True, exist_ok=True)
-        config = Config(model="/m", dataset=("/d",), output="/o", cache=uri, **settings)
-        return CompileCache(config, scratch=self.scratch, work=self.work)
+        config = Config(model="/m", dataset=("/d",), output="/o", **settings)
+        return CompileCache(uri, config.as_variables(), scratch=self.scratch, work=self.work)
 
 
 @pytest.fixture
@@ -216,12 +215,12 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfil
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
-        pytest.param([(member("files/../../../escaped"), b"x")], "no name of a file", id="dots"),
-        pytest.param([(member("files//escaped"), b"x")], "no name of a file", id="empty part"),
-        pytest.param([(member("/escaped"), b"x")], "not under its files", id="absolute"),
-        pytest.param([(member("files/a", tarfile.SYMTYPE, "/etc/passwd"), b"")], "no regular file", id="symlink"),
-        pytest.param([(member("files/a", tarfile.LNKTYPE, "files/b"), b"")], "no regular file", id="hard link"),
-        pytest.param([(member("files/a", tarfile.FIFOTYPE), b"")], "no regular file", id="fifo"),
+        pytest.param([(member("files/../../../escaped"), b"x")], "not a valid file name", id="dots"),
+        pytest.param([(member("files//escaped"), b"x")], "not a valid file name", id="empty part"),
+        pytest.param([(member("/escaped"), b"x")], "not below files/", id="absolute"),
+        pytest.param([(member("files/a", tarfile.SYMTYPE, "/etc/passwd"), b"")], "not a regular file", id="symlink"),
+        pytest.param([(member("files/a", tarfile.LNKTYPE, "files/b"), b"")], "not a regular file", id="hard link"),
+        pytest.param([(member("files/a", tarfile.FIFOTYPE), b"")], "not a regular file", id="fifo"),
         pytest.param([(member("files/a"), b"1"), (member("files/a"), b"2")], "exists", id="twice"),
         pytest.param([(member("files/a"), b"1" * 2000)], "room for", id="too large"),
     ],
@@ -237,19 +236,20 @@ def test_an_archive_writes_only_where_it_may(machine, tmp_path, logged, monkeypa
 
 
 def test_a_foreign_archive_is_passed_over(machine, tmp_path, logged):
-    """An archive that says it was made for something else is ignored, and so is what is no archive."""
+    """An archive that says it was made for another key is ignored, and so is any other object."""
     uri = str(tmp_path / "kept")
     cache = machine.cache(uri)
     put(cache, uri, tmp_path, [(member("files/triton/a"), b"x")], label={"key": "another"})
     open_store(uri).write(f"{cache.directory.name}/README", b"hello")
     assert restored(machine.cache(uri)) == {}
     reasons = " ".join(line["reason"] for line in events(logged, "compile_cache_ignored"))
-    assert "made for something else, 'another'" in reasons
-    assert "README (5 bytes) is none of ours" in reasons
+    assert "made for another key, 'another'" in reasons
+    assert "README (5 bytes) was not written" in reasons
 
 
 HERE = Gpus(driver="580.1", cards=(Card(name="NVIDIA H100", capability="9.0"),))
-CONFIG = Config(model="/m", dataset=("/d",), output="/o")
+REQUIRED = {"model": "/m", "dataset": ("/d",), "output": "/o"}
+SETTINGS = Config(**REQUIRED).as_variables()
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ CONFIG = Config(model="/m", dataset=("/d",), output="/o")
         pytest.param({}, {**SHAPE, "_name_or_path": "other", "transformers_version": "0"}, HERE, True, id="a name"),
         pytest.param({"model": "/n", "epochs": 9.0, "seed": 1}, SHAPE, HERE, True, id="what is not compiled"),
         pytest.param({}, {**SHAPE, "hidden_size": 128}, HERE, False, id="the model's shape"),
-        pytest.param({}, SHAPE, Gpus(driver="580.2", cards=HERE.cards), False, id="the driver"),
+        pytest.param({}, SHAPE, Gpus(driver="580.2", gpus=HERE.cards), False, id="the driver"),
         pytest.param(
             {}, SHAPE, Gpus(driver="580.1", cards=(Card(name="NVIDIA A100", capability="8.0"),)), False, id="the card"
         ),
@@ -269,19 +269,19 @@ CONFIG = Config(model="/m", dataset=("/d",), output="/o")
 )
 def test_the_key_is_what_compiled_code_depends_on(settings, shape, there, same):
     """Another card, driver, shape or compiled setting is another key; another name is not."""
-    base = compile_key.facts(CONFIG, SHAPE, gpus=HERE, scratch=Path("/s"))
-    changed = Config(**{"model": "/m", "dataset": ("/d",), "output": "/o", **settings})
+    base = compile_key.facts(SETTINGS, SHAPE, gpus=HERE, scratch=Path("/s"))
+    changed = Config(**{**REQUIRED, **settings}).as_variables()
     other = compile_key.facts(changed, shape, gpus=there, scratch=Path("/s"))
     assert (compile_key.key(base) == compile_key.key(other)) is same
 
 
 def test_the_key_has_the_versions_and_the_place(monkeypatch):
     """The installed versions and the place of the caches are part of the key."""
-    base = compile_key.facts(CONFIG, SHAPE, gpus=HERE, scratch=Path("/s"))
+    base = compile_key.facts(SETTINGS, SHAPE, gpus=HERE, scratch=Path("/s"))
     assert {"torch", "triton", "unsloth", "transformers", "bitsandbytes"} <= base["packages"].keys()
-    elsewhere = compile_key.facts(CONFIG, SHAPE, gpus=HERE, scratch=Path("/t"))
-    monkeypatch.setattr(metadata, "version", lambda package: f"{package} 2")
-    later = compile_key.facts(CONFIG, SHAPE, gpus=HERE, scratch=Path("/s"))
+    elsewhere = compile_key.facts(SETTINGS, SHAPE, gpus=HERE, scratch=Path("/t"))
+    monkeypatch.setattr(libraries.metadata, "version", lambda package: f"{package} 2")
+    later = compile_key.facts(SETTINGS, SHAPE, gpus=HERE, scratch=Path("/s"))
     assert len({compile_key.key(found) for found in (base, elsewhere, later)}) == 3
 
 
@@ -344,8 +344,8 @@ def test_a_restore_that_is_given_up_stops(s3_env, machine, monkeypatch, logged):
         assert len(kept(uri)) == 3
     assert len(asked) == 1
     assert {path.name for path in late.directory.rglob("*") if path.is_file()} == {"f0", "more"}
-    assert events(logged, "compile_cache_unchanged")[-1]["reason"] == "what is there did not come in time"
-    assert [line["reason"] for line in events(logged, "compile_cache_ignored")] == ["it takes too long to come"]
+    assert events(logged, "compile_cache_unchanged")[-1]["reason"] == "the restore timed out"
+    assert [line["reason"] for line in events(logged, "compile_cache_ignored")] == ["the restore timed out"]
 
 
 def test_two_writers_do_not_spoil_each_other(uri, machine, logged):
@@ -371,17 +371,17 @@ def test_two_writers_do_not_spoil_each_other(uri, machine, logged):
 
 def test_only_so_many_archives_are_kept(machine, tmp_path, monkeypatch, logged):
     """Runs that always compile something new do not fill the bucket."""
-    monkeypatch.setattr(compile_cache, "MOST_PARTS", 2)
+    monkeypatch.setattr(compile_cache, "MOST_ARCHIVES", 2)
     uri = str(tmp_path / "kept")
     for number in range(4):
         one_run(machine, uri, **{f"f{number}": b"x"})
     assert len(kept(uri)) == 2
-    assert events(logged, "compile_cache_unchanged")[-1]["reason"] == "2 archives are there"
+    assert events(logged, "compile_cache_unchanged")[-1]["reason"] == "2 archives are kept already"
 
 
 def test_damaged_archives_are_not_counted(machine, tmp_path, monkeypatch, logged):
     """As many whole archives are kept and restored as may be, whatever damaged ones lie beside them."""
-    monkeypatch.setattr(compile_cache, "MOST_PARTS", 2)
+    monkeypatch.setattr(compile_cache, "MOST_ARCHIVES", 2)
     uri = str(tmp_path / "kept")
     for number in range(4):
         one_run(machine, uri, **{f"f{number}": b"x"})
@@ -392,7 +392,7 @@ def test_damaged_archives_are_not_counted(machine, tmp_path, monkeypatch, logged
     assert restored(machine.cache(uri)).keys() == {"triton/f2", "triton/f3"}
     one_run(machine, uri, f4=b"x")
     assert len(kept(uri)) == 4
-    assert events(logged, "compile_cache_unchanged")[-1]["reason"] == "2 archives are there"
+    assert events(logged, "compile_cache_unchanged")[-1]["reason"] == "2 archives are kept already"
 
 
 def test_a_store_that_comes_late_is_left_as_it_is(s3_env, machine, monkeypatch, logged):
@@ -409,7 +409,7 @@ def test_a_store_that_comes_late_is_left_as_it_is(s3_env, machine, monkeypatch, 
     compiled(late, a=b"1", b=b"2")
     assert len(kept(uri)) == 1
     (told,) = events(logged, "compile_cache_not_saved")
-    assert told["reason"] == "what is there could not be listed at the start"
+    assert told["reason"] == "the archives could not be listed at the start"
 
 
 @pytest.fixture
@@ -470,7 +470,7 @@ def test_a_run_saves_and_the_next_restores(tiny_model, rows, tmp_path):
     settings = {name: value for name, value in SHORT.items() if name != "samples"}
     config = Config(model=str(tiny_model), dataset=(str(rows),), output="/o", **settings)
     shape = json.loads((tiny_model / "config.json").read_text())
-    key = compile_key.key(compile_key.facts(config, shape, gpus=gpus.find(), scratch=scratch))
+    key = compile_key.key(compile_key.facts(config.as_variables(), shape, gpus=gpus.find(), scratch=scratch))
     left = scratch / "compiled" / key / "triton/ab/kernel.cubin"  # as on a volume that outlived a run
     left.parent.mkdir(parents=True)
     left.write_bytes(b"compiled")

@@ -146,8 +146,8 @@ def test_changed_object_is_noticed(store: Store, tmp_path: Path, large: bool) ->
 
 def test_vanished_object_is_named(store: Store, tmp_path: Path) -> None:
     """Downloading an object that is gone says so."""
-    entry = Entry(key="gone", size=3, etag=None, version=None)
-    with pytest.raises(MissingError, match="gone"):
+    entry = Entry(key="gone-file", size=3, etag=None, version=None)
+    with pytest.raises(MissingError, match="gone-file"):
         store.download(entry, tmp_path / "target")
 
 
@@ -156,11 +156,11 @@ def test_unsafe_keys_are_refused(key: str, tmp_path: Path) -> None:
     """A key that could leave the directory it belongs to is refused wherever it appears."""
     store = open_store(str(tmp_path))
     for act in (store.head, store.read, store.delete):
-        with pytest.raises(DataError, match="refused"):
+        with pytest.raises(DataError, match="object key"):
             act(key)
-    with pytest.raises(DataError, match="refused"):
+    with pytest.raises(DataError, match="object key"):
         store.write(key, b"")
-    with pytest.raises(DataError, match="refused"):
+    with pytest.raises(DataError, match="object key"):
         checked_key(key)
 
 

@@ -187,7 +187,7 @@ def test_lost_upload_starts_again(through: Any, tmp_path: Path) -> None:
     assert entry.size == LARGE
 
 
-@pytest.mark.parametrize("act", ["head", "read", "entries", "write"])
+@pytest.mark.parametrize("act", ["head", "read", "list_objects", "write"])
 def test_denied(through: Any, act: str) -> None:
     """A refusal is believed after the denied patience; the error says what was tried and how, never the secret."""
 
@@ -195,7 +195,7 @@ def test_denied(through: Any, act: str) -> None:
         seen.refuse = (403, "AccessDenied")
 
     store = through(rule, denied_patience_seconds=0.5)
-    arguments = {"entries": ("",), "write": ("key", b"x")}.get(act, ("key",))
+    arguments = {"list_objects": ("",), "write": ("key", b"x")}.get(act, ("key",))
     started = time.monotonic()
     with pytest.raises(AccessDeniedError, match="`env`") as caught:
         getattr(store, act)(*arguments)
@@ -249,7 +249,7 @@ def test_credentials_that_appear(s3_env: str, monkeypatch: pytest.MonkeyPatch, t
 def test_missing_bucket(s3_env: str) -> None:
     """A bucket that does not exist is the data's fault, at once, and the error names it."""
     store = open_store("s3://no-such-bucket-here/run")
-    for act in (store.entries, lambda: store.read("key"), lambda: store.write("key", b"")):
+    for act in (store.list_objects, lambda: store.read("key"), lambda: store.write("key", b"")):
         with pytest.raises(DataError, match="no-such-bucket-here"):
             act()
 

@@ -19,7 +19,7 @@ GIB = 1 << 30
 CLIENT = """
 import json, resource, sys
 from pathlib import Path
-from job.storage.store import open_store
+from job.storage.open import open_store
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,7 @@
 """A tree of small files <-> one compressed file (tar inside Zstandard) whose name is the SHA-256 of its bytes.
 
-It is read back by whoever finds it, so nothing in it is believed: regular files only, under plain relative names,
-within bounds. What it cannot tell is whether the files mean well.
+Nothing in an archive is trusted when it is read: regular files only, under plain relative names, within limits. Whether
+the files themselves are harmful is not checked.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def pack(files: Mapping[str, Path], target: Path, *, label: Mapping[str, Any]) -
 
     Args:
         files: by the name inside the archive.
-        label: said in front of them, in JSON.
+        label: a JSON object that comes first.
 
     Returns:
-        the names that were packed: what vanished meanwhile is left out.
+        the names that were packed: files that were deleted in the meantime are left out.
     """
     packed = []
     with pa.output_stream(str(target), compression="zstd") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
@@ -68,13 +68,13 @@ def unpack(source: Path, directory: Path, *, most_bytes: int) -> tuple[dict[str,
     Args:
         source: the archive.
         directory: where to.
-        most_bytes: of the files together.
+        most_bytes: the limit for all files together.
 
     Returns:
         the label, and the files' names.
 
     Raises:
-        ValueError: it is no archive of ours, or holds what none of ours does.
+        ValueError: it was not written by `pack`, or exceeds a limit.
         OSError: the disk.
     """
     try:
@@ -92,7 +92,7 @@ def _label(tar: tarfile.TarFile) -> dict[str, Any]:
     content = tar.extractfile(member) if member and member.name == LABEL and member.size <= LONGEST_LABEL else None
     label = json.load(content) if content else None
     if not isinstance(label, dict):
-        raise ValueError("it does not begin with its label")  # noqa: TRY004 - the archive's fault
+        raise ValueError("it does not begin with a label")  # noqa: TRY004 - the archive's fault
     return label
 
 
@@ -104,39 +104,37 @@ def _files(tar: tarfile.TarFile, directory: Path, most_bytes: int) -> list[str]:
         names.append(name)
         total += member.size
         if total > most_bytes or len(names) > MOST_FILES:
-            raise ValueError(
-                f"it holds more than the {most_bytes} bytes that there is room for, or {MOST_FILES:,} files"
-            )
+            raise ValueError(f"it holds more than {MOST_FILES:,} files, or more bytes than there is room for")
         _write(tar, member, directory / name)
     return names
 
 
 def _checked_name(member: tarfile.TarInfo) -> str:
     if not member.isreg():
-        raise ValueError(f"{member.name!r} in it is no regular file")
+        raise ValueError(f"{member.name!r} in it is not a regular file")
     if not member.name.startswith("files/"):
-        raise ValueError(f"{member.name!r} in it is not under its files")
+        raise ValueError(f"{member.name!r} in it is not below files/")
     name = member.name.removeprefix("files/")
     try:
         return checked_key(name)
     except JobError as error:
-        raise ValueError(f"{name!r} in it is no name of a file below a directory") from error
+        raise ValueError(f"{name!r} in it is not a valid file name") from error
 
 
 def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
     content = tar.extractfile(member)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as file:  # x: nothing is written twice, or through what was there
+    with path.open("xb") as file:  # x: no name twice, and never through an existing link
         while content is not None and (data := content.read(CHUNK)):
             file.write(data)
     path.chmod(0o700 if member.mode & 0o100 else 0o600)
 
 
 def place(names: Iterable[str], source: Path, directory: Path) -> int:
-    """Bring files from one directory into another on the same disk, each whole or not at all; what is there stays.
+    """Link files of one directory into another on the same disk, each atomically; existing files stay.
 
     Returns:
-        how many were not there.
+        how many did not exist.
     """
     placed = 0
     for name in names:

@@ -1,7 +1,7 @@
-"""Python's compiled modules, for machines whose packages came without them.
+"""Python's compiled modules, for machines whose packages were installed without them.
 
-`pip install --no-compile` and `PYTHONDONTWRITEBYTECODE`, which many images set, leave it to every start to compile all
-that it imports: for the training stack that is more than 5,000 modules, and takes longer than to run them.
+With `pip install --no-compile` and `PYTHONDONTWRITEBYTECODE`, which many images set, every start compiles everything
+that it imports: for the training stack that is more than 5,000 modules, and takes longer than running them.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 
 SUFFIX = ".pyc"
 FOLDER = "python"
-"""Of a directory for what is compiled; below it, modules lie under the paths of their sources."""
+"""Below the compile cache's directory; in it, modules have the paths of their sources."""
 STACK = ("torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo")
 PATIENCE_SECONDS = 15.0
-"""Of a run with modules that are on their way: less than it takes to compile them."""
+"""How long a run waits for modules that are being restored: less than it takes to compile them."""
 _HEADER = struct.Struct("<4sIII")
-"""Magic number, flags, and the source's time and size, or its hash in their place (PEP 552)."""
+"""Magic number, flags, and the source's time and size, or its hash instead (PEP 552)."""
 _BY_TIME, _CHECKED_HASH = 0b00, 0b11
 
 
 def missing() -> bool:
-    """Whether a package of the training stack lies here without compiled modules.
+    """Whether a package of the training stack is installed without compiled modules.
 
-    False also where `PYTHONPYCACHEPREFIX` says where to look for them: somebody has taken care of it.
+    False also where `PYTHONPYCACHEPREFIX` is set: the modules are somewhere else.
     """
     if sys.pycache_prefix is not None:
         return False
@@ -37,15 +37,15 @@ def missing() -> bool:
     return not all(Path(importlib.util.cache_from_source(source)).exists() for source in sources)
 
 
-def made_to_last(module: Path) -> bool:
-    """Make a compiled module good for its source's content instead of its time, since packages that are installed at
+def bind_to_source(module: Path) -> bool:
+    """Make a compiled module valid for its source's content instead of its time, since packages that are installed at
     every start are always new. Python then checks the hash when it loads the module.
 
     Args:
         module: below `sys.pycache_prefix`.
 
     Returns:
-        False where it is no good: it is torn, or its source is another by now.
+        False if it cannot be used: it is incomplete, or its source has changed.
     """
     try:
         compiled, source = module.read_bytes(), Path(importlib.util.source_from_cache(str(module)))
@@ -57,14 +57,14 @@ def made_to_last(module: Path) -> bool:
     header = struct.pack("<4sI", magic, _CHECKED_HASH) + importlib.util.source_hash(text)
     if compiled.startswith(header):
         return True
-    made_of_it = (seconds, size) == (int(found.st_mtime) & 0xFFFFFFFF, len(text) & 0xFFFFFFFF)
-    if magic != importlib.util.MAGIC_NUMBER or flags != _BY_TIME or not made_of_it:
+    unchanged = (seconds, size) == (int(found.st_mtime) & 0xFFFFFFFF, len(text) & 0xFFFFFFFF)
+    if magic != importlib.util.MAGIC_NUMBER or flags != _BY_TIME or not unchanged:
         return False
-    beside = module.with_name(f"{module.name}.{os.getpid()}")
+    temporary = module.with_name(f"{module.name}.{os.getpid()}")
     try:
-        beside.write_bytes(header + compiled[_HEADER.size :])
-        beside.replace(module)  # whole at any moment, for whoever loads it
+        temporary.write_bytes(header + compiled[_HEADER.size :])
+        temporary.replace(module)  # atomically: another process may be loading it
     except OSError:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         return False
     return True

@@ -1,12 +1,12 @@
-"""Compile caches between runs: what Triton, Inductor and Unsloth compiled, and Python where packages came without
-compiled modules, kept under `TUNE_CACHE`.
+"""Compile caches between runs, under `TUNE_CACHE`: what Triton, Inductor and Unsloth compiled, and what Python compiled
+where packages were installed without compiled modules.
 
-`<TUNE_CACHE>/<key>/<sha256>.tar.zst`: the key says for what it was compiled (`job.state.compile_cache.key`), the name
-what the archive must hold. Each run that compiled something new adds one archive with just that, and none is ever
-changed, so that two runs at once cannot spoil each other's. The hash tells damage, not malice: what is restored is code
-that the run loads, so whoever may write there can run code in the job.
+An archive is `<TUNE_CACHE>/<key>/<sha256>.tar.zst`. The key says what its files were compiled for
+(`job.state.compile_cache.key`), the name is the hash of its bytes. Each run that compiled something new adds one
+archive with just that, and none is ever changed, so that two runs at the same time cannot damage each other's. The hash
+detects damage, not malice: the run loads the restored code, so anyone who can write there can run code in the job.
 
-Nothing here may end a run, or hold it up by more than `PATIENCE_SECONDS`, or `LAST_SECONDS` at its end, or
+Nothing here may end a run, or delay it by more than `PATIENCE_SECONDS`, or `LAST_SECONDS` at its end, or
 `bytecode.PATIENCE_SECONDS` where Python's modules would otherwise have to be compiled.
 """
 
@@ -26,7 +26,6 @@ from typing import Any
 
 import structlog
 
-from job.config.schema import Config
 from job.runtime import gpus
 from job.runtime.background import Background
 from job.state.compile_cache import archive, bytecode, key
@@ -36,85 +35,97 @@ from job.storage.open import open_store
 
 log = structlog.get_logger()
 PATIENCE_SECONDS = 5.0
-"""Of the run with a restore that is not done when it is needed."""
+"""How long the run waits for a restore that is not done when its files are needed."""
 STORE_PATIENCE_SECONDS = 5.0
 SAVING_PATIENCE_SECONDS = 60.0
 SETTLE_SECONDS = 60.0
-"""After the first step, until what was compiled is saved: a few other shapes may come yet."""
+"""From the first step until the first save: other shapes may still be compiled."""
 QUIET_SECONDS = 10.0
-"""A file that was changed so lately may not be finished: it has to wait until the end."""
+"""A file that changed within this time may not be complete: it is saved at the end."""
 LAST_SECONDS = 30.0
-MOST_PARTS = 8  # whole ones
+"""How long the end of a run waits for the last save."""
+MOST_ARCHIVES = 8
+"""Under one key, damaged ones not counted."""
 MOST_BYTES = 4 << 30
-"""That a restore may write, archives and what they hold: docs/operations.md leaves 5 GB of the scratch disk for it."""
+"""What a restore may write, archives and their files: docs/operations.md reserves 5 GB of the scratch disk for it."""
 LEAST_FREE_BYTES = 2 << 30
-"""Of the scratch disk, which no restore may take: the run has data and checkpoints to put there."""
-_PART = re.compile(r"[0-9a-f]{64}" + re.escape(archive.SUFFIX))
-_PASSING = re.compile(r"tmp\..*|__pycache__|locks?|.*\.(lock|tmp|pyc\.\d+)")
-"""Names of what the libraries need while they write, or can make anew for nothing."""
+"""What a restore must leave free on the scratch disk, for data and checkpoints."""
+_ARCHIVE = re.compile(r"[0-9a-f]{64}" + re.escape(archive.SUFFIX))
+_TEMPORARY = re.compile(r"tmp\..*|__pycache__|locks?|.*\.(lock|tmp|pyc\.\d+)")
+"""Names of files that the libraries need only while they write, or can make again at no cost."""
 
 
 class CompileCache:
-    """One run's side of the kept caches. Without `TUNE_CACHE` nothing of it does anything."""
+    """One run's side of the kept caches. Without `TUNE_CACHE` its methods do nothing."""
 
-    def __init__(self, config: Config, *, scratch: Path, work: Path, saves: bool = True) -> None:
-        """Args: work: a directory on the same disk as `scratch`, which ends with the attempt."""
-        self._config, self._uri, self._scratch, self._work, self._saves = config, config.cache, scratch, work, saves
+    def __init__(
+        self, uri: str | None, settings: Mapping[str, Any], *, scratch: Path, work: Path, saves: bool = True
+    ) -> None:
+        """See the class.
+
+        Args:
+            uri: `TUNE_CACHE`.
+            settings: the run's settings by variable name.
+            scratch: the directory above the restored caches.
+            work: a directory on the same disk as `scratch`, removed with the attempt.
+            saves: whether this process adds what it compiled.
+        """
+        self._uri, self._settings, self._scratch, self._work, self._saves = uri, settings, scratch, work, saves
         self._facts: dict[str, Any] = {}
         self._key = ""
-        self._given_up = threading.Event()
+        self._timed_out = threading.Event()
         self._left = MOST_BYTES
-        self._seen: set[str] | None = None  # archives that were there at the start, once they were listed
-        self._damaged: set[str] = set()  # of them
-        self._kept: set[str] = set()  # files that are in them
+        self._seen: set[str] | None = None  # keys of the archives at the start, once they are listed
+        self._damaged: set[str] = set()  # of these keys
+        self._kept: set[str] = set()  # names of the files in the archives
         self._restoring: Background[None] | None = None
         self._saving: Background[None] | None = None
         self._last = threading.Event()
 
     @property
     def directory(self) -> Path | None:
-        """Where the libraries must put what they compile; None leaves them where they are."""
+        """Where the libraries must put what they compile; None leaves their own places."""
         return self._scratch / "compiled" / self._key if self._key else None
 
     def begin(self, shape: Mapping[str, Any]) -> None:
-        """Restore, in the background, what was compiled for this machine, these versions and settings, and this model.
+        """Restore, in the background, the caches for this machine, these versions and settings, and this model.
 
         Args:
             shape: the model's config.json.
         """
         if self._uri is None:
             return
-        self._facts = key.facts(self._config, shape, gpus=gpus.find(), scratch=self._scratch)
+        self._facts = key.facts(self._settings, shape, gpus=gpus.find(), scratch=self._scratch)
         self._key = key.key(self._facts)
         self._restoring = Background(self._restore, name="compile-cache")
 
     def wait(self) -> None:
-        """Let the restore come to its end, within the patience; later it is not wanted any more."""
+        """Wait for the restore, with a timeout; what is not restored by then is not used."""
         if not self._ended(PATIENCE_SECONDS):
-            self._given_up.set()
-            _ignored("it takes too long to come")
+            self._timed_out.set()
+            _ignored("the restore timed out")
 
     def wait_for_modules(self) -> None:
-        """The same before Python's compiled modules are needed; what comes later may still be of use."""
+        """The same before Python's compiled modules are needed; what is restored later may still be useful."""
         self._ended(bytecode.PATIENCE_SECONDS)
 
     def _ended(self, patience_seconds: float) -> bool:
         return self._restoring is None or self._restoring.ended(patience_seconds)
 
     def save_soon(self) -> None:
-        """The first step is done: save what is new, in the background, and at the end what came later."""
+        """The first step is done: save what is new, in the background, and at the end what was compiled later."""
         if self._uri is not None and self._saves and self._saving is None:
             self._saving = Background(self._save_twice, name="compile-cache-save")
 
     def save_now(self) -> None:
-        """Training is over: no need to wait for more. Returns at once."""
+        """Training is over: nothing more will be compiled. Returns at once."""
         self._last.set()
 
     def finish(self) -> None:
-        """Let what is being saved arrive, if that does not take long."""
+        """Wait for the last save, with a timeout."""
         self._last.set()
         if self._saving is not None and not self._saving.ended(LAST_SECONDS):
-            _not_saved(f"it was not done within {LAST_SECONDS:g} s after the end of the run")
+            _not_saved(f"it was not finished within {LAST_SECONDS:g} s after the end of the run")
 
     def _store(self, patience_seconds: float) -> Store:
         return open_store(
@@ -126,63 +137,66 @@ class CompileCache:
 
     def _restore(self) -> None:
         started = time.monotonic()
-        placed: dict[Entry, int] = {}
+        restored: dict[Entry, int] = {}  # how many files of each archive were new here
         try:
             store = self._store(STORE_PATIENCE_SECONDS)
-            parts = store.list_objects(f"{self._key}/")
-            self._seen = {entry.key for entry in parts}
-            for part in parts:
-                if self._given_up.is_set() or len(placed) == MOST_PARTS:
+            archives = store.list_objects(f"{self._key}/")
+            self._seen = {entry.key for entry in archives}
+            for entry in archives:
+                if self._timed_out.is_set() or len(restored) == MOST_ARCHIVES:
                     break
-                if (count := self._bring(store, part)) is not None:
-                    placed[part] = count
-        except Exception as error:  # noqa: BLE001 - a run without a cache is slower, and no worse
+                if (count := self._restore_one(store, entry)) is not None:
+                    restored[entry] = count
+        except Exception as error:  # noqa: BLE001 - a run without a cache is slower, and otherwise the same
             _ignored(_words(error))
             return
-        if self._given_up.is_set():
+        if self._timed_out.is_set():
             return
         seconds = round(time.monotonic() - started, 3)
-        if not parts:
+        if not archives:
             log.info("compile_cache_empty", key=self._key, made_for=self._facts, restore_seconds=seconds)
-        elif placed:
-            files, size = sum(placed.values()), sum(part.size for part in placed)
+        elif restored:
+            files, size = sum(restored.values()), sum(entry.size for entry in restored)
             log.info("compile_cache_restored", key=self._key, files=files, bytes=size, restore_seconds=seconds)
 
-    def _bring(self, store: Store, part: Entry) -> int | None:
-        """Download, verify and unpack one archive; how many of its files were not there yet, or None if it is no good,
-        or not wanted any more."""
+    def _restore_one(self, store: Store, entry: Entry) -> int | None:
+        """Download, verify and unpack one archive.
+
+        Returns:
+            how many of its files are new here; None if it cannot be used, or the restore timed out.
+        """
         try:
             with self._staging() as staging:
-                self._download(store, part, staging / "archive")
-                if self._given_up.is_set():
+                self._download(store, entry, staging / "archive")
+                if self._timed_out.is_set():
                     return None
-                names = self._unpacked(staging)
-                if self._given_up.is_set() or self.directory is None:
+                names = self._unpack(staging)
+                if self._timed_out.is_set() or self.directory is None:
                     return None
                 count = archive.place(names, staging / "files", self.directory)
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # noqa: BLE001 - an archive that is not good is not used
             if isinstance(error, DamagedError):
-                self._damaged.add(part.key)
-            _ignored(_words(error), part=part.key)
+                self._damaged.add(entry.key)
+            _ignored(_words(error), archive=entry.key)
             return None
         self._kept |= set(names)
         return count
 
-    def _download(self, store: Store, part: Entry, path: Path) -> None:
-        name, room = part.key.rpartition("/")[2], self._room()
-        if not _PART.fullmatch(name):
-            raise ValueError(f"{name} ({part.size} bytes) is none of ours")
-        if part.size > room:
-            raise ValueError(f"it has {part.size} bytes, more than the {room} bytes that there is room for")
-        self._left -= part.size
-        store.download(part, path)
+    def _download(self, store: Store, entry: Entry, path: Path) -> None:
+        name, room = entry.key.rpartition("/")[2], self._room()
+        if not _ARCHIVE.fullmatch(name):
+            raise ValueError(f"{name} ({entry.size} bytes) was not written by this job")
+        if entry.size > room:
+            raise ValueError(f"it has {entry.size} bytes, and there is room for {room} bytes")
+        self._left -= entry.size
+        store.download(entry, path)
         if archive.name_of(path) != name:
-            raise DamagedError("it is damaged: it does not have the SHA-256 that is its name")
+            raise DamagedError("it is damaged: its SHA-256 is not the one in its name")
 
-    def _unpacked(self, staging: Path) -> list[str]:
+    def _unpack(self, staging: Path) -> list[str]:
         label, names = archive.unpack(staging / "archive", staging / "files", most_bytes=self._room())
         if label.get("key") != self._key:
-            raise ValueError(f"it was made for something else, {label.get('key')!r}")
+            raise ValueError(f"it was made for another key, {label.get('key')!r}")
         self._left -= sum((staging / "files" / name).stat().st_size for name in names)
         return names
 
@@ -192,55 +206,62 @@ class CompileCache:
 
     @contextlib.contextmanager
     def _staging(self) -> Iterator[Path]:
-        """A directory on the disk where the caches are, gone with the block."""
+        """A temporary directory on the disk of the caches."""
         with tempfile.TemporaryDirectory(prefix="compiled-", dir=self._work) as staging:
             yield Path(staging)
 
     def _save_twice(self) -> None:
-        hurried = self._last.wait(SETTLE_SECONDS)
-        self._save(older_than_seconds=0 if hurried else QUIET_SECONDS)
-        if not hurried:
+        over = self._last.wait(SETTLE_SECONDS)
+        self._save(older_than_seconds=0 if over else QUIET_SECONDS)
+        if not over:
             self._last.wait()
             self._save(older_than_seconds=0)
 
     def _save(self, *, older_than_seconds: float) -> None:
         started = time.monotonic()
         try:
-            new = {name: path for name, path in self._files(older_than_seconds) if self._worth_keeping(name, path)}
+            new = {name: path for name, path in self._files(older_than_seconds) if self._is_new(name, path)}
             if not new:
                 return
             if self._seen is None:
-                _not_saved("what is there could not be listed at the start")
+                _not_saved("the archives could not be listed at the start")
                 return
             store = self._store(SAVING_PATIENCE_SECONDS)
-            if reason := self._enough(self._seen, {entry.key for entry in store.list_objects(f"{self._key}/")}):
+            if reason := self._reason_not_to_save(
+                self._seen, {entry.key for entry in store.list_objects(f"{self._key}/")}
+            ):
                 log.info("compile_cache_unchanged", key=self._key, reason=reason)
                 return
             size = self._upload(store, new)
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # noqa: BLE001 - the run is complete without its cache
             _not_saved(_words(error))
             return
         seconds = round(time.monotonic() - started, 3)
         log.info("compile_cache_saved", key=self._key, files=len(new), bytes=size, save_seconds=seconds)
 
-    def _worth_keeping(self, name: str, path: Path) -> bool:
-        """Whether it is new and will be of use; a compiled module of Python's is made so."""
-        return name not in self._kept and (path.suffix != bytecode.SUFFIX or bytecode.made_to_last(path))
+    def _is_new(self, name: str, path: Path) -> bool:
+        """Whether a file is in no archive yet and will be useful; a compiled module of Python's is made useful."""
+        return name not in self._kept and (path.suffix != bytecode.SUFFIX or bytecode.bind_to_source(path))
 
-    def _enough(self, seen: set[str], there: set[str]) -> str:
-        """Why nothing is to be added to the archives that are there; empty if something is."""
-        if self._given_up.is_set():
-            return "what is there did not come in time"
-        if there - seen:
-            return "another run has saved meanwhile"
-        return f"{MOST_PARTS} archives are there" if len(seen - self._damaged) >= MOST_PARTS else ""
+    def _reason_not_to_save(self, seen: set[str], now: set[str]) -> str:
+        """Why nothing may be added to the archives; empty if something may.
+
+        Args:
+            seen: the archives at the start.
+            now: the archives as they are now.
+        """
+        if self._timed_out.is_set():
+            return "the restore timed out"
+        if now - seen:
+            return "another run has saved in the meantime"
+        return f"{MOST_ARCHIVES} archives are kept already" if len(seen - self._damaged) >= MOST_ARCHIVES else ""
 
     def _upload(self, store: Store, new: Mapping[str, Path]) -> int:
         with self._staging() as staging:
             path = staging / "archive"
             packed = archive.pack(new, path, label={"key": self._key, "made_for": self._facts})
             name = archive.name_of(path)
-            # Whoever else writes this name writes these bytes; what was damaged under it becomes whole.
+            # Any other writer of this name writes the same bytes; a damaged archive of this name is repaired.
             store.upload(path, f"{self._key}/{name}", sha256=name.removesuffix(archive.SUFFIX))
             self._seen = {*(self._seen or ()), f"{self._key}/{name}"}
             self._damaged.discard(f"{self._key}/{name}")
@@ -248,14 +269,14 @@ class CompileCache:
             return path.stat().st_size
 
     def _files(self, older_than_seconds: float) -> Iterator[tuple[str, Path]]:
-        """What is worth keeping, by its name below the directory; the libraries may still write and remove there."""
+        """The files worth keeping, by name below the directory, where the libraries may still write and delete."""
         if self.directory is None:
             return
         newest = time.time() - older_than_seconds
-        for folder, folders, names in os.walk(self.directory):  # passes over directories that vanish
-            if not Path(folder).is_relative_to(self.directory / bytecode.FOLDER):  # where any name may be a package's
-                folders[:] = [name for name in folders if not _PASSING.fullmatch(name)]
-            for path in (Path(folder, name) for name in names if not _PASSING.fullmatch(name)):
+        for folder, folders, names in os.walk(self.directory):  # ignores directories that are deleted meanwhile
+            if not Path(folder).is_relative_to(self.directory / bytecode.FOLDER):  # there, any name may be a package's
+                folders[:] = [name for name in folders if not _TEMPORARY.fullmatch(name)]
+            for path in (Path(folder, name) for name in names if not _TEMPORARY.fullmatch(name)):
                 try:
                     found = path.lstat()
                 except FileNotFoundError:

@@ -1,8 +1,8 @@
 """What compiled code may depend on -> the key under which its caches are kept.
 
-All of it is known before the training stack is imported. The plan is in it as far as settings decide it; what only
-shows later (a micro-batch that was measured) is left out, since Triton's and Inductor's entries are themselves named
-by what they were compiled from: an entry too many is never used, one that is missing is compiled.
+All of it is known before the training stack is imported. The plan is in it as far as settings decide it; what is
+measured later (a micro-batch) is left out, since Triton's and Inductor's entries are themselves named by what they were
+compiled from: a superfluous entry is never used, a missing one is compiled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from job.config.schema import SETTINGS, Config
 from job.runtime import libraries
 from job.runtime.gpus import Gpus
 
@@ -26,23 +25,26 @@ PACKAGES = (
     *("xformers", "torchao"),
 )
 COMPILED = frozenset(
-    (
-        *("precision", "max_length", "lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_rslora"),
-        *("batch_size", "micro_batch", "batching", "gradient_checkpointing", "deterministic", "role_weights"),
-        *("optimizer", "double_quant"),
+    "TUNE_" + name
+    for name in (
+        *("PRECISION", "MAX_LENGTH", "LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS", "LORA_RSLORA"),
+        *("BATCH_SIZE", "MICRO_BATCH", "BATCHING", "GRADIENT_CHECKPOINTING", "DETERMINISTIC", "ROLE_WEIGHTS"),
+        *("OPTIMIZER", "DOUBLE_QUANT"),
     )
 )
-"""Settings that enter compiled code or decide its shapes; names that a version does not have do no harm."""
+"""Variables that enter compiled code or decide its shapes; names that a version does not have are ignored."""
 NAMES = frozenset(("_name_or_path", "name_or_path", "transformers_version", "_commit_hash"))
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def facts(config: Config, shape: Mapping[str, Any], *, gpus: Gpus, scratch: Path) -> dict[str, Any]:
+def facts(settings: Mapping[str, Any], shape: Mapping[str, Any], *, gpus: Gpus, scratch: Path) -> dict[str, Any]:
     """Everything that the caches depend on.
 
     Args:
+        settings: the run's settings by variable name.
         shape: the model's config.json.
-        scratch: under which the caches lie. Triton's entries hold absolute paths, so that they are of use there only.
+        cards: the GPUs and their driver.
+        scratch: the directory above the caches. Triton's entries hold absolute paths, so they are valid only there.
     """
     return {
         "format": FORMAT,
@@ -50,9 +52,9 @@ def facts(config: Config, shape: Mapping[str, Any], *, gpus: Gpus, scratch: Path
         "driver": gpus.driver,
         "cpu": f"{platform.machine()} {_digest(_cpu_features())[:16]}",
         "python": platform.python_version(),
-        "packages": libraries.installed(PACKAGES),
+        "packages": libraries.installed_versions(PACKAGES),
         "model": _digest(_without_names(shape)),
-        "settings": {s.variable: getattr(config, s.name) for s in SETTINGS if s.name in COMPILED},
+        "settings": {name: value for name, value in settings.items() if name in COMPILED},
         "path": str(scratch),
     }
 
@@ -67,14 +69,14 @@ def _digest(value: Any) -> str:
 
 
 def _without_names(value: Any) -> Any:
-    """A configuration without what names the model or the version that wrote it, at any depth."""
+    """A model's configuration without the names of the model and of the version that wrote it, at any depth."""
     if isinstance(value, Mapping):
         return {name: _without_names(inner) for name, inner in value.items() if name not in NAMES}
     return value
 
 
 def _cpu_features() -> list[str]:
-    """The instructions that the CPU has: Inductor compiles for all of them (`-march=native`)."""
+    """The CPU's instruction sets: Inductor compiles for all of them (`-march=native`)."""
     with contextlib.suppress(OSError):
         for line in CPU_INFO.read_text().splitlines():
             name, _, value = line.partition(":")

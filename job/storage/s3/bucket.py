@@ -1,4 +1,4 @@
-"""One bucket and the patience with it: every request to S3 goes through `Bucket.call`."""
+"""One bucket, and the retries of its requests: every request to S3 goes through `Bucket.call`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ T = TypeVar("T")
 
 _FIRST_SECONDS = 0.5
 _LONGEST_SECONDS = {Kind.WAIT: 30.0, Kind.DENIED: 5.0, Kind.UNTRUSTED: 5.0}
-# Of its own: training seeds the global one, which would send all pods of one seed back at the same moments.
+# Not the global generator: training seeds it, so that all pods of one seed would retry at the same moments.
 _jitter = random.SystemRandom()
 _PERMISSIONS = {
     "GetObject": "s3:GetObject (and s3:GetObjectVersion where the bucket keeps versions,"
     " kms:Decrypt where it encrypts with a KMS key)",
-    "HeadObject": "s3:GetObject and s3:ListBucket (without the second a missing object looks like a refusal)",
+    "HeadObject": "s3:GetObject and s3:ListBucket (without the second a missing object looks like a denied one)",
     "ListObjectsV2": "s3:ListBucket",
     "DeleteObject": "s3:DeleteObject",
 }
@@ -38,7 +38,7 @@ _WRITE_PERMISSION = "s3:PutObject (and kms:GenerateDataKey where the bucket encr
 
 
 class Bucket:
-    """A bucket that is asked again while asking may help."""
+    """A bucket whose requests are retried while a retry may help."""
 
     def __init__(
         self, name: str, connection: Connection, *, patience_seconds: float, denied_patience_seconds: float
@@ -49,23 +49,23 @@ class Bucket:
         self.denied_patience_seconds = denied_patience_seconds
 
     def call(self, operation: str, key: str, act: Callable[[S3Client], T], *, stop: threading.Event | None = None) -> T:
-        """What `act` returns, retried with full jitter to the patience that its failures deserve.
+        """What `act` returns. Failures are retried with full jitter, for as long as their kind allows.
 
         Args:
             operation: the S3 operation's name, for logs and errors.
             key: the object's key, or the prefix listed.
-            act: called with a client, perhaps several times.
-            stop: ends the waiting and retrying when set.
+            act: called with a client, possibly several times.
+            stop: ends the retries when set.
 
         Raises:
-            StorageError, AccessDeniedError, DataError: as `Store` says.
+            StorageError, AccessDeniedError, DataError: see `Store`.
             Stopped: `stop` was set.
-            ClientError: a reply that says something about the object (`failure.has_meaning`).
+            ClientError: a reply about the object itself (`failures.has_meaning`).
         """
         return _Call(self, operation, key, stop or threading.Event()).run(act)
 
     def failure(self, operation: str, key: str, error: Exception, *, seconds: float) -> JobError:
-        """The error to give up with."""
+        """The error to raise when there are no more retries."""
         what = f"{operation} on s3://{self.name}/{key} at {self.connection.endpoint}"
         kind = classify(error).kind
         if kind is Kind.NO_BUCKET:
@@ -74,10 +74,10 @@ class Bucket:
                 remedy="Correct its name, or the endpoint in AWS_ENDPOINT_URL_S3.",
             )
         if isinstance(error, ParamValidationError):
-            return ConfigError(f"{what} cannot be asked for: {error}.", remedy="Correct the address.")
+            return ConfigError(f"{what} is not a valid request: {error}.", remedy="Correct the address.")
         if kind is Kind.DENIED:
             return AccessDeniedError(
-                f"{what} was refused for {seconds:.0f} s: {in_words(error)}."
+                f"{what} was denied for {seconds:.0f} s: {in_words(error)}."
                 f" Credentials tried: {self.connection.credentials()}.",
                 remedy=f"Give this identity {_PERMISSIONS.get(operation, _WRITE_PERMISSION)}, or other credentials.",
             )
@@ -93,11 +93,11 @@ class Bucket:
 
 
 class _Call:
-    """One operation with its clocks. They start at the first failure: a slow transfer is no outage."""
+    """One operation with its deadlines. They are counted from the first failure: a slow transfer is not an outage."""
 
     def __init__(self, bucket: Bucket, operation: str, key: str, stop: threading.Event) -> None:
         self.bucket, self.operation, self.key, self.stop = bucket, operation, key, stop
-        self.since: dict[bool, float] = {}  # first failure of any kind (False), and first refusal (True)
+        self.failing_since = self.refused_since = 0.0  # by the monotonic clock; 0 before the first
         self.client: S3Client | None = None
 
     def run(self, act: Callable[[S3Client], T]) -> T:
@@ -108,7 +108,7 @@ class _Call:
             return act(self.client)
 
         retrying = Retrying(
-            retry=retry_if_exception(lambda error: self._verdict(error).kind in _LONGEST_SECONDS),
+            retry=retry_if_exception(lambda error: self._note(error).kind in _LONGEST_SECONDS),
             wait=self._wait,
             stop=lambda state: time.monotonic() >= self._deadline(state),
             sleep=sleep_using_event(self.stop),
@@ -120,28 +120,27 @@ class _Call:
         except ClientError as error:
             if has_meaning(error):
                 raise
-            raise self._failure(error) from error
+            raise self._job_error(error) from error
         except Exception as error:
             if classify(error).kind is Kind.OTHER and not isinstance(error, BotoCoreError):
                 raise
-            raise self._failure(error) from error
+            raise self._job_error(error) from error
 
-    def _failure(self, error: Exception) -> JobError:
-        seconds = time.monotonic() - self.since.get(False, time.monotonic())
-        return self.bucket.failure(self.operation, self.key, error, seconds=seconds)
+    def _job_error(self, error: Exception) -> JobError:
+        return self.bucket.failure(self.operation, self.key, error, seconds=time.monotonic() - self.failing_since)
 
-    def _verdict(self, error: BaseException) -> Failure:
+    def _note(self, error: BaseException) -> Failure:
+        """Classify a failure, and start the clock of its kind if it is the first."""
         failure = classify(error)
-        self.since.setdefault(False, time.monotonic())
+        self.failing_since = self.failing_since or time.monotonic()
         if failure.kind is not Kind.WAIT:
-            self.since.setdefault(True, time.monotonic())
+            self.refused_since = self.refused_since or time.monotonic()
         return failure
 
     def _deadline(self, state: RetryCallState) -> float:
         if classify(_error(state)).kind is Kind.WAIT:
-            return self.since[False] + self.bucket.patience_seconds
-        patience = min(self.bucket.denied_patience_seconds, self.bucket.patience_seconds)
-        return self.since[True] + patience
+            return self.failing_since + self.bucket.patience_seconds
+        return self.refused_since + min(self.bucket.denied_patience_seconds, self.bucket.patience_seconds)
 
     def _wait(self, state: RetryCallState) -> float:
         left = self._deadline(state) - time.monotonic()

@@ -1,4 +1,4 @@
-"""Checksums that stores keep beside an object, and how to compute them in parallel.
+"""Checksums that stores keep with an object, and how to compute them in parallel.
 
 Only those of the whole object count: a composite one (`...-12`) is a checksum of the parts' checksums.
 CRCs of ranges combine into the CRC of the whole; SHA values need a pass over the file.
@@ -56,8 +56,8 @@ class Checksum:
 def of_whole_object(reply: Mapping[str, Any]) -> Checksum | None:
     """The checksum in a reply of HeadObject or GetObject, if it is one of the whole object.
 
-    A store that says nothing of the kind keeps composite ones for what was uploaded in parts (`-` in the ETag);
-    only CRC64NVME is always of the whole. docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
+    Where the reply has no ChecksumType, objects that were uploaded in parts (`-` in the ETag) have composite ones; only
+    CRC64NVME is always of the whole. docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
     """
     in_parts = "-" in reply.get("ETag", "")
     kind = reply.get("ChecksumType", "COMPOSITE" if in_parts else "FULL_OBJECT")
@@ -69,11 +69,11 @@ def of_whole_object(reply: Mapping[str, Any]) -> Checksum | None:
 
 
 def upload_algorithm(client: S3Client) -> str | None:
-    """What protects the body of an upload: a checksum in a signed header, as AWS's SDKs do for streams over TLS.
+    """The checksum that protects the body of an upload, in a signed header, as AWS's SDKs do for streams over TLS.
 
-    That spares the signature its own pass over the body, which costs a third of the speed. Over TLS a CRC suffices
-    against accidents; without TLS it must be a hash that nobody can forge. None where
-    `AWS_REQUEST_CHECKSUM_CALCULATION=when_required` asks for none: then the signature covers the body.
+    Without it the signature would need its own pass over the body, which costs a third of the speed. Over TLS a CRC is
+    enough against accidents; without TLS it must be a hash that cannot be forged. None where
+    `AWS_REQUEST_CHECKSUM_CALCULATION=when_required` turns checksums off: then the signature covers the body.
     """
     if getattr(client.meta.config, "request_checksum_calculation", "") != "when_supported":
         return None

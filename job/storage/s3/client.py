@@ -2,10 +2,10 @@
 
 So `AWS_ENDPOINT_URL_S3`, `AWS_CA_BUNDLE`, `HTTPS_PROXY`, `AWS_PROFILE`, `AWS_CONFIG_FILE` (with `s3.addressing_style`)
 and `AWS_REQUEST_CHECKSUM_CALCULATION` work as everywhere else. There is no standard variable for SSE-KMS: give the
-bucket a default encryption. Nor for requester pays: after a refusal every second try says that the requester pays
-(`x-amz-request-payer`), and the connection keeps to whichever worked; AWS ignores it on other buckets.
+bucket a default encryption. Nor for requester pays: after a refusal every second try offers to pay
+(`x-amz-request-payer`), and the connection keeps what worked; AWS ignores the offer on other buckets.
 
-boto3's own retries are off, because they hide what happens and cannot tell their own success from somebody else's:
+boto3's own retries are off, because they are invisible and cannot distinguish their own success from another writer's:
 see `bucket.Bucket.call`.
 """
 
@@ -45,7 +45,7 @@ class Connection:
         """The current client.
 
         Raises:
-            ConfigError: `AWS_PROFILE` names no profile, or the endpoint is no URL.
+            ConfigError: the profile in `AWS_PROFILE` does not exist, or the endpoint is not a URL.
         """
         with self._lock:
             if self._client is None:
@@ -53,7 +53,7 @@ class Connection:
             return self._client
 
     def renew(self, old: S3Client, *, other_payer: bool = False) -> None:
-        """Ask the credential chain anew, unless another thread did so since `old` was given out."""
+        """Ask the credential chain again, unless another thread has done so since `old` was returned."""
         with self._lock:
             if self._client is old:
                 self._client = None
@@ -74,7 +74,7 @@ class Connection:
         )
         try:
             client: S3Client = self._session.client("s3", config=config)
-        except ValueError as error:  # botocore's for an endpoint that is no URL
+        except ValueError as error:  # botocore's for an endpoint that is not a URL
             raise ConfigError(
                 f"{error}.", remedy="Write AWS_ENDPOINT_URL_S3 as a URL with its scheme: https://minio.example:9000."
             ) from error
@@ -87,7 +87,7 @@ class Connection:
 
     @property
     def endpoint(self) -> str:
-        """Scheme, host and port, without what else a URL may hold."""
+        """Scheme, host and port, without the credentials that a URL may contain."""
         if self._client is None:
             return "the store"
         parts = urlsplit(self._client.meta.endpoint_url)

@@ -1,4 +1,4 @@
-"""S3 object to file: ranges in parallel straight into their place, then verified, then renamed.
+"""S3 object to file: ranges in parallel, written directly to their offsets, then verified, then renamed.
 
 A range is read from the socket into one buffer per thread and written with pwrite: memory stays at a few megabytes
 whatever the object's size, and no byte is copied twice in Python.
@@ -46,14 +46,14 @@ def download(bucket: Bucket, key: str, entry: Entry, path: Path) -> None:
 
 
 def _once(bucket: Bucket, key: str, entry: Entry, path: Path) -> None:
-    # A file of its own for every attempt: a thread of the last one may still be writing.
+    # A new file for every try: a thread of the last one may still be writing.
     with temporary(path) as part:
         _Download(bucket, key, entry, part).run()
         part.replace(path)
 
 
 def again_if_damaged(act: Callable[[], T]) -> T:
-    """What `act` returns. Damage on the way is rare and gone the next time; damage in the store stays."""
+    """What `act` returns. Damage during a transfer is rare and does not repeat; damage in the store does."""
     for attempt in range(1, DAMAGED_ATTEMPTS):
         try:
             return act()
@@ -73,7 +73,7 @@ class _Range:
 
 
 class _Download:
-    """One attempt at one object."""
+    """One try to download one object."""
 
     def __init__(self, bucket: Bucket, key: str, entry: Entry, part: Path) -> None:
         self.bucket, self.key, self.entry, self.part = bucket, key, entry, part
@@ -110,7 +110,7 @@ class _Download:
 
     def _head(self, client: S3Client) -> Checksum | None:
         validates = getattr(client.meta.config, "response_checksum_validation", "") == "when_supported"
-        mode: Any = {"ChecksumMode": "ENABLED"} if validates else {}  # boto3 asks by itself for a GET only
+        mode: Any = {"ChecksumMode": "ENABLED"} if validates else {}  # boto3 adds it to a GET only
         reply = client.head_object(Bucket=self.bucket.name, Key=self.key, **mode, **self._condition())
         self._require_same(reply, reply["ContentLength"])
         return of_whole_object(reply)
@@ -130,7 +130,7 @@ class _Download:
         return self.bucket.call("GetObject", self.key, act, stop=stop)
 
     def _copy(self, body: _Reader, piece: _Range, stop: threading.Event | None) -> tuple[int, int]:
-        """Read a reply's body to its place in the file and return its CRC and size."""
+        """Read a reply's body to its offset in the file; returns its CRC and size."""
         view, done, crc = self._buffer(), 0, 0
         with self.part.open("r+b", buffering=0) as file:
             try:
@@ -158,7 +158,7 @@ class _Download:
         return {"IfMatch": f'"{self.entry.etag}"'} if self.entry.etag else {}
 
     def _require_same(self, reply: Any, size: int) -> None:
-        """Stores that ignore the condition are caught by what they reply."""
+        """Check the reply as well, since some stores ignore the condition."""
         etag = reply.get("ETag", "").strip('"')
         if size != self.entry.size or (self.entry.etag and etag and etag != self.entry.etag):
             raise _changed(self.uri)
@@ -170,15 +170,15 @@ def _continue(stop: threading.Event | None) -> None:
 
 
 def _require_all(count: int, piece: _Range) -> None:
-    """boto3 would look at the length of a body itself, the reader below it does not."""
+    """boto3 would check the length of a body itself, the reader below it does not."""
     if count != piece.size:
-        raise ConnectionError(f"{count} of {piece.size} bytes await_model")
+        raise ConnectionError(f"received {count} of {piece.size} bytes")
 
 
 class _Reader:
     """The HTTP client's own reader below boto3's and urllib3's, which copy every buffer: twice as fast.
 
-    Where a later version hides it, boto3's is used.
+    Where a later version does not expose it, boto3's is used.
     """
 
     def __init__(self, body: Any) -> None:
@@ -190,14 +190,14 @@ class _Reader:
         return int(self._reader.readinto(view))
 
     def close(self) -> None:
-        """Give the connection back when everything was read, else end it."""
+        """Return the connection to the pool when everything was read, else close it."""
         if self._reader is not self._body and self._reader.isclosed():
             self._raw.release_conn()  # type: ignore[union-attr]
         self._body.close()
 
 
 def _changed(uri: str) -> ChangedError:
-    return ChangedError(f"{uri} changed while it was read.", remedy="Run again when it is final.")
+    return ChangedError(f"{uri} changed while it was read.", remedy="Run again when it is complete.")
 
 
 @contextlib.contextmanager
@@ -207,4 +207,4 @@ def _explained(uri: str) -> Iterator[None]:
     except ClientError as error:
         if is_precondition_failed(error):
             raise _changed(uri) from error
-        raise MissingError(f"{uri} is gone: {in_words(error)}.", remedy="Restore it.") from error
+        raise MissingError(f"{uri} does not exist any more: {in_words(error)}.", remedy="Restore it.") from error

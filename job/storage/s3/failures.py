@@ -1,4 +1,4 @@
-"""What a failed call means: wait, refused, or permanent. It looks at exceptions only and retries nothing."""
+"""Failed calls by kind: an outage, a refusal, or neither. Knows exceptions only; `bucket` retries."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _DENIED = {
     "NotSignedUp",
     "SignatureDoesNotMatch",
     "UnrecognizedClientException",
-    "400",  # a HEAD reply has no body that could say why; an expired token looks like this
+    "400",  # a HEAD reply has no body with a reason; an expired token looks like this
     "401",
     "403",
 }
@@ -83,32 +83,32 @@ class Kind(enum.Enum):
     """How a failure is treated."""
 
     WAIT = "wait"
-    """An outage or a limit: retried to the patience, then StorageError."""
+    """An outage or a limit: retried for the patience, then StorageError."""
     DENIED = "denied"
-    """A refusal: retried to the denied patience, then AccessDeniedError."""
+    """A refusal: retried for the denied patience, then AccessDeniedError."""
     UNTRUSTED = "untrusted"
-    """A certificate that nobody here trusts: retried to the denied patience, then StorageError."""
+    """A certificate that is not trusted: retried for the denied patience, then StorageError."""
     NO_BUCKET = "no_bucket"
-    """DataError at once."""
+    """The bucket does not exist: DataError at once."""
     OTHER = "other"
-    """Raised at once, as StorageError where the store said it."""
+    """Raised at once, as StorageError where it is the store's or boto3's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """What to do about one failure."""
+    """How one failed call is treated."""
 
     kind: Kind
     renew: bool = False
-    """Whether fresh credentials and a fresh client may help."""
+    """Whether new credentials and a new client may help."""
 
 
 def classify(error: BaseException) -> Failure:
-    """The failure about an exception that a call raised."""
+    """The kind of failure that an exception of a call stands for."""
     if isinstance(error, JobError):
         return Failure(kind=Kind.OTHER)
     if isinstance(error, aws.ClientError):
-        return _judge_reply(error)
+        return _classify_reply(error)
     if isinstance(error, _NO_CREDENTIALS):
         return Failure(kind=Kind.DENIED, renew=True)
     if _untrusted(error):
@@ -118,7 +118,7 @@ def classify(error: BaseException) -> Failure:
     return Failure(kind=Kind.OTHER)
 
 
-def _judge_reply(error: aws.ClientError) -> Failure:
+def _classify_reply(error: aws.ClientError) -> Failure:
     code, status = error_code(error), status_code(error)
     if code in _RENEW:
         return Failure(kind=Kind.WAIT, renew=True)
@@ -163,12 +163,12 @@ def is_upload_lost(error: aws.ClientError) -> bool:
 
 
 def has_meaning(error: aws.ClientError) -> bool:
-    """Whether callers can tell what a reply means for the object, so that it is no failure of the store."""
+    """Whether a reply is about the object itself, so that callers handle it, rather than a failure of the store."""
     return is_missing(error) or is_precondition_failed(error) or is_upload_lost(error)
 
 
 def in_words(error: BaseException) -> str:
-    """A failure as one short line: never the request, which holds signatures."""
+    """A failure as one short line, without the request, which has signatures in it."""
     if isinstance(error, aws.ClientError):
         details = error.response.get("Error", {})
         return f"{details.get('Code', '')} ({details.get('Message', 'no message')})"

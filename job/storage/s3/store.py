@@ -45,7 +45,7 @@ class S3Store:
         )
 
     def list_objects(self, prefix: str = "") -> list[Entry]:
-        """See `Store.list_objects`. Empty objects whose key ends in `/` are folders that a console made: left out."""
+        """See `Store.list_objects`, without the empty objects that consoles create for folders (`/` at the end)."""
         found = [self._listed(item) for item in self._pages(self._root + prefix) if not _is_folder(item)]
         return sorted(found, key=lambda entry: entry.key)
 
@@ -81,7 +81,7 @@ class S3Store:
 
         def act(client: S3Client) -> Entry:
             reply = client.head_object(Bucket=self._bucket.name, Key=name)
-            version = reply.get("VersionId", "null")  # "null": written before the bucket kept versions
+            version = reply.get("VersionId", "null")  # "null": written before versioning was enabled
             return Entry(
                 key=key,
                 size=reply["ContentLength"],
@@ -114,7 +114,7 @@ class S3Store:
         def act(client: S3Client) -> bytes:
             reply = client.get_object(Bucket=self._bucket.name, Key=name, Range=f"bytes=0-{size - 1}")
             with contextlib.closing(reply["Body"]) as body:
-                # Not to its end: some stores send the whole object's checksum along, which boto3 then compares.
+                # Not to the end: some stores send the whole object's checksum, which boto3 would then compare.
                 return body.read(min(size, reply["ContentLength"]))
 
         with _absent():
@@ -133,7 +133,7 @@ class S3Store:
     def create(self, key: str, data: bytes) -> bool:
         """See `Store.create`. Atomic where the store honours `If-None-Match: *`.
 
-        When a reply was lost, "exists already" may mean this very request: then the object's content tells.
+        When a reply was lost, "exists already" may mean an earlier try of this call: then the content decides.
         """
         name = self._key(key)
         lost = False
@@ -184,10 +184,10 @@ class S3Store:
         except ClientError as error:
             if not is_missing(error):
                 raise
-            raise MissingError(f"{self.uri}/{key} is gone.", remedy="Restore it.") from None
+            raise MissingError(f"{self.uri}/{key} does not exist any more.", remedy="Restore it.") from None
 
-    def sweep(self, prefix: str) -> int:
-        """See `Store.sweep`."""
+    def remove_unfinished(self, prefix: str) -> int:
+        """See `Store.remove_unfinished`."""
         found = self._unfinished(self._root + prefix)
         for name, upload_id in found:
 
@@ -199,7 +199,7 @@ class S3Store:
         return len(found)
 
     def _unfinished(self, prefix: str) -> list[tuple[str, str]]:
-        """Key and upload id of every multipart upload that was begun under a prefix and not ended."""
+        """Key and upload id of every unfinished multipart upload under a prefix."""
 
         def act(client: S3Client) -> list[tuple[str, str]]:
             pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket.name, Prefix=prefix)
@@ -207,7 +207,7 @@ class S3Store:
 
         try:
             return self._bucket.call("ListMultipartUploads", prefix, act)
-        except ClientError:  # a reply with a meaning: some stores say "no such upload" where there is none
+        except ClientError:  # some stores answer "no such upload" where there are none
             return []
 
     def _key(self, key: str) -> str:
@@ -225,7 +225,7 @@ def _absent() -> Iterator[None]:
 
 
 def _may_have_succeeded(error: Exception) -> bool:
-    """A cut connection or a server error says nothing about what the server did; a conflict or a limit does."""
+    """A request whose connection broke, or that got a server error, may have been executed; not so after a limit."""
     if isinstance(error, ClientError):
         return classify(error).kind is Kind.WAIT and error_code(error) not in {"ConditionalRequestConflict", "SlowDown"}
     return classify(error).kind is Kind.WAIT

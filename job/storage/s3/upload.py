@@ -1,6 +1,6 @@
 """File to S3 object: one request when small, parts in parallel when large, aborted on failure, verified afterwards.
 
-Every part carries a checksum, so that the store refuses bytes that were damaged on their way (`checksum`).
+Every part has a checksum, so that the store rejects bytes that were damaged during the transfer (`checksum`).
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _LOST_ATTEMPTS = 3
 def upload(bucket: Bucket, key: str, path: Path, *, sha256: str | None) -> None:
     """See `Store.upload`. `key` is the object's in the bucket."""
     with disk_errors(path):
-        job = _Upload(bucket, key, path, sha256)
-        if job.size <= PART_BYTES:
-            job.whole()
+        transfer = _Upload(bucket, key, path, sha256)
+        if transfer.size <= PART_BYTES:
+            transfer.in_one_request()
         else:
-            job.in_parts()
-    job.verify()
+            transfer.in_parts()
+    transfer.verify()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,8 @@ class _Body:
     """A part of a file, as the file object that boto3 sends; one block of it is in memory at a time.
 
     `read` returns a whole block where urllib3 asks for 16 KiB, which would cost a third of the speed. Every block has
-    a time limit of its own, so a slow line is not taken for a dead one. `readinto` is what signs the body where the
-    store wants no checksum.
+    its own timeout, so that a slow connection does not count as a dead one. `readinto` serves to sign the body where
+    no checksum is sent.
     """
 
     def __init__(self, descriptor: int, part: _Part, stop: threading.Event) -> None:
@@ -91,7 +91,7 @@ class _Body:
 
 
 class _Upload:
-    """One file on its way."""
+    """The upload of one file."""
 
     def __init__(self, bucket: Bucket, key: str, path: Path, sha256: str | None) -> None:
         self.bucket, self.key, self.path, self.sha256 = bucket, key, path, sha256
@@ -99,7 +99,7 @@ class _Upload:
         self.size = path.stat().st_size
         self.progress = Progress(self.uri, "upload", self.size)
 
-    def whole(self) -> None:
+    def in_one_request(self) -> None:
         data = self.path.read_bytes()
         self._require_hash(hashlib.sha256(data).hexdigest() if self.sha256 else None)
 
@@ -109,21 +109,22 @@ class _Upload:
         self.bucket.call("PutObject", self.key, act)
 
     def in_parts(self) -> None:
-        """A store that lost the upload (a rule aborted it, or it is complete and the reply was lost) gets it again."""
+        """Upload in parts, again if the store lost the upload: a rule aborted it, or it is complete and the reply was
+        lost."""
         for attempt in range(1, _LOST_ATTEMPTS + 1):
             try:
                 self._in_parts()
                 return
             except ClientError as error:
                 if attempt == _LOST_ATTEMPTS or not is_upload_lost(error):
-                    raise StorageError(f"{self.uri}: {in_words(error)}.", remedy="Look at the bucket.") from error
+                    raise StorageError(f"{self.uri}: {in_words(error)}.", remedy="Check the bucket.") from error
                 structlog.get_logger().warning("upload_lost", key=self.uri, error=in_words(error), tries=attempt)
 
     def _in_parts(self) -> None:
         upload_id = self.bucket.call("CreateMultipartUpload", self.key, self._begin)
         try:
-            todo = [None, *_parts(self.size)]
-            sent = each(lambda part, stop: self._send(upload_id, part, stop), todo, workers=WORKERS)
+            jobs = [None, *_parts(self.size)]
+            sent = each(lambda part, stop: self._send(upload_id, part, stop), jobs, workers=WORKERS)
             self._complete(upload_id, [part for part in sent if part])
         except BaseException:
             self._abort(upload_id)
@@ -135,7 +136,7 @@ class _Upload:
         return client.create_multipart_upload(Bucket=self.bucket.name, Key=self.key, **extra)["UploadId"]
 
     def _send(self, upload_id: str, part: _Part | None, stop: threading.Event) -> dict[str, Any]:
-        """Send one part; no part stands for the hash of the whole file, computed beside the sending."""
+        """Send one part; None instead of a part hashes the whole file, in parallel with the sending."""
         if part is None:
             self._require_hash(sha256_of(self.path) if self.sha256 else None)
             return {}
@@ -162,11 +163,11 @@ class _Upload:
         self.bucket.call("CompleteMultipartUpload", self.key, act)
 
     def _abort(self, upload_id: str) -> None:
-        """Ask once; what stays behind costs money until the bucket's lifecycle rule removes it."""
+        """Try once; parts that are not deleted cost money until the bucket's lifecycle rule deletes them."""
         try:
             client = self.bucket.connection.client()
             client.abort_multipart_upload(Bucket=self.bucket.name, Key=self.key, UploadId=upload_id)
-        except Exception as error:  # noqa: BLE001 - the failure that led here is the one to report
+        except Exception as error:  # noqa: BLE001 - the error that led here is the one to report
             structlog.get_logger().warning("upload_not_aborted", key=self.uri, error=in_words(error))
 
     def verify(self) -> None:
@@ -182,12 +183,14 @@ class _Upload:
         if held != self.size:
             raise StorageError(
                 f"{self.uri} was accepted, but the store holds {held} of {self.size} bytes.",
-                remedy="Another writer replaced it, or the store lost it: look at the bucket.",
+                remedy="Another writer replaced it, or the store lost it: check the bucket.",
             )
 
     def _require_hash(self, actual: str | None) -> None:
         if actual != self.sha256:
-            raise DamagedError(f"{self.path} does not have the SHA-256 {self.sha256}.", remedy="Make it again.")
+            raise DamagedError(
+                f"{self.path} does not have the SHA-256 {self.sha256}.", remedy="It changed: write it again."
+            )
 
 
 def _parts(size: int) -> list[_Part]:
