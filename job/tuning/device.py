@@ -16,8 +16,8 @@ AMPERE = 8
 MATRIX = 4096
 FASTEST, SLOWEST = 2e15, 1e12
 """Operations a second: the bounds within which a measurement is believed."""
-MORE_ROOM = "Lower TUNE_MAX_LENGTH or TUNE_LORA_R, set TUNE_PRECISION=4bit, or take a card with more memory."
-"""What to do where a card's memory is not enough."""
+MORE_ROOM = "Lower TUNE_MAX_LENGTH or TUNE_LORA_R, set TUNE_PRECISION=4bit, or take a GPU with more memory."
+"""What to do where a GPU's memory is not enough."""
 NO_MEMORY = (
     *("CUDA error: out of memory", "Triton Error [CUDA]: out of memory"),
     *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
@@ -33,14 +33,14 @@ class Device:
     """`cuda` or `cpu`."""
     name: str
     memory_bytes: int
-    """Of the card, or of the machine."""
+    """Of the GPU, or of the machine."""
     capability: str | None
     dtype: torch.dtype
     """What 16-bit means here: bfloat16 where the hardware has it; float32 on a CPU without it."""
 
     @property
     def flash(self) -> bool:
-        """Whether torch's FlashAttention-2 runs on it: it needs a card of NVIDIA's Ampere generation or later."""
+        """Whether torch's FlashAttention-2 runs on it: it needs a GPU of NVIDIA's Ampere generation or later."""
         return self.capability is not None and int(self.capability.partition(".")[0]) >= AMPERE
 
 
@@ -70,7 +70,7 @@ def choose(*, requested: str) -> Device:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the card's memory ran out, whoever noticed."""
+    """Whether the GPU's memory ran out, whoever noticed."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
@@ -90,7 +90,7 @@ def memory(device: Device) -> dict[str, Any]:
 
 
 def matrix_rate() -> float:
-    """Operations a second of a large 16-bit matrix product on this card, measured."""
+    """Operations a second of a large 16-bit matrix product on this GPU, measured."""
     a = torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.float16)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for _ in range(3):

@@ -270,7 +270,7 @@ class Finetune:
         merged.merge(adapter, directory, base=base, stop_ids=self.tokenizer.stop_ids)
 
     def memory_report(self) -> dict[str, Any]:
-        """Memory before training and at the peak of the run, and the peak's share of the card."""
+        """Memory before training and at the peak of the run, and the peak's share of the GPU."""
         now = memory(self.device)
         peak, total = now["gpu_memory_peak_bytes"], now["gpu_memory_total_bytes"]
         before = self.memory_before["gpu_memory_reserved_bytes"]

@@ -23,7 +23,7 @@ from job.tuning.device import MORE_ROOM, Device, out_of_memory
 log = structlog.get_logger()
 QUANTISED = {"4bit": bitsandbytes.nn.Linear4bit, "8bit": bitsandbytes.nn.Linear8bitLt}
 SPILLED = "dispatched on the CPU or the disk"
-"""Transformers' words where weights do not fit on the card."""
+"""Transformers' words where weights do not fit on the GPU."""
 QUANTISED_SHARE = 0.9  # of the decoder's linear layers
 
 
@@ -46,7 +46,7 @@ def load(base: BaseModel, config: Config, device: Device, *, directory: Path) ->
     Raises:
         ConfigError: a target matches nothing, or this machine cannot load the requested precision.
         DataError: the library does not know the architecture, or the weights are damaged.
-        PermanentError: they do not fit into the card's memory.
+        PermanentError: they do not fit into the GPU's memory.
     """
     model = _load_base(base, config, device, directory)
     _check_precision(model, base.name, config.precision)

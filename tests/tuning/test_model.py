@@ -19,7 +19,7 @@ SPILLED = (
 @pytest.mark.parametrize(
     ("said", "expected", "remedy"),
     [
-        pytest.param(SPILLED, PermanentError, "a card with more memory", id="no room"),
+        pytest.param(SPILLED, PermanentError, "more memory", id="no room"),
         pytest.param("header too small", DataError, "Check that the checkpoint is whole", id="damaged"),
     ],
 )

@@ -1,4 +1,4 @@
-"""How a step is split into micro-batches on this card: candidates, their search, attention kernels, CUDA graphs.
+"""How a step is split into micro-batches on this GPU: candidates, their search, attention kernels, CUDA graphs.
 
 Knows memory and time; changes no result beyond rounding.
 """

@@ -6,7 +6,7 @@ gradients are added up in a fixed order, so that a run repeats itself. It takes 
 device, which is what lets a CUDA graph be replayed on other lengths (see `job.tuning.fit.cuda_graphs`).
 
 What it does not support (a soft cap, a window shorter than the sequences, fp32, other masks) takes Unsloth's usual
-path; on cards older than the kernel (`Device.flash`) this is not installed.
+path; on GPUs older than the kernel (`Device.flash`) this is not installed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The pass configurations that a plan allows, quickest first, by an estimate of a step's seconds and memory.
 
 `job.tuning.fit.search` takes the first that a probe confirms. The estimate need not be exact, only right about which of
-two is quicker. A step takes whichever is longer, what the card computes or what Python needs to launch it:
+two is quicker. A step takes whichever is longer, what the GPU computes or what Python needs to launch it:
 
 - computing: 2 operations for each parameter and token forward, as many backward through the frozen weights, and as many
   again where activations are recomputed (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1),
-  at half the card's rate for large matrix products.
+  at half the GPU's rate for large matrix products.
 - launching: a layer's forward and backward take Python 10 ms in all, a third more with recomputation, at any size of
   the micro-batch; a recorded graph takes 0.1 ms (`benchmarks/results/gpu-profile-*.json`, on an H100).
 """
@@ -26,7 +26,7 @@ LAYER_SECONDS, GRAPH_SECONDS = 0.01, 0.0001
 RECOMPUTED_LAUNCHES = 4 / 3
 EFFICIENCY = 0.5
 FAR_TOO_LARGE = 1.3
-"""A candidate whose estimated memory is this many times what the card has needs no probe."""
+"""A candidate whose estimated memory is this many times what the GPU has needs no probe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def candidates(planned: Plan, config: Config, workload: Workload, *, rate: float
     """All pass configurations that the settings allow, the quickest first.
 
     Args:
-        rate: of large 16-bit matrix products on this card, in operations a second.
+        rate: of large 16-bit matrix products on this GPU, in operations a second.
         graphs: whether CUDA graphs may be tried.
     """
     rows = _halves(planned.batch_size) if config.micro_batch == "auto" else [planned.pass_config.micro_batch]

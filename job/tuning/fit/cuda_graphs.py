@@ -1,6 +1,6 @@
 """The decoder's kernels as CUDA graphs: launched at once instead of one by one from Python.
 
-A LoRA step launches thousands of small kernels, and below about 10,000 tokens the card waits for Python most of the
+A LoRA step launches thousands of small kernels, and below about 10,000 tokens the GPU waits for Python most of the
 time. A padding-free micro-batch is brought to one of few lengths (by one more sequence, of padding, that attends only
 to itself and is not learned), and for each length forward and backward are recorded once and replayed from then on. The
 head with its loss, the optimizer and everything around them stay as they are.

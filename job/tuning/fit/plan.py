@@ -197,7 +197,7 @@ def auto_remedy(config: Config) -> str:
 
 
 def reusable_pass(earlier: Mapping[str, Any], planned: Plan, config: Config, device: Device) -> PassConfig | None:
-    """The pass configuration of an earlier attempt: used again on a card of the same name, to round as it did, unless
+    """The pass configuration of an earlier attempt: used again on a GPU of the same name, to round as it did, unless
     the settings ask for something else than it used and than they asked for then (memory may have run out since).
 
     Args:
@@ -219,7 +219,7 @@ def reusable_pass(earlier: Mapping[str, Any], planned: Plan, config: Config, dev
 
 
 def completed_plan(planned: Plan, earlier: Mapping[str, Any]) -> Plan:
-    """The plan of a run whose last step was made in an earlier attempt, on whatever card: its batches were that
+    """The plan of a run whose last step was made in an earlier attempt, on whatever GPU: its batches were that
     attempt's."""
     recorded = earlier.get("plan") or {}
     used = PassConfig.from_json(recorded)

@@ -1,4 +1,4 @@
-"""Finding out what fits this card: the plan's candidates, one probe each, the quickest first.
+"""Finding out what fits this GPU: the plan's candidates, one probe each, the quickest first.
 
 Knows how to try a pass configuration without leaving a trace; `PassControl` puts it in force.
 """
@@ -55,7 +55,7 @@ class PassSearch:
         """Choose; on a CPU there is nothing to measure.
 
         Args:
-            reused: what an earlier attempt of the run used on a card of this kind: taken unmeasured.
+            reused: what an earlier attempt of the run used on a GPU of this kind: taken unmeasured.
 
         Raises:
             PermanentError: nothing fits.
@@ -158,7 +158,7 @@ class PassSearch:
 
 def graphs_possible(plan: Plan, config: Config, device: Device) -> bool:
     """Whether CUDA graphs may be tried. They need the one kernel for all lengths; dropout would repeat its mask, and
-    8-bit products (Dettmers et al. 2022, LLM.int8()) ask the card for the outliers of every input, which a recording
+    8-bit products (Dettmers et al. 2022, LLM.int8()) ask the GPU for the outliers of every input, which a recording
     cannot."""
     attention = plan.batching != "padded" and device.flash
     return attention and config.lora_dropout == 0 and config.precision != "8bit"
