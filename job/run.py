@@ -150,7 +150,7 @@ def _live(life: RunContext) -> None:
     )
 
     restored = restore(life, mark, check=finetuning.check_checkpoint)
-    build.publish(config, record, base, data, state="in progress")
+    build.publish(config, record, base, data)
     life.cache.wait()
     earlier = restored.body if restored else record.first()
     with spans("load"):
@@ -176,7 +176,7 @@ def _live(life: RunContext) -> None:
     life.ledger.check()
     measured = {**final["results"], **finetune.memory_report()}
     parts = {f"{part}_seconds": seconds for part, seconds in life.timeline.seconds().items()}
-    build.publish(config, record, base, data, state="complete", measured={**measured, **parts})
+    build.publish(config, record, base, data, measured={**measured, **parts})
     record.finish({**final, "artifacts": [artifact.as_json() for artifact in artifacts]})
     seconds = round(time.monotonic() - started, 1)
     _quietly(lambda: life.attempts.end("complete", exit_code=0, seconds=seconds))

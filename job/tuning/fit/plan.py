@@ -21,7 +21,7 @@ from typing import Any
 import structlog
 
 from job.config.schema import Config
-from job.model.memory import memory
+from job.model.memory import peak_memory
 from job.model.schedule import schedule
 from job.model.shape import Shape
 from job.runtime.errors import ConfigError
@@ -237,7 +237,7 @@ def _bytes(cut: PassConfig, planned: Plan, config: Config, shape: Shape | None, 
         return 0
     padded = planned.batching == "padded"
     tokens = cut.micro_batch * max(lengths) if padded else _capacity(lengths, cut.micro_batch)
-    return memory(shape, config, tokens=tokens, checkpointing=cut.gradient_checkpointing).total
+    return peak_memory(shape, config, tokens=tokens, checkpointing=cut.gradient_checkpointing).total
 
 
 def asked(config: Config) -> dict[str, Any]:
