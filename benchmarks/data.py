@@ -46,7 +46,7 @@ import datetime, json, logging, sys, time
 from pathlib import Path
 import structlog
 from job.config.schema import Config
-from job.data import prepare as data
+from job.data.prepare import prepare, validate_head
 from job.inputs.pull import File, Inputs
 from transformers import AutoTokenizer  # imported by both before the clock starts
 import datasets
@@ -57,9 +57,9 @@ file = File(name=rows.name, path=rows, size=rows.stat().st_size, etag=None, vers
 pulled = Inputs(model=model, model_files=(), model_revision=None, dataset=(file,), eval_dataset=(), template_text=None,
                 template_files=(), date=datetime.date(2026, 1, 1))
 began = time.perf_counter()
-data.validate_head(config, pulled)
+validate_head(config, pulled)
 read = time.perf_counter()
-made = data.prepare(config, pulled, directory=work)
+made = prepare(config, pulled, directory=work)
 sets = [made.train.counts, *([made.evaluation.counts] if made.evaluation else [])]
 print(json.dumps({"read": read - began, "seconds": time.perf_counter() - began,
                   "sequences": sum(one.sequences for one in sets), "tokens": sum(one.tokens for one in sets)}))

@@ -30,7 +30,7 @@ def run(config: Config) -> None:
         inputs, model = fetch.await_model(context, inputs, pending)
         training = prepare(context, inputs, model)
         restored = resume.restore(context, training, check=stack.check_checkpoint)
-        publish.report(context, training, state="in progress")
+        publish.report(context, training)
         finetune = load.load(context, stack, training, restored)
         evaluator = Evaluator(finetune, training.data, record=context.record, timeline=context.timeline)
         if restored is None:

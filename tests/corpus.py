@@ -1,6 +1,6 @@
-"""The corpus of good, odd and bad input files: those under `tests/data/`, and those that no editor can write.
+"""The corpus of good, odd and bad input files: those under `tests/samples/`, and those that no editor can write.
 
-`tests/data/verdicts.yaml` says what is to become of each.
+`tests/samples/verdicts.yaml` has the expected result of each.
 """
 
 import gzip
@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import yaml
 import zstandard
 
-DATA = Path(__file__).resolve().parent / "samples"
-VERDICTS: list[dict[str, Any]] = yaml.safe_load((DATA / "verdicts.yaml").read_text(encoding="utf-8"))
+SAMPLES = Path(__file__).resolve().parent / "samples"
+VERDICTS: list[dict[str, Any]] = yaml.safe_load((SAMPLES / "verdicts.yaml").read_text(encoding="utf-8"))
 QUESTIONS = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}."} for n in range(3)]
 
 
@@ -49,7 +49,7 @@ def nested(depth: int) -> Any:
 
 
 def unreadable(column: str) -> bytes:
-    """Text that is no UTF-8 in the second row, and a date of the year 292,000 in the first."""
+    """Text that is not UTF-8 in the second row, and a date of the year 292,000 in the first."""
     columns = {"question": ["a", "c"], "answer": ["b", "d"], "more": ["e", "f"], "date": [2**63 - 1, 0]}
     columns[column][1] = b"\xff"
     made = {name: pa.array(values, pa.binary()).view(pa.string()) for name, values in columns.items() if name != "date"}
@@ -103,17 +103,17 @@ GENERATED: dict[str, Callable[[], bytes]] = {
 
 def content(name: str) -> bytes:
     """A file of the corpus."""
-    return GENERATED[name]() if name in GENERATED else (DATA / name).read_bytes()
+    return GENERATED[name]() if name in GENERATED else (SAMPLES / name).read_bytes()
 
 
 def names() -> set[str]:
     """All files of the corpus."""
-    committed = {path.relative_to(DATA).as_posix() for path in DATA.rglob("*") if path.is_file()}
+    committed = {path.relative_to(SAMPLES).as_posix() for path in SAMPLES.rglob("*") if path.is_file()}
     return (committed | GENERATED.keys()) - {"verdicts.yaml", ".gitattributes"}
 
 
 def shown(row: Any) -> str:
-    """A row on one line: `user: a | assistant: b`; what is only context stands in brackets."""
+    """A row on one line: `user: a | assistant: b`; turns that are context only are in brackets."""
     if row.text is not None:
         return row.text if len(row.text) < 100 else f"{row.text[:20]}...{len(row.text)}"
     return " | ".join(_turn(turn) if turn.trained else f"({_turn(turn)})" for turn in row.turns)

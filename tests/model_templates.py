@@ -16,7 +16,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from job.data.tokenizer import load as tokenizers
+from job.data.tokenizer.load import Tokenizer as ChatTokenizer
+from job.data.tokenizer.load import wrap_tokenizer
 from tests.tiny_tokenizer import DATE, SENTENCES, backend
 
 DIRECTORY = Path(__file__).parent / "templates"
@@ -255,19 +256,19 @@ def text(name: str) -> str:
 
 
 @functools.cache
-def tokenizer(name: str) -> tokenizers.Tokenizer:
+def tokenizer(name: str) -> ChatTokenizer:
     """The job's tokenizer for a model's template."""
     return wrapped(MODELS[name].family, text(name))
 
 
-def wrapped(family: Family, template: str | None) -> tokenizers.Tokenizer:
+def wrapped(family: Family, template: str | None) -> ChatTokenizer:
     """The same for any template."""
     hf = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_made(family)),
         **{key: value for key, value in {"bos_token": family.bos, "eos_token": family.eos}.items() if value},
     )
     hf.chat_template = template
-    return tokenizers.wrap(hf, date=DATE)
+    return wrap_tokenizer(hf, date=DATE)
 
 
 @functools.cache
@@ -318,7 +319,7 @@ def _sentencepiece() -> str:
     return json.dumps(found)
 
 
-def decoded(found: tokenizers.Tokenizer, ids: list[int]) -> str:
+def decoded(found: ChatTokenizer, ids: list[int]) -> str:
     """The very characters of some tokens, also where the decoder drops a space at the start of a text."""
     hf: Any = found.hf
     space = hf.backend_tokenizer.token_to_id("▁")

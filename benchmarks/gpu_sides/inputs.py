@@ -53,19 +53,23 @@ def write_rows(directory: Path, name: str, tokens: list[int], seed: int) -> None
 
 def write_tokens(directory: Path, name: str, size: Size, model: Path) -> None:
     """By the job's own reading and rendering, so that the other sides learn exactly what it learns."""
-    from job.data.reading import dataset  # noqa: PLC0415
+    from job.data.reading.dataset import ExampleStream, Source  # noqa: PLC0415
     from job.data.rendering.renderer import Renderer  # noqa: PLC0415
-    from job.data.tokenized.arrow import prepare  # noqa: PLC0415
-    from job.data.tokenizer import load  # noqa: PLC0415
+    from job.data.tokenized.arrow import DatasetPlan, write_datasets  # noqa: PLC0415
+    from job.data.tokenized.draft import Draft  # noqa: PLC0415
+    from job.data.tokenizer.load import load_tokenizer  # noqa: PLC0415
 
     path = directory / f"{name}.jsonl"
-    reading = dataset.read([dataset.Source(name=path.name, path=path)])
-    loaded = load.load(model, date=datetime.datetime.now(datetime.UTC).date())
-    renderer = Renderer(tokenizer=loaded, max_length=size.longest)
+    tokenizer = load_tokenizer(model, date=datetime.datetime.now(datetime.UTC).date())
+    renderer = Renderer(tokenizer=tokenizer, max_length=size.longest)
     work = directory / f"{name}.work"
     work.mkdir()
-    prepared = prepare(reading, renderer=renderer, directory=work, name=name)
-    prepared.dataset.select_columns(["input_ids", "labels"]).save_to_disk(str(directory / f"{name}.tokens"))
+    with Draft(work) as draft:
+        draft.add(ExampleStream([Source(name=path.name, path=path)]), renderer)
+        draft.check()
+        plan = DatasetPlan(name=name, rows=b"\1" * draft.rows, renderer=renderer)
+        (made,) = write_datasets(draft, [plan], directory=work, micro_batch=1)
+    made.dataset.select_columns(["input_ids", "labels"]).save_to_disk(str(directory / f"{name}.tokens"))
 
 
 def write_model(directory: Path, size: Size, device: str) -> None:

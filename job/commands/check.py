@@ -23,8 +23,8 @@ import structlog
 from job.commands.check_text import show
 from job.config import environment
 from job.config.schema import Config
-from job.data.prepare import Data, Examples, judge, read, render
-from job.data.tokenizer import load
+from job.data.prepare import Data, DatasetFacts, judge, read, render
+from job.data.tokenizer.load import import_without_torch
 from job.inputs import pull
 from job.inputs.pull import Inputs, Puller, Sources
 from job.model import base_model, shape
@@ -33,7 +33,7 @@ from job.model.memory import Estimate
 from job.observability import logs, termination
 from job.observability.redaction import secret_values
 from job.report import build
-from job.report.page import Report
+from job.report.page import Page
 from job.runtime import errors, libraries, process
 from job.runtime.errors import AccessDeniedError, ConfigError, InterruptedError, JobError, StopRequested, StorageError  # noqa: A004
 from job.runtime.libraries import LibrarySettings
@@ -72,7 +72,7 @@ class Checked:
     config: Config | None = None
     conditional_writes: bool | None = None
     base: BaseModel | None = None
-    examples: Examples | None = None
+    facts: DatasetFacts | None = None
     data: Data | None = None
     expected: Estimate | None = None
     finished: bool = False
@@ -100,12 +100,12 @@ class Checked:
         """That of the first problem, as a run would end; 0 without one."""
         return self.problems[0].error.exit_code if self.problems else 0
 
-    def report(self) -> Report | None:
+    def page(self) -> Page | None:
         """The page; None without a valid configuration."""
         if self.config is None:
             return None
         found = [problem.error for problem in self.problems]
-        return build.report(self.config, state="check", data=self.data, expected=self.expected, problems=found)
+        return build.check_page(self.config, self.data, self.expected, found)
 
 
 def command(*, as_json: bool, report: Path | None) -> int:
@@ -170,17 +170,16 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
             record.check_inputs(began, pulled.as_json())
     with checked.collecting("dataset"):
         if pulled.dataset:
-            checked.examples = read(config, pulled)
-            surveyed = checked.examples.surveyed
+            checked.facts = read(config, pulled)
             with checked.collecting("quality"):
-                judge(config, surveyed.findings, rows=surveyed.rows)
-    if pulled.eval_dataset and not checked.examples:
+                judge(checked.facts.scan, quality=config.quality)
+    if pulled.eval_dataset and not checked.facts:
         _read_evaluation(checked, config, pulled)
-    if not (checked.base and checked.examples):
+    if not (checked.base and checked.facts):
         return
     with checked.collecting("rendering"):
-        load.spare_torch()
-        checked.data = render(config, pulled, checked.examples, directory=work)
+        import_without_torch()
+        checked.data = render(config, pulled, checked.facts, directory=work)
         checked.expected = build.expect(config, checked.base, checked.data)
 
 
@@ -261,7 +260,7 @@ def _write(checked: Checked, path: Path | None) -> Path | None:
     Raises:
         ConfigError: it cannot be written there.
     """
-    page = checked.report() if path else None
+    page = checked.page() if path else None
     if path is None or page is None:
         return None
     try:
@@ -283,19 +282,23 @@ def _facts(checked: Checked) -> dict[str, Any]:
         "exit_code": checked.exit_code,
         "run_id": config.identity() if config else None,
         "problems": [problem.as_json() for problem in checked.problems],
-        "findings": [dataclasses.asdict(finding) for finding in build.all_findings(data)] if data else [],
+        "findings": [dataclasses.asdict(finding) for finding in data.all_findings()] if data else [],
         "output": {"uri": config.output, "conditional_writes": checked.conditional_writes} if config else None,
         "model": _model(base) if base else None,
-        "files": [dataclasses.asdict(facts) for facts in checked.examples.files] if checked.examples else [],
-        "skipped_files": list(checked.examples.skipped) if checked.examples else [],
+        "files": [dataclasses.asdict(facts) for facts in checked.facts.files] if checked.facts else [],
+        "skipped_files": list(checked.facts.skipped) if checked.facts else [],
         "train": dataclasses.asdict(data.train.counts) if data else None,
         "evaluation": dataclasses.asdict(data.held_out) if data and data.held_out else None,
-        "eval_note": checked.examples.split.note if checked.examples else "",
-        "lengths": dataclasses.asdict(build.lengths(data, config)) if data and config else None,
+        "eval_note": checked.facts.split.note if checked.facts else "",
+        "lengths": _lengths(data, config) if data and config else None,
         "chat_template": data.tokenizer.name if data else None,
         "tokenizer_notes": list(data.tokenizer.notes) if data else [],
         "estimate": dataclasses.asdict(checked.expected) if checked.expected else None,
     }
+
+
+def _lengths(data: Data, config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(build.length_chart(data.train.lengths, max_length=config.max_length))
 
 
 def _model(base: BaseModel) -> dict[str, Any]:

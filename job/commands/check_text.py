@@ -71,14 +71,14 @@ def _estimate(facts: Facts, console: Console) -> None:
     if (found := facts["estimate"]) is None:
         return
     console.print(
-        f"estimate    {found['steps']:,} steps of {found['micro_batch']} x {found['accumulation']} sequences, "
-        f"{found['epochs']:.3g} passes, {found['tokens']:,} tokens"
+        f"estimate    {found['steps']:,} steps of {found['micro_batch']} x {found['gradient_accumulation']} sequences, "
+        f"{found['epochs']:.3g} epochs, {found['tokens']:,} tokens"
     )
     if not found["memory"]:
         return
     total = found["alternatives"][found["checkpointing"]]
     console.print(
-        f"            {shown_bytes(total)} on a GPU at {found['tokens_in_pass']:,} tokens in a pass "
+        f"            {shown_bytes(total)} on a GPU with {found['micro_batch_tokens']:,} tokens in a micro-batch "
         f"(TUNE_GRADIENT_CHECKPOINTING={found['checkpointing']}); an estimate, not a measurement"
     )
     table = Table.grid(padding=(0, 3))

@@ -1,9 +1,9 @@
-"""What is trained on: files -> examples -> splits -> token ids and labels on disk."""
+"""The data of a run: files -> examples -> sides of the split -> token ids and labels on disk."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -13,252 +13,279 @@ import structlog
 from job.config import role_weights
 from job.config.schema import Config
 from job.data.examples import Example, RowError
-from job.data.findings import Finding
-from job.data.quality.survey import Level, QualityScan, ScanResult
-from job.data.quality.verdicts import is_grave
-from job.data.reading import columns, dataset
+from job.data.findings import Finding, is_grave
+from job.data.quality.scan import QualityScan, ScanResult, Scope
+from job.data.reading.columns import parse_columns
+from job.data.reading.dataset import ExampleStream, FileFacts, Source
 from job.data.rendering.renderer import Prompt, Renderer
-from job.data.tokenized.arrow import Part, Prepared, parts
+from job.data.split import EvaluationSplit, split_by_content, split_by_files
+from job.data.tokenized.arrow import DatasetPlan, TokenizedDataset, write_datasets
 from job.data.tokenized.counts import Counts
 from job.data.tokenized.draft import Draft
-from job.data.tokenizer import load as tokenizers
-from job.data.tokenizer.load import Tokenizer
-from job.inputs.pull import Inputs
+from job.data.tokenizer.load import Tokenizer, load_tokenizer
+from job.inputs.pull import File, Inputs
 from job.runtime.errors import DataError
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examples:
-    """What was read."""
+class DatasetFacts:
+    """What one pass over the files showed, apart from the rows themselves."""
 
-    split: dataset.Split
-    files: tuple[dataset.FileFacts, ...]
+    split: EvaluationSplit
+    files: tuple[FileFacts, ...]
     skipped: tuple[str, ...]
-    surveyed: ScanResult
-    """What was found in the rows, and how many repeat others."""
+    scan: ScanResult
+    """The findings in the rows, and how many repeat others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is trained on, and how it came to be."""
+    """The datasets of a run and what is known of them."""
 
     tokenizer: Tokenizer
-    train: Prepared
-    evaluation: Prepared | None
-    """None where no row was held out, or nothing is left of those that were."""
-    files: tuple[dataset.FileFacts, ...]
+    train: TokenizedDataset
+    evaluation: TokenizedDataset | None
+    """None if no row was held out, or no label is left in those that were."""
+    files: tuple[FileFacts, ...]
     findings: tuple[Finding, ...]
+    """In the rows."""
     prompts: tuple[Prompt, ...]
     held_out: Counts | None = None
-    """What rendering did to the rows that were held out, also where nothing is left of them."""
+    """The effects of rendering on the held-out rows, even if no label is left in them."""
     skipped: tuple[str, ...] = ()
-    """Files under a prefix that are no data, by their suffix."""
+    """Files under a prefix that are not data, by their suffix."""
+
+    def all_findings(self) -> tuple[Finding, ...]:
+        """The findings in the rows and in rendering them."""
+        held_out = self.held_out.findings(side="evaluation") if self.held_out else ()
+        return (*self.findings, *self.train.counts.findings(side="training"), *held_out)
 
 
-def validate_head(config: Config, pulled: Inputs) -> None:
-    """Read a little, before anything that takes long is begun: most mistakes are in the first rows already.
+def validate_head(config: Config, inputs: Inputs) -> None:
+    """Read the first rows before anything slow starts: most mistakes show in them.
 
-    Raises what reading raises, with all invalid rows of a file in number.
+    Raises the errors of reading, with the total of all invalid rows of a file.
     """
-    files = _Files.of(config, pulled)
+    files = _Files.of(config, inputs)
     complete = files.train.validate_head()
-    if files.held_out and (complete or not config.columns):  # a column may be further on
+    if files.held_out and (complete or not config.columns):  # a column may appear in a later row
         files.held_out.validate_head()
 
 
-def read(config: Config, pulled: Inputs) -> Examples:
-    """Go through the files once: examples, surveyed and split into training and evaluation. Needs no tokenizer."""
-    files = _Files.of(config, pulled)
-    survey = QualityScan(level=_level(config, pulled))
+def read(config: Config, inputs: Inputs) -> DatasetFacts:
+    """Go through the files once: check, scan and split the rows. Needs no tokenizer."""
+    files, scan = _Files.of(config, inputs), QualityScan(scope=_scope(config, inputs))
     for example in files.train:
-        survey.add(example)
+        scan.add(example)
     for example in files.held_out or ():
-        survey.add(example, held_out=True)
-    return _examples(config, files, survey.result())
+        scan.add(example, held_out=True)
+    return _facts(files, scan.result(), fraction=config.eval_fraction)
 
 
-def render(config: Config, pulled: Inputs, examples: Examples, *, directory: Path) -> Data:
-    """What was read to token ids and labels on disk; logs `dataset_ready`."""
-    return _rendered(config, pulled, _Files.of(config, pulled), lambda: examples, directory=directory)
+def judge(scan: ScanResult, *, quality: str) -> None:
+    """Log a warning for each finding; under TUNE_QUALITY=fail, end the run if some are grave (`is_grave`).
+
+    Raises DataError with all findings.
+    """
+    if quality == "off":
+        return
+    grave = [finding.code for finding in scan.findings if is_grave(finding, scan.rows)]
+    if quality == "fail" and grave:
+        listed = "\n".join(
+            f"{one.code}: {one.message} First: {', '.join(one.first)}. {one.remedy}" for one in scan.findings
+        )
+        raise DataError(
+            f"TUNE_QUALITY=fail, and these findings in the data are grave: {', '.join(grave)}. All findings:\n{listed}",
+            remedy="Correct the rows, or set TUNE_QUALITY=warn to train on them as they are.",
+        )
+    for finding in scan.findings:
+        log.warning("data_quality", **asdict(finding))
 
 
-def prepare(config: Config, pulled: Inputs, *, directory: Path) -> Data:
-    """Both at once, going through the files only once; in between, what was found is judged (see `judge`)."""
-    files = _Files.of(config, pulled)
-    survey = QualityScan(level=_level(config, pulled))
+def render(config: Config, inputs: Inputs, facts: DatasetFacts, *, directory: Path) -> Data:
+    """Token ids and labels on disk of files that were read before; logs `dataset_ready`."""
+    files, renderers = _Files.of(config, inputs), _Renderers.of(config, _tokenizer(config, inputs))
+    with Draft(directory) as draft:
+        _render_rows(draft, renderers, files.train, files.held_out)
+        datasets = _write(draft, renderers, facts, directory=directory, micro_batch=config.rows_in_pass)
+    return _data(datasets, facts, renderers, _prompts(renderers.train, files, facts.split, count=config.samples))
 
-    def examples() -> Examples:
-        found = _examples(config, files, survey.result())
-        judge(config, found.surveyed.findings, rows=found.surveyed.rows)
-        return found
 
-    return _rendered(config, pulled, files, examples, directory=directory, survey=survey)
+def prepare(config: Config, inputs: Inputs, *, directory: Path) -> Data:
+    """Read, judge and render in one pass over the files; logs `dataset_ready`.
+
+    The findings are judged once all rows are rendered and before any dataset is written.
+    """
+    files, renderers = _Files.of(config, inputs), _Renderers.of(config, _tokenizer(config, inputs))
+    scan = QualityScan(scope=_scope(config, inputs))
+    with Draft(directory) as draft:
+        held_out = _scanned(files.held_out, scan, held_out=True) if files.held_out else None
+        _render_rows(draft, renderers, _scanned(files.train, scan), held_out)
+        facts = _facts(files, scan.result(), fraction=config.eval_fraction)
+        judge(facts.scan, quality=config.quality)
+        datasets = _write(draft, renderers, facts, directory=directory, micro_batch=config.rows_in_pass)
+    return _data(datasets, facts, renderers, _prompts(renderers.train, files, facts.split, count=config.samples))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Files:
-    train: dataset.ExampleStream
-    held_out: dataset.ExampleStream | None
-    """Of the user's own evaluation files."""
+    train: ExampleStream
+    held_out: ExampleStream | None
+    """Of the user's evaluation files."""
 
     @classmethod
-    def of(cls, config: Config, pulled: Inputs) -> _Files:
-        named = columns.parsed(config.columns)
-        train, held_out = (
-            dataset.read(
-                [dataset.Source(name=file.name, path=file.path, named=file.named) for file in files],
-                format=config.format,
-                columns=named,
-            )
-            for files in (pulled.dataset, pulled.eval_dataset)
-        )
-        return cls(train=train, held_out=held_out if pulled.eval_dataset else None)
+    def of(cls, config: Config, inputs: Inputs) -> _Files:
+        columns = parse_columns(config.columns)
+
+        def stream(files: Iterable[File]) -> ExampleStream:
+            sources = [Source(name=file.name, path=file.path, named=file.named) for file in files]
+            return ExampleStream(sources, format=config.format, columns=columns)
+
+        return cls(train=stream(inputs.dataset), held_out=stream(inputs.eval_dataset) if inputs.eval_dataset else None)
 
 
-def _level(config: Config, pulled: Inputs) -> Level:
-    """What `off` may leave out: never what decides who is on which side."""
+def _scope(config: Config, inputs: Inputs) -> Scope:
+    """What to scan for. `off` never leaves out what the split depends on."""
     if config.quality != "off":
-        return "all"
-    return "alike" if config.eval_fraction > 0 and not pulled.eval_dataset else "exact"
+        return "everything"
+    return "near_duplicates" if config.eval_fraction > 0 and not inputs.eval_dataset else "exact_duplicates"
 
 
-def _examples(config: Config, files: _Files, surveyed: ScanResult) -> Examples:
+def _scanned(examples: Iterable[Example], scan: QualityScan, *, held_out: bool = False) -> Iterator[Example]:
+    for example in examples:
+        scan.add(example, held_out=held_out)
+        yield example
+
+
+def _facts(files: _Files, scan: ScanResult, *, fraction: float) -> DatasetFacts:
     if files.held_out:
-        split = dataset.given(rows=surveyed.rows, held_out=surveyed.held_out)
-        found, skipped = (*files.train.facts, *files.held_out.facts), (*files.train.skipped, *files.held_out.skipped)
+        split = split_by_files(train_rows=scan.rows, held_out_rows=scan.held_out)
     else:
-        split = dataset.split(surveyed.group_keys(), fraction=config.eval_fraction)
-        found, skipped = files.train.facts, files.train.skipped
+        split = split_by_content(scan.group_keys(), fraction=fraction)
     if split.note:
         log.warning("evaluation_disabled", reason=split.note)
-    return Examples(split=split, files=found, skipped=skipped, surveyed=surveyed)
-
-
-def judge(config: Config, findings: Sequence[Finding], *, rows: int) -> None:
-    """Let pass what was found in so many rows, with a warning each, or end the run where TUNE_QUALITY says so.
-
-    Raises DataError under `fail`, naming all that was found, if some of it is grave
-    (`job.data.quality.verdicts.is_grave`).
-    """
-    if config.quality == "off":
-        return
-    grave = [finding for finding in findings if is_grave(finding, rows)]
-    if config.quality == "fail" and grave:
-        raise _refused(findings, grave)
-    for finding in findings:
-        log.warning("data_quality", **asdict(finding))
-
-
-def _refused(findings: Sequence[Finding], grave: Sequence[Finding]) -> DataError:
-    listed = "\n".join(f"{one.code}: {one.message} First: {', '.join(one.first)}. {one.remedy}" for one in findings)
-    names = ", ".join(finding.code for finding in grave)
-    return DataError(
-        f"TUNE_QUALITY=fail, and something grave is in the data ({names}):\n{listed}",
-        remedy="Correct the rows, or set TUNE_QUALITY=warn to train on them as they are.",
+    streams = [files.train, *([files.held_out] if files.held_out else [])]
+    return DatasetFacts(
+        split=split,
+        files=tuple(facts for stream in streams for facts in stream.facts),
+        skipped=tuple(name for stream in streams for name in stream.skipped),
+        scan=scan,
     )
 
 
-def _rendered(
-    config: Config,
-    pulled: Inputs,
-    files: _Files,
-    examples: Callable[[], Examples],
-    *,
-    directory: Path,
-    survey: QualityScan | None = None,
-) -> Data:
-    """Args: examples: what was read, asked for when all was; survey: sees all rows, if it has not seen them before."""
-    tokenizer = tokenizers.load(
-        pulled.model, chat_template=config.chat_template, template_text=pulled.template_text, date=pulled.date
+def _tokenizer(config: Config, inputs: Inputs) -> Tokenizer:
+    tokenizer = load_tokenizer(
+        inputs.model, chat_template=config.chat_template, template_text=inputs.template_text, date=inputs.date
     )
     for note in tokenizer.notes:
         log.warning("tokenizer_note", note=note)
-    renderer, held_out_renderer = _renderers(config, tokenizer)
-    with Draft(directory) as draft:
-        if files.held_out:
-            draft.add(_passing(files.train, survey), renderer)
-            draft.add(_passing(files.held_out, survey, held_out=True), held_out_renderer)
-        else:
-            draft.add(_passing(files.train, survey), renderer, held_out_renderer)
-        draft.check()
-        found = examples()
-        split = found.split
-        wanted = (
-            Part(name="train", rows=split.train, renderer=renderer),
-            Part(name="evaluation", rows=split.held_out, renderer=held_out_renderer, may_be_empty=not files.held_out),
+    return tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Renderers:
+    train: Renderer
+    held_out: Renderer
+    """Differs from the other only in its weights, with TUNE_ROLE_WEIGHTS."""
+
+    @classmethod
+    def of(cls, config: Config, tokenizer: Tokenizer) -> _Renderers:
+        plain = Renderer(
+            tokenizer=tokenizer, train_on=config.train_on, max_length=config.max_length, overlong=config.overlong
         )
-        train, held_out = parts(draft, wanted, directory=directory, micro_batch=config.rows_in_pass)
-    surveyed = found.surveyed
+        weights = role_weights.learned(config.role_weights)
+        if not weights:
+            return cls(train=plain, held_out=plain)
+        return cls(
+            train=replace(plain, weights=weights), held_out=replace(plain, weights=role_weights.held_out(weights))
+        )
+
+
+def _render_rows(
+    draft: Draft, renderers: _Renderers, train: Iterable[Example], held_out: Iterable[Example] | None
+) -> None:
+    """All rows into the draft; without evaluation files each for both sides, since the split is not known yet.
+
+    Raises DataError for rows that cannot be read or rendered.
+    """
+    if held_out is None:
+        draft.add(train, renderers.train, renderers.held_out)
+    else:
+        draft.add(train, renderers.train)
+        draft.add(held_out, renderers.held_out)
+    draft.check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Datasets:
+    train: TokenizedDataset
+    held_out: TokenizedDataset
+
+
+def _write(draft: Draft, renderers: _Renderers, facts: DatasetFacts, *, directory: Path, micro_batch: int) -> _Datasets:
+    """Both sides of the split; logs `dataset_ready`."""
+    evaluation_files = facts.scan.held_out > 0
+    plans = (
+        DatasetPlan(name="train", rows=facts.split.train, renderer=renderers.train),
+        DatasetPlan(
+            name="evaluation",
+            rows=facts.split.held_out,
+            renderer=renderers.held_out,
+            may_be_empty=not evaluation_files,
+        ),
+    )
+    train, held_out = write_datasets(draft, plans, directory=directory, micro_batch=micro_batch)
     if held_out.counts.rows and not held_out.counts.sequences:
         log.warning(
-            "evaluation_disabled", reason=f"nothing is left to learn of the {held_out.counts.rows:,} held-out rows"
+            "evaluation_disabled", reason=f"none of the {held_out.counts.rows:,} held-out rows has a label left"
         )
     log.info(
         "dataset_ready",
         **asdict(train.counts),
         lengths=asdict(train.lengths),
         evaluation=asdict(held_out.counts),
-        files=[asdict(facts) for facts in found.files],
-        skipped_files=list(found.skipped),
-        duplicates=surveyed.duplicates,
-        findings={finding.code: finding.count for finding in surveyed.findings},
+        files=[asdict(file) for file in facts.files],
+        skipped_files=list(facts.skipped),
+        duplicates=facts.scan.duplicates,
+        findings={finding.code: finding.count for finding in facts.scan.findings},
         eval_rows=held_out.counts.rows,
-        eval_rows_shared=surveyed.shared,
-        eval_note=split.note,
-        chat_template=tokenizer.name,
+        eval_rows_shared=facts.scan.shared,
+        eval_note=facts.split.note,
+        chat_template=renderers.train.tokenizer.name,
     )
+    return _Datasets(train=train, held_out=held_out)
+
+
+def _data(datasets: _Datasets, facts: DatasetFacts, renderers: _Renderers, prompts: tuple[Prompt, ...]) -> Data:
+    held_out = datasets.held_out
     return Data(
-        tokenizer=tokenizer,
-        train=train,
+        tokenizer=renderers.train.tokenizer,
+        train=datasets.train,
         evaluation=held_out if held_out.counts.sequences else None,
-        files=found.files,
-        findings=surveyed.findings,
-        prompts=_prompts(config, renderer, _shown(files, split)),
+        files=facts.files,
+        findings=facts.scan.findings,
+        prompts=prompts,
         held_out=held_out.counts if held_out.counts.rows else None,
-        skipped=found.skipped,
+        skipped=facts.skipped,
     )
 
 
-def _renderers(config: Config, tokenizer: Tokenizer) -> tuple[Renderer, Renderer]:
-    """For training and for evaluation."""
-    renderer = Renderer(
-        tokenizer=tokenizer, train_on=config.train_on, max_length=config.max_length, overlong=config.overlong
-    )
-    weights = role_weights.learned(config.role_weights)
-    if not weights:
-        return renderer, renderer
-    return replace(renderer, weights=weights), replace(renderer, weights=role_weights.held_out(weights))
-
-
-def _passing(
-    reading: dataset.ExampleStream, survey: QualityScan | None, *, held_out: bool = False
-) -> Iterator[Example]:
-    """The rows, once the survey has seen them; after an invalid one they are only read, for the error at the end."""
-    for example in reading:
-        if reading.invalid:
-            continue
-        if survey:
-            survey.add(example, held_out=held_out)
-        yield example
-
-
-def _shown(files: _Files, split: dataset.Split) -> Iterable[Example]:
-    """Rows for prompts: those held out, if there are any."""
-    if files.held_out:
-        return files.held_out
-    return compress(files.train, split.held_out) if any(split.held_out) else files.train
-
-
-def _prompts(config: Config, renderer: Renderer, examples: Iterable[Example]) -> tuple[Prompt, ...]:
-    """The first prompts that leave room for an answer; rows that cannot be one are passed over."""
+def _prompts(renderer: Renderer, files: _Files, split: EvaluationSplit, *, count: int) -> tuple[Prompt, ...]:
+    """The first prompts, of held-out rows if there are any, that leave room for an answer."""
     found: list[Prompt] = []
-    for example in examples:
-        if len(found) == config.samples:
+    for example in _prompt_rows(files, split):
+        if len(found) == count:
             break
         with contextlib.suppress(RowError):
             prompt = renderer.prompt(example)
-            if len(prompt.input_ids) < config.max_length:
+            if len(prompt.input_ids) < renderer.max_length:
                 found.append(prompt)
     return tuple(found)
+
+
+def _prompt_rows(files: _Files, split: EvaluationSplit) -> Iterable[Example]:
+    if files.held_out:
+        return files.held_out
+    return compress(files.train, split.held_out) if any(split.held_out) else files.train

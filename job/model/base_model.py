@@ -1,7 +1,7 @@
-"""What a base model's files say of it, read without loading a weight, and whether this job can train it right.
+"""A base model by its files, read without loading weights, and whether this job can train it correctly.
 
-Refuses by name what would train wrong or run code: pickled weights, remote code, multimodal and mixture-of-experts
-models, adapters given as models. Knows nothing of GPUs or of training.
+Rejects models that would be trained wrongly or run code: pickled weights, remote code, multimodal and
+mixture-of-experts models, adapters given as models. Knows nothing of GPUs or of training.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class BaseModel:
     path: Path
     name: str
     weights: tuple[Path, ...]
-    """The files that hold the weights: those that the index names, or all where there is none."""
+    """The files with the weights: those in the index, or all if there is no index."""
     architecture: str
     parameters: int
-    """Number of weights, counted unpacked where they are stored quantised."""
+    """Number of weights, counted unpacked if they are stored quantised."""
     positions: int | None
-    """The longest input the model was made for, in tokens; None where it does not say."""
+    """The longest input of the model, in tokens; None if its configuration does not state it."""
     prequantised: str | None
-    """`4bit` or `8bit` where the checkpoint itself is bitsandbytes-quantised."""
+    """`4bit` or `8bit` if the checkpoint itself is quantised with bitsandbytes."""
     config: dict[str, Any]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """The shape of each tensor as stored, by name."""
@@ -61,13 +61,13 @@ def inspect(path: Path, *, name: str) -> BaseModel:
 
     Args:
         path: directory with `config.json` and safetensors.
-        name: the model as the user named it, for messages.
+        name: the user's name of the model, for messages.
 
     Raises:
-        DataError: files are missing or damaged, or the model is of a kind that this job does not train.
+        DataError: files are missing or damaged, or this job does not train this kind of model.
     """
     config = _config(path, name)
-    _refuse(path, name, config)
+    _check_trainable(path, name, config)
     weights = _weights(path, name)
     tensors = {key: tensor for file in weights for key, tensor in _header(file, name).items()}
     text = config.get("text_config") or config
@@ -85,21 +85,21 @@ def inspect(path: Path, *, name: str) -> BaseModel:
 
 
 def check_fits(model: BaseModel, *, precision: str, max_length: int, export: Sequence[str]) -> None:
-    """Refuse settings that this model cannot honour.
+    """Reject settings that are not possible with this model.
 
     Raises:
         ConfigError: the precision contradicts the checkpoint, examples may be longer than the model's positions, or
-            merged weights are asked for that cannot be made.
+            merged weights are requested that cannot be made.
     """
     if model.prequantised == "8bit" and "merged_16bit" in export:
         raise ConfigError(
-            f"TUNE_EXPORT names merged_16bit, but {model.name} is stored in 8bit, which cannot be merged exactly.",
-            remedy="Set TUNE_EXPORT=adapter, or name the model's 16-bit original.",
+            f"TUNE_EXPORT contains merged_16bit, but {model.name} is stored in 8bit, which cannot be merged exactly.",
+            remedy="Set TUNE_EXPORT=adapter, or TUNE_MODEL to the model's 16-bit original.",
         )
     if model.prequantised and model.prequantised != precision:
         raise ConfigError(
             f"TUNE_PRECISION={precision}, but {model.name} is stored in {model.prequantised}.",
-            remedy=f"Set TUNE_PRECISION={model.prequantised}, or name the model's 16-bit original.",
+            remedy=f"Set TUNE_PRECISION={model.prequantised}, or TUNE_MODEL to the model's 16-bit original.",
         )
     if model.positions is not None and max_length > model.positions:
         raise ConfigError(
@@ -119,23 +119,21 @@ def _config(path: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         found = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
         raise DataError(
-            f"{name} has no config.json; it holds: {found}.",
-            remedy="TUNE_MODEL must be the directory or prefix that holds config.json and *.safetensors.",
+            f"{name} has no config.json; it contains: {found}.",
+            remedy="TUNE_MODEL must be the directory or prefix with config.json and *.safetensors.",
         ) from None
     except ValueError as error:
         raise DataError(f"config.json of {name} is not valid JSON: {error}.") from None
     if not isinstance(config, dict) or not config.get("architectures"):
-        raise DataError(
-            f"config.json of {name} names no architecture.", remedy="Use a complete transformers checkpoint."
-        )
+        raise DataError(f"config.json of {name} has no architecture.", remedy="Use a complete transformers checkpoint.")
     return config
 
 
-def _refuse(path: Path, name: str, config: dict[str, Any]) -> None:
+def _check_trainable(path: Path, name: str, config: dict[str, Any]) -> None:
     if "auto_map" in config:
         raise DataError(
-            f"{name} needs code of its own (auto_map in config.json), and this job runs no code from a model.",
-            remedy="Use a checkpoint whose architecture transformers knows.",
+            f"{name} needs custom code (auto_map in config.json), and this job never runs code of a model.",
+            remedy="Use a checkpoint whose architecture is part of transformers.",
         )
     architecture = config["architectures"][0]
     multimodal = [key for key in MULTIMODAL if config.get(key) is not None]
@@ -171,8 +169,8 @@ def _quantisation(name: str, config: dict[str, Any]) -> str | None:
 
 
 def _weights(path: Path, name: str) -> tuple[Path, ...]:
-    """The weight files. A missing one is found here. What lies beside the index (an original in another layout) is
-    not part of the model."""
+    """The weight files. Raises DataError if one is missing. Files that are not in the index (an original in another
+    layout) are not part of the model."""
     index = path / "model.safetensors.index.json"
     if not index.exists():
         whole = path / "model.safetensors"
@@ -192,7 +190,7 @@ def _weights(path: Path, name: str) -> tuple[Path, ...]:
 
 
 def _header(file: Path, name: str) -> dict[str, Any]:
-    """The header of a safetensors file (format: 8 bytes little-endian length, JSON, data)."""
+    """The header of a safetensors file (format: 8 bytes of little-endian length, JSON, data)."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))[0]
@@ -214,7 +212,7 @@ def _header(file: Path, name: str) -> dict[str, Any]:
 
 
 def _count(key: str, tensor: dict[str, Any]) -> int:
-    """Weights in a tensor; bitsandbytes packs two 4-bit weights into a byte and adds tables, which are none."""
+    """Weights in a tensor; bitsandbytes packs two 4-bit weights into a byte and adds tables, which do not count."""
     if any(part in key for part in (".absmax", ".quant_map", ".quant_state", ".nested_", ".SCB", ".weight_format")):
         return 0
     packed = 2 if tensor["dtype"] == "U8" else 1

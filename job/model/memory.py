@@ -1,21 +1,21 @@
-"""What a run will take, before it begins: steps, tokens, and memory on a card. An estimate, not a measurement.
+"""An estimate, not a measurement, of what a run needs: steps, tokens, and GPU memory.
 
-Memory is the sum of these, in bytes; `tests/model/test_memory.py` compares it with the runs measured under
+Memory is the sum of the following, in bytes; `tests/model/test_memory.py` compares it with the runs measured under
 `benchmarks/results/`, and `docs/sizing.md` shows it for common models.
 
-- weights: a linear layer of the decoder takes 0.516 bytes a parameter in NF4 with double quantisation (half a byte, one
-  byte of absmax for each block of 64, and for each 256 of those four bytes: Dettmers et al. 2023, "QLoRA", section 3),
-  1 in 8 bit, 2 in 16 bit. Embeddings, head and norms always take 2.
+- weights: a linear layer of the decoder takes 0.516 bytes per parameter in NF4 with double quantisation (half a byte,
+  one byte of absmax for each block of 64, and four bytes for each 256 of those: Dettmers et al. 2023, "QLoRA", section
+  3), 1 in 8 bit, 2 in 16 bit. Embeddings, head and norms always take 2.
 - adapter: rank x (inputs + outputs) for each layer (Hu et al. 2021, "LoRA", section 4.1), kept in 32 bit; as much again
   for its gradients; 2 bytes for the two states of 8-bit Adam, 8 for those of 32-bit Adam.
-- activations: what the backward pass needs of a layer is the outputs of its linear layers, and inputs and outputs of
-  its two norms, in 16 bit (counted as in Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
-  Transformer Models", section 4.1, with flash attention). Without checkpointing that is there for every layer; with it
-  only for one layer at a time, and the inputs of all layers besides, which `unsloth` moves to the host.
+- activations: for a layer, the backward pass needs the outputs of its linear layers, and inputs and outputs of its two
+  norms, in 16 bit (counted as in Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
+  Models", section 4.1, with flash attention). Without checkpointing, those of all layers are in memory; with it, those
+  of one layer at a time, plus the inputs of all layers, which `unsloth` moves to the host.
 - logits: one of at least four chunks of the tokens, in 32 bit, and never more than 4 GiB (Unsloth's fused
   cross-entropy, unsloth_zoo/fused_losses/cross_entropy_loss.py).
 - workspace: the largest layer, dequantised to 16 bit.
-- context: what CUDA and its libraries take on a card; an assumption.
+- context: what CUDA and its libraries take on a GPU; an assumption.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from job.config.schema import Config
-from job.model.schedule import Schedule
+from job.model import shape as shapes
+from job.model.base_model import BaseModel
+from job.model.schedule import schedule
 from job.model.shape import Shape
 
 NF4 = 0.5 + 1 / 64 + 4 / 64 / 256
@@ -34,10 +36,10 @@ STATE_BYTES = {"adamw_8bit": 2, "paged_adamw_8bit": 2}
 STATE_BYTES_OTHERS = 8
 LOGIT_CHUNKS = 4
 LOGIT_BYTES = 4
-MOST_LOGITS = 4 << 30
+MAX_LOGIT_BYTES = 4 << 30
 CONTEXT = 600_000_000
 TIGHT = 0.85
-"""Above this share of a card, batches that happen to be longer than expected may not fit."""
+"""Above this share of a GPU's memory, batches that are longer than expected may not fit."""
 MIB = 1 << 20
 CARDS = {
     "T4 16 GB": 15_360,
@@ -55,7 +57,7 @@ CARDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on the card at the peak of a training step."""
+    """Bytes on the GPU at the peak of a training step."""
 
     weights: int
     adapter: int
@@ -67,18 +69,18 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The sum, without what CUDA itself takes."""
+        """The sum, without CUDA's own memory."""
         return sum(dataclasses.asdict(self).values())
 
     @property
     def loaded(self) -> int:
-        """What is there before the first step."""
+        """The part that is in memory before the first step."""
         return self.weights + self.adapter + self.workspace
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """Whether the run fits one card."""
+    """Whether the run fits one kind of GPU."""
 
     card: str
     bytes: int
@@ -87,26 +89,40 @@ class Fit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingSet:
+    """The size of a training set."""
+
+    sequences: int
+    tokens: int
+    """In one epoch, without padding."""
+    labelled_tokens: int
+    """Of these, learned."""
+    longest: int
+    """Tokens of the longest sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What the run will take."""
+    """What the run will need."""
 
     steps: int
     epochs: float
     micro_batch: int
-    accumulation: int
+    gradient_accumulation: int
     tokens_per_epoch: int
     tokens: int
-    """Over the whole run, padding left out."""
+    """Over the whole run, without padding."""
     labelled_tokens: int
-    """Of those, learned."""
+    """Of these, learned."""
     parameters: int
     adapter_parameters: int
     checkpointing: str
-    """What a GPU uses at least: `auto` keeps activations where there is room."""
-    tokens_in_pass: int
-    """Of a pass at its least: with TUNE_MICRO_BATCH=auto the longest row alone, else rows as long as that."""
+    """TUNE_GRADIENT_CHECKPOINTING, with `auto` as `unsloth`: `auto` keeps activations in memory only if they fit."""
+    micro_batch_tokens: int
+    """In a micro-batch as small as possible: with TUNE_MICRO_BATCH=auto one sequence of the greatest length, else as
+    many of them as set."""
     memory: Memory | None
-    """None where the model's shape is unknown, as the next three."""
+    """None if the model's shape is unknown, as for the next three."""
     host_bytes: int | None
     """Activations that `unsloth` moves to the host."""
     alternatives: dict[str, int]
@@ -115,12 +131,12 @@ class Estimate:
 
 
 def weight_bytes(shape: Shape, precision: str) -> int:
-    """The base model on the card."""
+    """The base model on the GPU."""
     return round(shape.linear * WIDTHS[precision] + 2 * shape.rest)
 
 
 def layer_bytes(shape: Shape) -> int:
-    """What the backward pass needs of one layer, for each token."""
+    """The activations of one layer that the backward pass needs, for each token."""
     outputs = sum(out for sides in shape.linears.values() for out, _ in sides) // max(shape.layers, 1)
     return 2 * (outputs + 3 * shape.hidden)
 
@@ -130,8 +146,8 @@ def moved_bytes(shape: Shape, tokens: int) -> int:
     return 2 * tokens * shape.hidden * shape.layers
 
 
-def memory(shape: Shape, config: Config, *, tokens: int, checkpointing: str) -> Memory:
-    """The peak of a pass over so many tokens."""
+def peak_memory(shape: Shape, config: Config, *, tokens: int, checkpointing: str) -> Memory:
+    """The peak of a step with micro-batches of this many tokens."""
     adapter = shape.adapter(config.lora_r, config.lora_targets)
     one_layer = tokens * layer_bytes(shape)
     activations = {
@@ -145,13 +161,13 @@ def memory(shape: Shape, config: Config, *, tokens: int, checkpointing: str) -> 
         gradients=GRADIENT_BYTES * adapter,
         optimizer=adapter * STATE_BYTES.get(config.optimizer, STATE_BYTES_OTHERS),
         activations=activations[checkpointing],
-        logits=min(LOGIT_BYTES * shape.vocabulary * -(-tokens // LOGIT_CHUNKS), MOST_LOGITS),
+        logits=min(LOGIT_BYTES * shape.vocabulary * -(-tokens // LOGIT_CHUNKS), MAX_LOGIT_BYTES),
         workspace=0 if config.precision == "16bit" else 2 * shape.largest,
     )
 
 
 def fits(needed: int) -> tuple[Fit, ...]:
-    """Which cards have room for so many bytes and CUDA's own."""
+    """Which GPUs have enough memory for this many bytes and CUDA's own."""
     found = []
     for card, size in CARDS.items():
         share = (needed + CONTEXT) / (size * MIB)
@@ -160,45 +176,31 @@ def fits(needed: int) -> tuple[Fit, ...]:
     return tuple(found)
 
 
-def estimate(
-    config: Config,
-    schedule: Schedule,
-    shape: Shape | None,
-    *,
-    parameters: int,
-    tokens: int,
-    labelled_tokens: int,
-    longest: int,
-) -> Estimate:
-    """What a run takes.
-
-    Args:
-        parameters: of the model.
-        tokens: of the training set, in one pass over it.
-        labelled_tokens: of those, learned.
-        longest: tokens of the longest sequence.
-    """
+def estimate(config: Config, base: BaseModel, training_set: TrainingSet) -> Estimate:
+    """What a run needs. Raises ConfigError if the warm-up is as long as the run."""
+    planned = schedule(config, examples=training_set.sequences)
+    shape = shapes.of(base)
     checkpointing = "unsloth" if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
-    in_pass = longest * (1 if config.micro_batch == "auto" else schedule.micro_batch)
+    tokens = training_set.longest * (1 if config.micro_batch == "auto" else planned.micro_batch)
     peaks = {
-        name: memory(shape, config, tokens=in_pass, checkpointing=name)
+        name: peak_memory(shape, config, tokens=tokens, checkpointing=name)
         for name in ("unsloth", "on", "off")
         if shape is not None
     }
     return Estimate(
-        steps=schedule.steps,
-        epochs=schedule.epochs,
-        micro_batch=schedule.micro_batch,
-        accumulation=schedule.accumulation,
-        tokens_per_epoch=tokens,
-        tokens=round(tokens * schedule.epochs),
-        labelled_tokens=round(labelled_tokens * schedule.epochs),
-        parameters=parameters,
+        steps=planned.steps,
+        epochs=planned.epochs,
+        micro_batch=planned.micro_batch,
+        gradient_accumulation=planned.gradient_accumulation,
+        tokens_per_epoch=training_set.tokens,
+        tokens=round(training_set.tokens * planned.epochs),
+        labelled_tokens=round(training_set.labelled_tokens * planned.epochs),
+        parameters=base.parameters,
         adapter_parameters=shape.adapter(config.lora_r, config.lora_targets) if shape else 0,
         checkpointing=checkpointing,
-        tokens_in_pass=in_pass,
+        micro_batch_tokens=tokens,
         memory=peaks.get(checkpointing),
-        host_bytes=moved_bytes(shape, in_pass) if shape and checkpointing == "unsloth" else None,
+        host_bytes=moved_bytes(shape, tokens) if shape and checkpointing == "unsloth" else None,
         alternatives={name: peak.total for name, peak in peaks.items()},
         fits=fits(peaks[checkpointing].total) if peaks else (),
     )

@@ -1,4 +1,4 @@
-"""How a run's examples become optimizer steps: the arithmetic that `check` estimates by and training follows."""
+"""The optimizer steps of a run: the arithmetic of `check`'s estimate and of training itself."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from job.runtime.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The steps of a run, and how each is cut."""
+    """The steps of a run, and the micro-batches of each."""
 
     steps: int
     per_epoch: int
-    """Steps in one pass over the data; the last of them may be smaller."""
+    """Steps in one epoch; the last of them may be smaller."""
     micro_batch: int
-    accumulation: int
+    gradient_accumulation: int
+    """Micro-batches in a step."""
     warmup_steps: int
 
     @property
     def epochs(self) -> float:
-        """Passes over the data in all."""
+        """Epochs in the whole run."""
         return self.steps / self.per_epoch
 
 
 def schedule(config: Config, *, examples: int) -> Schedule:
-    """Decide what `auto` means for this many training sequences.
+    """Plan the steps for this many training sequences.
 
     Raises:
         ConfigError: the warm-up is as long as the run.
@@ -45,6 +46,6 @@ def schedule(config: Config, *, examples: int) -> Schedule:
         steps=steps,
         per_epoch=per_epoch,
         micro_batch=micro,
-        accumulation=math.ceil(config.batch_size / micro),
+        gradient_accumulation=math.ceil(config.batch_size / micro),
         warmup_steps=0 if config.schedule == "constant" else min(warmup, steps - 1),
     )

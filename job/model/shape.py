@@ -1,4 +1,4 @@
-"""The dimensions of a decoder that sizes follow from: what its linear layers are, and what is kept beside them."""
+"""The dimensions of a decoder that sizes follow from: its linear layers, and its other parameters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Shape:
     linears: Mapping[str, tuple[Sides, ...]]
     """The linear layers of the decoder by leaf name, e.g. `q_proj`, one entry for each layer."""
     rest: int
-    """Parameters outside them: embeddings, head, norms."""
+    """Other parameters: embeddings, head, norms."""
 
     @property
     def linear(self) -> int:
@@ -52,26 +52,26 @@ class Shape:
 
 
 def check_targets(asked: Sequence[str], available: Collection[str]) -> None:
-    """Raise ConfigError if TUNE_LORA_TARGETS names what is no linear layer of a model, given their leaf names.
+    """Raise ConfigError if TUNE_LORA_TARGETS contains a name that is not among a model's linear layers (leaf names).
 
-    PEFT would skip such a name in silence if another matches.
+    PEFT would silently skip such a name if another one matches.
     """
     unknown = [name for name in asked if name not in available]
     if tuple(asked) != ALL_LINEAR and unknown:
         raise ConfigError(
-            f"TUNE_LORA_TARGETS names {', '.join(unknown)}, which match no linear layer of this model.",
-            remedy=f"It has: {', '.join(available)}.",
+            f"TUNE_LORA_TARGETS contains {', '.join(unknown)}, which match no linear layer of this model.",
+            remedy=f"Use some of: {', '.join(available)}.",
         )
 
 
 def check_targets_of(base: BaseModel, asked: Sequence[str]) -> None:
-    """The same before anything is loaded, where the files of weights name the layers. Raises ConfigError."""
+    """The same before anything is loaded, if the weight files name the layers. Raises ConfigError."""
     if stored := _linears(base):
         check_targets(asked, stored)
 
 
 def _linears(base: BaseModel) -> dict[str, tuple[Sides, ...]]:
-    """The matrices inside the layers by leaf name, as they are stored; the sides of packed ones say nothing."""
+    """The matrices inside the layers by leaf name, as stored; the dimensions of packed ones have no meaning."""
     linears: dict[str, tuple[Sides, ...]] = {}
     for name, sides in base.shapes.items():
         if len(sides) == 2 and (found := _IN_A_LAYER.search(name)):  # noqa: PLR2004 - a matrix
@@ -80,7 +80,7 @@ def _linears(base: BaseModel) -> dict[str, tuple[Sides, ...]]:
 
 
 def of(base: BaseModel) -> Shape | None:
-    """The shape of a model by its tensors, or by its configuration where they are packed; None where neither says."""
+    """The shape of a model by its tensors, or by its configuration if these are packed; None if neither shows it."""
     text = base.config.get("text_config") or base.config
     if base.prequantised == "4bit":
         return _of_config(text, base)
@@ -99,12 +99,12 @@ def of(base: BaseModel) -> Shape | None:
 
 
 def llama(*, hidden: int, inner: int, layers: int, keys: int, vocabulary: int, queries: int = 0) -> Shape:
-    """A Llama with embeddings and head apart, norms left out.
+    """A Llama with separate embeddings and head, without its norms.
 
     Args:
         inner: width of the feed-forward layers.
         keys: width of all keys together.
-        queries: width of all queries together, where it is not the hidden size.
+        queries: width of all queries together, if it is not the hidden size.
     """
     wide = queries or hidden
     sides = {

@@ -1,25 +1,22 @@
-"""A run's values -> its report: what was read and rendered, what is expected, and what has been measured so far."""
+"""A run's data, estimate and record -> its page: what is learned, what is expected, and what was measured so far."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import structlog
 
 from job.config.schema import Config
-from job.data.findings import Finding
 from job.data.prepare import Data
-from job.data.tokenized.counts import Counts, Noted
-from job.model import shape
+from job.data.tokenized.lengths import Lengths
 from job.model.base_model import BaseModel
-from job.model.memory import Estimate, estimate
-from job.model.schedule import schedule
+from job.model.memory import Estimate, TrainingSet, estimate
 from job.report import charts
-from job.report.page import Answer, Curve, Lengths, LimitEffect, Report, shown_bytes
-from job.report.token_view import samples
+from job.report.page import Answer, Curve, LengthChart, LimitEffect, Page, shown_bytes
+from job.report.token_view import sequence_views
 from job.runtime.errors import ConfigError, JobError
 from job.state.record import Record, versions
 from job.storage.open import open_store
@@ -27,84 +24,53 @@ from job.storage.open import open_store
 log = structlog.get_logger()
 NAME = "report.html"
 PATIENCE_SECONDS = 15.0
-"""A report is not worth waiting for."""
+"""A run does not wait longer for the store to take its page."""
 LOSSES = {"training": ("train_progress", "loss"), "held-out rows": ("evaluated", "eval_loss")}
 
 
 def expect(config: Config, base: BaseModel, data: Data) -> Estimate:
-    """What the run will take. Raises ConfigError if the warm-up is as long as the run."""
+    """What the run will need. Raises ConfigError if the warm-up is as long as the run."""
     counts = data.train.counts
-    return estimate(
-        config,
-        schedule(config, examples=counts.sequences),
-        shape.of(base),
-        parameters=base.parameters,
+    training_set = TrainingSet(
+        sequences=counts.sequences,
         tokens=counts.tokens,
         labelled_tokens=counts.labelled_tokens,
         longest=counts.length_max,
     )
+    return estimate(config, base, training_set)
 
 
-def rendering_findings(counts: Counts, *, of: str = "training") -> tuple[Finding, ...]:
-    """What rendering did to the rows that their author may not expect."""
-    said = {
-        "lost_turns": (
-            counts.lost_turns,
-            f"{counts.lost_turns.count:,} {of} sequences are longer than TUNE_MAX_LENGTH and lose their last turns.",
-            "Raise TUNE_MAX_LENGTH, or shorten the rows: what is cut off is not learned.",
-        ),
-        "cut_inside": (
-            counts.cut_inside,
-            f"{counts.cut_inside.count:,} {of} sequences are cut inside an answer, whose end is not learned.",
-            "Raise TUNE_MAX_LENGTH, or set TUNE_OVERLONG=drop: a model learns not to end such answers.",
-        ),
-        "dropped_overlong": (
-            counts.dropped_overlong,
-            f"{counts.dropped_overlong.count:,} {of} sequences are longer than TUNE_MAX_LENGTH and are dropped.",
-            "Raise TUNE_MAX_LENGTH, or shorten the rows.",
-        ),
-        "fully_masked": (
-            counts.fully_masked,
-            f"{counts.fully_masked.count:,} {of} sequences have nothing left to learn and are dropped.",
-            "Raise TUNE_MAX_LENGTH so that answers fit behind their prompts; for short rows, check TUNE_ROLE_WEIGHTS.",
-        ),
-        "split_by_template": (
-            counts.split,
-            f"{counts.split.count:,} {of} rows become one sequence for each answer, since the template rewrites turns.",
-            "Nothing needs to be done: each answer is learned as it is generated.",
-        ),
-        "header_differs": (
-            counts.header_differs,
-            f"{counts.header_differs.count:,} {of} rows have answers that do not begin as the generation prompt ends.",
-            "Check with the samples that the model is asked as it was taught.",
-        ),
-        "tools_not_rendered": (
-            counts.tools_not_rendered,
-            f"{counts.tools_not_rendered.count:,} {of} rows have tools that the chat template does not print.",
-            "The model does not see them: set TUNE_CHAT_TEMPLATE to a template for tools, such as `qwen-2.5`.",
-        ),
-        "reasoning_not_rendered": (
-            counts.reasoning_not_rendered,
-            f"{counts.reasoning_not_rendered.count:,} {of} rows have reasoning that the chat template does not print.",
-            "To learn it, set TUNE_CHAT_TEMPLATE to a template for reasoning, such as `qwen-3`.",
-        ),
-    }
-    return tuple(_finding(code, *parts) for code, parts in said.items() if parts[0].count)
+def check_page(config: Config, data: Data | None, expected: Estimate | None, problems: Sequence[JobError]) -> Page:
+    """The page of `python -m job check`, with all that is known."""
+    return replace(_page(config, data, expected, state="check"), problems=tuple(map(_problem, problems)))
 
 
-def _finding(code: str, noted: Noted, message: str, remedy: str) -> Finding:
-    return Finding(code=code, count=noted.count, first=noted.first, message=message, remedy=remedy)
+def run_page(
+    config: Config, data: Data, expected: Estimate, record: Record, *, measured: Mapping[str, Any] | None
+) -> Page:
+    """The page of a run: complete once there are measurements, in progress without them."""
+    return replace(
+        _page(config, data, expected, state="in progress" if measured is None else "complete"),
+        measured=_measured(measured or {}),
+        curves=_curves(record),
+        answers=_answers(record),
+    )
 
 
-def all_findings(data: Data) -> tuple[Finding, ...]:
-    """What was found in the rows and in rendering them."""
-    held_out = rendering_findings(data.held_out, of="evaluation") if data.held_out else ()
-    return (*data.findings, *rendering_findings(data.train.counts), *held_out)
+def publish(
+    config: Config, record: Record, base: BaseModel, data: Data, *, measured: Mapping[str, Any] | None = None
+) -> None:
+    """Write the page of a run to its output. An error is only logged: it must not end a good run."""
+    try:
+        page = run_page(config, data, expect(config, base, data), record, measured=measured)
+        store = open_store(record.store.uri, patience_seconds=PATIENCE_SECONDS)
+        store.write(f"{record.run_id}/{NAME}", page.encoded())
+    except Exception as error:  # noqa: BLE001 - as the docstring says
+        log.warning("report_not_written", reason=f"{type(error).__name__}: {error}")
 
 
-def lengths(data: Data, config: Config) -> Lengths:
-    """How long the sequences are before any is cut, and what each limit would cut."""
-    found = data.train.lengths
+def length_chart(found: Lengths, *, max_length: int) -> LengthChart:
+    """The lengths of sequences before any is cut, and the effect of each limit."""
     width = found.histogram_width
     bins = [charts.Bin(start=at * width + 1, end=(at + 1) * width + 1, count=n) for at, n in enumerate(found.histogram)]
     cuts = [
@@ -117,12 +83,12 @@ def lengths(data: Data, config: Config) -> Lengths:
         for limit in found.limits
         if limit.longer
     ]
-    return Lengths(
+    return LengthChart(
         p50=found.p50,
         p90=found.p90,
         p99=found.p99,
         longest=found.max,
-        limit=config.max_length,
+        limit=max_length,
         suggested=found.suggested_max_length,
         padding_waste=found.padding_waste,
         bins=tuple(bins),
@@ -130,64 +96,36 @@ def lengths(data: Data, config: Config) -> Lengths:
     )
 
 
-def report(
-    config: Config,
-    *,
-    state: str,
-    data: Data | None = None,
-    expected: Estimate | None = None,
-    problems: Sequence[JobError] = (),
-    record: Record | None = None,
-    measured: Mapping[str, Any] | None = None,
-) -> Report:
-    """The page's values, as far as they are known."""
-    return Report(
+def _page(config: Config, data: Data | None, expected: Estimate | None, *, state: str) -> Page:
+    """What the pages of a check and of a run have in common."""
+    page = Page(
         title=f"Fine-tuning {config.model}, run {config.identity()}",
         state=state,
-        summary=_summary(data, expected),
-        problems=tuple(map(_problem, problems)),
-        findings=all_findings(data) if data else (),
-        samples=samples(data) if data else (),
-        lengths=lengths(data, config) if data else None,
-        files=tuple(asdict(facts) for facts in data.files) if data else (),
-        skipped=data.skipped if data else (),
+        summary=(),
         estimate=expected,
-        measured=_measured(measured or {}),
-        curves=_curves(record) if record else (),
-        answers=_answers(record) if record else (),
         settings=tuple((name, _text(value)) for name, value in config.as_variables().items()),
         versions=tuple(versions().items()),
     )
-
-
-def publish(
-    config: Config,
-    record: Record,
-    base: BaseModel,
-    data: Data,
-    *,
-    state: str,
-    measured: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the page beside the run's other files. Nothing that goes wrong here may end a good run."""
-    try:
-        expected = expect(config, base, data)
-        page = report(config, state=state, data=data, expected=expected, record=record, measured=measured)
-        store = open_store(record.store.uri, patience_seconds=PATIENCE_SECONDS)
-        store.write(f"{record.run_id}/{NAME}", page.encoded())
-    except Exception as error:  # noqa: BLE001 - as the docstring says
-        log.warning("report_not_written", reason=f"{type(error).__name__}: {error}")
+    if data is None:
+        return page
+    return replace(
+        page,
+        summary=_summary(data, expected),
+        findings=data.all_findings(),
+        sequences=sequence_views(data),
+        lengths=length_chart(data.train.lengths, max_length=config.max_length),
+        files=tuple(asdict(facts) for facts in data.files),
+        skipped=data.skipped,
+    )
 
 
 def _problem(error: JobError) -> str:
-    """Message, single problems and remedy, each on a line of its own."""
+    """Message, single problems and remedy, each on a separate line."""
     single = error.problems if isinstance(error, ConfigError) else ()
     return "\n".join(part for part in (error.message, *single, error.remedy) if part)
 
 
-def _summary(data: Data | None, expected: Estimate | None) -> tuple[tuple[str, str], ...]:
-    if data is None:
-        return ()
+def _summary(data: Data, expected: Estimate | None) -> tuple[tuple[str, str], ...]:
     counts = data.train.counts
     held_out = data.evaluation.counts.rows if data.evaluation else 0
     rows = [
@@ -195,7 +133,7 @@ def _summary(data: Data | None, expected: Estimate | None) -> tuple[tuple[str, s
         ("held out", f"{held_out:,}"),
         ("sequences", f"{counts.sequences:,}"),
         ("tokens", f"{counts.tokens:,}"),
-        ("of them learned", f"{counts.labelled_tokens / max(counts.tokens, 1):.1%}"),
+        ("of these, learned", f"{counts.labelled_tokens / max(counts.tokens, 1):.1%}"),
         ("chat template", data.tokenizer.name),
     ]
     if expected is not None:
@@ -204,7 +142,7 @@ def _summary(data: Data | None, expected: Estimate | None) -> tuple[tuple[str, s
 
 
 def _measured(facts: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Memory and losses, those that have a value; `gpu_memory_peak_bytes` becomes `gpu memory peak`."""
+    """Memory and losses that have a value; `gpu_memory_peak_bytes` becomes `gpu memory peak`."""
     found = []
     for name, value in facts.items():
         if value is not None and isinstance(value, int | float):
@@ -214,7 +152,7 @@ def _measured(facts: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def _curves(record: Record) -> tuple[Curve, ...]:
-    """Losses by step, oldest first; those that are no number are left out."""
+    """Losses by step, oldest first, without those that are NaN or infinite."""
     curves = []
     for name, (event, field) in LOSSES.items():
         points = [(float(entry["step"]), float(entry[field])) for entry in record.noted(event)]

@@ -1,4 +1,4 @@
-"""Numbers -> the geometry of a chart: bins, ticks, points of a line. Knows nothing of SVG, HTML or what is shown."""
+"""Numbers -> the geometry of a chart: bins, ticks, points of a line. Knows nothing of SVG, HTML or what they mean."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Axis:
     ticks: tuple[float, ...]
 
     def share(self, value: float) -> float:
-        """Where a value lies, 0 at the low end and 1 at the high one."""
+        """The position of a value, 0 at the low end and 1 at the high end."""
         return (value - self.low) / (self.high - self.low)
 
 
@@ -48,7 +48,7 @@ def axis(values: Sequence[float], *, from_zero: bool = False) -> Axis:
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most some four hundred points: neighbours become their mean."""
+    """At most about four hundred points: neighbours are averaged."""
     every = math.ceil(len(points) / POINTS)
     parts = [points[at : at + every] for at in range(0, len(points), every)] if every else []
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]

@@ -1,7 +1,8 @@
-"""What a run learns from and how it went -> one HTML file that needs nothing else: no network, no scripts.
+"""The page: its values, and how they become one HTML file that needs no network and no scripts.
 
-Everything shown is data of others: all of it is escaped, what cannot be seen is made visible, and secrets and e-mail
-addresses are masked. A policy inside the file forbids it to load or run anything.
+Everything shown comes from untrusted data: all of it is escaped, invisible characters are made visible, and secrets and
+e-mail addresses are masked. A policy inside the file forbids it to load or run anything. Knows nothing of runs, records
+or datasets (`job.report.build`).
 """
 
 from __future__ import annotations
@@ -24,67 +25,67 @@ from job.report import charts
 from job.report.charts import Bin
 
 SHADES = 5
-"""Steps between a token that counts little and one that counts most."""
+"""Steps between the tokens of the least weight and those of the greatest."""
 WIDE, HIGH = 720, 220
-"""Of a chart, in its own units."""
+"""Size of a chart, in its own units."""
 LEFT, BELOW, RIGHT, ABOVE = 56, 26, 26, 12
 _HIDDEN = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     "\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-"""Controls, what Unicode calls default ignorable (DerivedCoreProperties.txt), and the blank Braille pattern."""
+"""Controls, Unicode's default-ignorable characters (DerivedCoreProperties.txt), and the blank Braille pattern."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Token:
-    """One token as a reader sees it."""
+    """One token as text."""
 
     text: str
     learned: bool
     special: bool
     weight: float | None = None
-    """What its loss counts, where tokens do not all count the same and it is learned."""
+    """The weight of its loss, if it is learned and weights differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """A sequence as the model will see it."""
+class SequenceView:
+    """A training sequence as the model will see it."""
 
     name: str
-    """Which it is, e.g. `the longest`."""
+    """E.g. `The longest`."""
     place: str
     """The row that it comes from, as `file:line`."""
     tokens: tuple[Token, ...]
-    """Those that are shown: the whole sequence, or its beginning and its end."""
+    """The tokens shown: the whole sequence, or its beginning and its end."""
     left_out: int
-    """Tokens between the two that are not shown."""
+    """Tokens between beginning and end that are not shown."""
     left_out_after: int
-    """After how many shown tokens they stand."""
+    """The number of shown tokens before them."""
     count: int
     learned: int
     note: str = ""
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """What its tokens count, each weight once."""
+        """The weights of its tokens, each once."""
         return tuple(sorted({token.weight for token in self.tokens if token.weight is not None}))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LimitEffect:
-    """What a maximum length would cut."""
+    """The effect of a maximum length."""
 
     max_length: int
     sequences: int
-    """Longer than it."""
+    """Sequences that are longer."""
     share: float
     tokens_lost: float
     """Share of all tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lengths:
+class LengthChart:
     """Tokens per sequence."""
 
     p50: int
@@ -94,16 +95,16 @@ class Lengths:
     limit: int
     """TUNE_MAX_LENGTH."""
     suggested: int
-    """The least length that is too short for at most 1 % of the sequences."""
+    """The least power of two that is too short for at most 1 % of the sequences."""
     padding_waste: float
-    """Share of padding if passes were padded."""
+    """Share of padding if micro-batches were padded."""
     bins: tuple[Bin, ...]
     cuts: tuple[LimitEffect, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A prompt, what the data answers, and what the model answered before and after training."""
+    """A prompt, the answer in the data, and the model's answers before and after training."""
 
     prompt: str
     reference: str
@@ -120,21 +121,21 @@ class Curve:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """All that the page shows; what is empty is left out."""
+class Page:
+    """All values of the page; empty ones are not shown."""
 
     title: str
     state: str
     """`check`, `in progress` or `complete`."""
     summary: tuple[tuple[str, str], ...]
-    """The numbers at the top: what, and how much."""
+    """Names and values of the numbers at the top."""
     problems: tuple[str, ...] = ()
-    """Why a run would be refused."""
+    """Why a run would fail."""
     findings: tuple[Finding, ...] = ()
-    samples: tuple[Sample, ...] = ()
-    lengths: Lengths | None = None
+    sequences: tuple[SequenceView, ...] = ()
+    lengths: LengthChart | None = None
     files: tuple[Mapping[str, Any], ...] = ()
-    """name, format, rows, bytes and sha256 of each."""
+    """The name, format, rows, bytes and sha256 of each."""
     skipped: tuple[str, ...] = ()
     estimate: Estimate | None = None
     measured: tuple[tuple[str, str], ...] = ()
@@ -147,32 +148,32 @@ class Report:
 
     @functools.cached_property
     def weights(self) -> tuple[float, ...]:
-        """What tokens of the samples count, from the least on; empty where all count the same."""
-        return tuple(sorted({weight for sample in self.samples for weight in sample.weights}))
+        """The weights of the tokens shown, in ascending order; empty if all weigh the same."""
+        return tuple(sorted({weight for sequence in self.sequences for weight in sequence.weights}))
 
     def shade(self, weight: float | None) -> str:
-        """How strongly a token that counts so much is marked: a class from `w1` to `w5`, by its share of the most."""
+        """The CSS class that marks a weight: `w1` to `w5`, by its share of the greatest weight."""
         if weight is None or not self.weights:
             return ""
         return f"w{max(math.ceil(round(SHADES * weight / self.weights[-1], 4)), 1)}"
 
     def html(self) -> str:
         """The whole page."""
-        return _environment().get_template("report.html").render(report=self)
+        return _environment().get_template("report.html").render(page=self)
 
     def encoded(self) -> bytes:
-        """The page as a file's content."""
+        """The HTML as a file's content."""
         return self.html().encode(errors="replace")
 
 
 def visible(text: str) -> str:
-    """The text with a mark for each character that shows nothing, or that changes how others are shown."""
+    """The text with a mark for each character that is invisible, or that changes how others are shown."""
     return _HIDDEN.sub(lambda found: _mark(found[0]), text).replace("\n", "↵\n").replace("\t", "→\t")
 
 
 def _mark(character: str) -> str:
     number = ord(character)
-    if number < 0x20:  # noqa: PLR2004 - the control characters, which have pictures of their own
+    if number < 0x20:  # noqa: PLR2004 - control characters have pictures
         return chr(0x2400 + number)
     return f"⟨U+{number:04X}⟩"
 
@@ -183,8 +184,8 @@ def shown_bytes(number: float) -> str:
 
 
 def _safe(value: Any) -> Any:
-    """What every value passes on its way into the page, before it is escaped."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):  # the second is the page's own, escaped already
+    """Applied to every value of the page before it is escaped."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):  # markup of the page itself is escaped already
         return value
     return _HIDDEN.sub(lambda found: _mark(found[0]), masked(logs.redact(value)))
 
@@ -204,8 +205,8 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def histogram(lengths: Lengths) -> dict[str, Any]:
-    """The geometry of the bars, ticks, and the line at the maximum length where it is in sight."""
+def histogram(lengths: LengthChart) -> dict[str, Any]:
+    """The geometry of the bars, ticks, and the line at the maximum length if that is within the chart."""
     across = max(lengths.bins[-1].end, lengths.limit if lengths.limit <= 1.25 * lengths.bins[-1].end else 0)
     x = charts.Axis(low=0, high=across, ticks=charts.axis([across], from_zero=True).ticks)
     y = charts.axis([one.count for one in lengths.bins], from_zero=True)

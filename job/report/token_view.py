@@ -1,4 +1,4 @@
-"""Training sequences as a reader sees them: token by token, with what is learned."""
+"""Training sequences for a reader: token by token, with the learned ones marked, and secrets masked."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ from job.data.rendering.labels import IGNORED
 from job.data.tokenizer.load import Tokenizer
 from job.observability import logs
 from job.observability.masking import MASK, suspicious
-from job.report.page import Sample, Token
+from job.report.page import SequenceView, Token
 
 SHOWN_FIRST, SHOWN_LAST = 900, 300
-"""Tokens of a sequence that is too long to be shown whole."""
+"""Tokens shown of a sequence that is too long to be shown whole."""
 LONGEST_CHARACTER = 8
 """Tokens that one character may take; byte-level tokenizers need up to four."""
 UNFINISHED = "\ufffd"
 
 
-def samples(data: Data) -> tuple[Sample, ...]:
-    """The first sequences, one of the usual length, and the longest."""
+def sequence_views(data: Data) -> tuple[SequenceView, ...]:
+    """The first two sequences, one of median length, and the longest."""
     rows = data.train.dataset
     lengths = rows.data.column("length").to_numpy()
     order = np.argsort(lengths, kind="stable")
     named = {0: "The first sequence", 1: "The second"}
-    named.setdefault(int(order[len(order) // 2]), "One of the usual length")
+    named.setdefault(int(order[len(order) // 2]), "One of median length")
     named.setdefault(int(order[-1]), "The longest")
     return tuple(
-        sample(data.tokenizer, rows[at], name=f"{name} (number {at + 1:,})", place=data.train.places.at(at))
+        sequence_view(data.tokenizer, rows[at], name=f"{name} (number {at + 1:,})", place=data.train.provenance.at(at))
         for at, name in named.items()
         if at < len(lengths)
     )
 
 
-def sample(tokenizer: Tokenizer, row: Mapping[str, Any], *, name: str, place: str) -> Sample:
-    """One sequence. One that holds a secret of this environment is not shown: masked in pieces it could be read.
-    Tokens that touch what looks like another secret, or an e-mail address, are masked.
+def sequence_view(tokenizer: Tokenizer, row: Mapping[str, Any], *, name: str, place: str) -> SequenceView:
+    """One sequence. Tokens that overlap an apparent secret or an e-mail address are masked; a sequence with a secret of
+    this environment is not shown at all, since parts of the secret might remain readable.
 
     Args:
-        row: `input_ids`, `labels`, and `weights` where tokens do not all count the same; as long as each other.
+        row: `input_ids`, `labels`, and `weights` if weights differ; all of the same length.
     """
     ids = row["input_ids"]
     learned = _learned(row)
     text = _decode(tokenizer.hf, ids)
     if logs.redact(text) != text:
-        note = "Not shown: it holds a secret of this environment"
+        note = "Not shown: it contains a secret of this environment"
         counts = {"count": len(ids), "learned": len(learned)}
-        return Sample(name=name, place=place, tokens=(), left_out=0, left_out_after=0, **counts, note=note)
+        return SequenceView(name=name, place=place, tokens=(), left_out=0, left_out_after=0, **counts, note=note)
     left_out = max(len(ids) - SHOWN_FIRST - SHOWN_LAST, 0)
     last = SHOWN_FIRST + left_out
-    if suspicious(text):  # all tokens are looked at, also those left out: what is suspicious may begin among them
+    if suspicious(text):  # all tokens count, including those left out: a secret may begin among them
         tokens = _masked(_tokens(tokenizer.hf, ids, learned, 0, len(ids)))
         tokens = tokens[:SHOWN_FIRST] + tokens[last:] if left_out else tokens
     else:
         tokens = _tokens(tokenizer.hf, ids, learned, 0, SHOWN_FIRST if left_out else len(ids))
         tokens += _tokens(tokenizer.hf, ids, learned, last, len(ids)) if left_out else []
-    return Sample(
+    return SequenceView(
         name=name,
         place=place,
         tokens=tuple(tokens),
@@ -73,13 +73,13 @@ def sample(tokenizer: Tokenizer, row: Mapping[str, Any], *, name: str, place: st
 
 
 def _learned(row: Mapping[str, Any]) -> dict[int, float | None]:
-    """The numbers of the tokens that are learned, with what each counts where that is not all the same."""
+    """The positions of the learned tokens, with their weights if weights differ."""
     weights = row.get("weights") or [None] * len(row["labels"])
     return {at: weights[at] for at, label in enumerate(row["labels"]) if label != IGNORED}
 
 
 def _tokens(hf: Any, ids: Sequence[int], learned: Mapping[int, float | None], start: int, end: int) -> list[Token]:
-    """What each token adds to the text. The first of several that make one character shows it, the others nothing."""
+    """The text of each token. If several tokens make one character, the first shows it and the others are empty."""
     special = {number for number, token in hf.added_tokens_decoder.items() if token.special}
     found: list[Token] = []
     at = start
@@ -89,7 +89,7 @@ def _tokens(hf: Any, ids: Sequence[int], learned: Mapping[int, float | None], st
         while text.endswith(UNFINISHED) and upto < min(end, at + LONGEST_CHARACTER):
             upto += 1
             text = _added(hf, ids, at, upto)
-        if text.endswith(UNFINISHED):  # half a character that the text really has
+        if text.endswith(UNFINISHED):  # the text itself contains half a character
             upto = at + 1
             text = _added(hf, ids, at, upto)
         found += [
@@ -106,7 +106,7 @@ def _tokens(hf: Any, ids: Sequence[int], learned: Mapping[int, float | None], st
 
 
 def _masked(tokens: list[Token]) -> list[Token]:
-    """The same with a mask in place of the first token that touches something suspicious, and nothing for the rest."""
+    """The same with a mask in place of the first token that overlaps a suspicious range, and nothing for the others."""
     ends = list(accumulate(len(token.text) for token in tokens))
     found = list(tokens)
     for start, end in suspicious("".join(token.text for token in tokens)):
@@ -117,7 +117,7 @@ def _masked(tokens: list[Token]) -> list[Token]:
 
 
 def _added(hf: Any, ids: Sequence[int], start: int, end: int) -> str:
-    """The text of tokens behind the one before them: some tokenizers drop the space before a text's first word."""
+    """The text of tokens after the one before them: some tokenizers drop the space before the first word of a text."""
     before, both = _decode(hf, ids[max(start - 1, 0) : start]), _decode(hf, ids[max(start - 1, 0) : end])
     return both.removeprefix(before) if both.startswith(before) else _decode(hf, ids[start:end])
 

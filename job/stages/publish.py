@@ -22,11 +22,9 @@ FACTS = ("steps", "plan", "fingerprint", "results", "versions")
 """Of the final record."""
 
 
-def report(
-    context: RunContext, training: TrainingInputs, *, state: str, measured: dict[str, Any] | None = None
-) -> None:
-    """Write `report.html` with what is known so far."""
-    build.publish(context.config, context.record, training.base, training.data, state=state, measured=measured)
+def report(context: RunContext, training: TrainingInputs, *, measured: dict[str, Any] | None = None) -> None:
+    """Write `report.html` with what is known so far; the run is complete where there are measurements."""
+    build.publish(context.config, context.record, training.base, training.data, measured=measured)
 
 
 def win(
@@ -130,7 +128,7 @@ def record_completion(
     record, attempts, timeline = context.record, context.attempts, context.timeline
     measured = {**final["results"], **finetune.memory_report()}
     parts = {f"{part}_seconds": seconds for part, seconds in timeline.seconds().items()}
-    report(context, training, state="complete", measured={**measured, **parts})
+    report(context, training, measured={**measured, **parts})
     record.finish({**final, "artifacts": [artifact.as_json() for artifact in artifacts]})
     seconds = round(timeline.elapsed(), 1)
     quietly(lambda: attempts.end("complete", exit_code=0, seconds=seconds))

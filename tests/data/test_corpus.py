@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from job.config.schema import COLUMNS
 from job.data.examples import Example, Turn
-from job.data.reading import columns
-from job.data.reading.dataset import Reading, Source, read
+from job.data.reading.columns import parse_columns
+from job.data.reading.dataset import ExampleStream, Source
 from job.data.reading.formats import FORMATS
 from job.runtime.errors import JobError
 from tests import corpus
@@ -31,13 +31,13 @@ def title(verdict: dict[str, Any]) -> str:
     return " ".join(["+".join(files(verdict)), *with_])
 
 
-def reading(verdict: dict[str, Any], directory: Path) -> Reading:
+def stream(verdict: dict[str, Any], directory: Path) -> ExampleStream:
     sources = []
     for number, name in enumerate(files(verdict)):
         (directory / str(number)).write_bytes(corpus.content(name))
         sources.append(Source(name=name, path=directory / str(number), named=len(files(verdict)) == 1))
-    named = columns.parsed(verdict["columns"].split(",")) if "columns" in verdict else None
-    return read(sources, format=verdict.get("format", "auto"), columns=named)
+    named = parse_columns(verdict["columns"].split(",")) if "columns" in verdict else None
+    return ExampleStream(sources, format=verdict.get("format", "auto"), columns=named)
 
 
 @pytest.mark.parametrize("verdict", corpus.VERDICTS, ids=title)
@@ -45,14 +45,14 @@ def test_each_file_gets_its_verdict(verdict: dict[str, Any], tmp_path: Path) -> 
     """A file is accepted with the rows and turns that the table shows, or refused with its words and its remedy."""
     if "refused" in verdict:
         with pytest.raises(JobError) as caught:
-            list(reading(verdict, tmp_path))
+            list(stream(verdict, tmp_path))
         assert (caught.value.kind, [words for words in verdict["says"] if words not in caught.value.message]) == (
             verdict["refused"],
             [],
         )
         assert caught.value.remedy.startswith(verdict["remedy"])
         return
-    rows = list(reading(verdict, tmp_path))
+    rows = list(stream(verdict, tmp_path))
     formats = verdict["accepted"]
     assert [corpus.shown(row) for row in rows] == verdict["reads"]
     assert [row.line for row in rows] == verdict["lines"]
@@ -77,7 +77,7 @@ def test_invalid_rows_of_several_kinds_keep_all_their_remedies(tmp_path: Path) -
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": 1}\n{"text": ""}\n{"text": 2}\n{"text": "a", "text": "b"}\n')
     with pytest.raises(JobError) as caught:
-        list(read([Source(name="a.jsonl", path=path)]))
+        list(ExampleStream([Source(name="a.jsonl", path=path)]))
     assert caught.value.remedy == (
         "Write it as text, in quotes. Give it a text, or remove these rows. Keep one of the two keys."
     )
@@ -85,7 +85,7 @@ def test_invalid_rows_of_several_kinds_keep_all_their_remedies(tmp_path: Path) -
 
 def test_unicode_is_kept_as_it_is(tmp_path: Path) -> None:
     """Text is neither composed nor decomposed: what stands in the file is what is learned."""
-    row = next(iter(reading({"file": "unicode.jsonl"}, tmp_path)))
+    row = next(iter(stream({"file": "unicode.jsonl"}, tmp_path)))
     assert [turn.content for turn in row.turns] == ["cafe\u0301 \ufb01", "café 👩\u200d👩\u200d👧 \u2028 \x00 終"]
 
 
@@ -96,11 +96,11 @@ def test_the_table_of_columns_has_those_of_all_formats() -> None:
 
 def test_a_column_that_only_held_out_rows_lack_is_no_error(tmp_path: Path) -> None:
     """The names are met once all training rows were read; held-out files may use the job's own names."""
-    named = columns.parsed(["prompt=q", "completion=a"])
+    named = parse_columns(["prompt=q", "completion=a"])
     (tmp_path / "train.jsonl").write_text('{"q": "x", "a": "y"}\n')
     (tmp_path / "held-out.jsonl").write_text('{"question": "x", "answer": "y"}\n')
     found = [
-        list(read([Source(name=name, path=tmp_path / name)], columns=named))
+        list(ExampleStream([Source(name=name, path=tmp_path / name)], columns=named))
         for name in ("train.jsonl", "held-out.jsonl")
     ]
     assert [row.format for rows in found for row in rows] == ["prompt_completion", "question_answer"]
@@ -182,7 +182,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def one(name: str, content: bytes, file: Path) -> Example:
     file.write_bytes(content)
-    (row,) = read([Source(name=name, path=file)])
+    (row,) = ExampleStream([Source(name=name, path=file)])
     return row
 
 
@@ -233,7 +233,7 @@ def test_any_row_is_read_or_refused_with_a_remedy(file: Path, row: dict[str, Any
     own kind."""
     file.write_text(json.dumps(row) + "\n")
     try:
-        (found,) = read([Source(name="a.jsonl", path=file)], format=format)
+        (found,) = ExampleStream([Source(name="a.jsonl", path=file)], format=format)
     except JobError as refusal:
         remedy, said = refusal.remedy, None
     else:

@@ -91,7 +91,7 @@ def test_facts(model):
         pytest.param({"num_local_experts": 8}, "mixture of experts (num_local_experts=8)", id="Mixtral"),
         pytest.param({"n_routed_experts": 64}, "mixture of experts", id="DeepSeek"),
         pytest.param({"quantization_config": {"quant_method": "gptq"}}, "quantised with gptq", id="GPTQ"),
-        pytest.param({"architectures": None}, "names no architecture", id="no architecture"),
+        pytest.param({"architectures": None}, "no architecture", id="no architecture"),
     ],
 )
 def test_kinds_that_are_refused(model, values, part):

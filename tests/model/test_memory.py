@@ -1,12 +1,14 @@
 """The estimate follows from its formulas, and the formulas from what was measured on a card."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from job.config.schema import Config
 from job.model import memory, shape
-from job.model.base_model import inspect
+from job.model.base_model import BaseModel, inspect
 from job.model.schedule import schedule
 from job.runtime.errors import ConfigError
 from tests.jobs import ROOT
@@ -14,6 +16,24 @@ from tests.jobs import ROOT
 RESULTS = ROOT / "benchmarks/results"
 RUNS = ("gpu-run-2026-11-22-h100.jsonl", "gpu-resume-2026-11-22-h100-dropout-0.1.jsonl")
 LLAMA_1B = shape.llama(hidden=2048, inner=8192, layers=16, keys=512, vocabulary=128_256)
+BASE_1B = BaseModel(
+    path=Path("/m"),
+    name="m",
+    weights=(),
+    architecture="LlamaForCausalLM",
+    parameters=LLAMA_1B.parameters,
+    positions=None,
+    prequantised=None,
+    config={
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+    },
+)
+"""A model of that shape, known by its configuration alone."""
 TOTAL, TRAINING = 0.10, 0.35
 """How far the estimate may be from the peak that was measured: in all, and for what training adds to the model."""
 
@@ -35,7 +55,7 @@ def test_the_estimate_is_near_what_was_measured(name):
     events = measured(name)
     loaded, plan, data = events["model_loaded"], events["model_loaded"]["plan"], events["dataset_ready"]
     tokens = plan["micro_batch"] * data["length_max"]
-    peak = memory.memory(
+    peak = memory.peak_memory(
         LLAMA_1B, settings(optimizer=plan["optimizer"]), tokens=tokens, checkpointing=plan["gradient_checkpointing"]
     )
     assert LLAMA_1B.adapter(16) == loaded["trainable_parameters"]
@@ -84,7 +104,7 @@ def test_more_memory_for_more_of_anything():
     """The peak grows with tokens, rank and width of the weights, and shrinks with checkpointing."""
 
     def peak(tokens=4096, checkpointing="unsloth", **changed):
-        return memory.memory(LLAMA_1B, settings(**changed), tokens=tokens, checkpointing=checkpointing).total
+        return memory.peak_memory(LLAMA_1B, settings(**changed), tokens=tokens, checkpointing=checkpointing).total
 
     assert peak() < peak(tokens=8192)
     assert peak() < peak(lora_r=64)
@@ -92,6 +112,19 @@ def test_more_memory_for_more_of_anything():
     assert peak() < peak(precision="8bit") < peak(precision="16bit")
     assert peak() < peak(checkpointing="on") < peak(checkpointing="off")
     assert peak(lora_targets=("q_proj",)) < peak()
+
+
+def test_an_estimate_follows_from_model_settings_and_data():
+    """Steps, tokens and memory of a run come from its schedule, its training set and the model's shape."""
+    data = memory.TrainingSet(sequences=17, tokens=1700, labelled_tokens=600, longest=200)
+    found = memory.estimate(settings(batch_size=8, micro_batch=4, epochs=2.0), BASE_1B, data)
+    assert (found.steps, found.epochs, found.micro_batch, found.gradient_accumulation) == (6, 2.0, 4, 2)
+    assert (found.tokens_per_epoch, found.tokens, found.labelled_tokens) == (1700, 3400, 1200)
+    assert (found.checkpointing, found.micro_batch_tokens) == ("unsloth", 4 * 200)
+    assert found.adapter_parameters == LLAMA_1B.adapter(16)
+    assert found.memory.total == found.alternatives["unsloth"] < found.alternatives["on"] < found.alternatives["off"]
+    unknown = memory.estimate(settings(), dataclasses.replace(BASE_1B, config={}), data)
+    assert (unknown.memory, unknown.fits, unknown.micro_batch_tokens) == (None, (), 200)
 
 
 def test_verdicts():

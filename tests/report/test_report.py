@@ -10,25 +10,23 @@ from structlog.testing import capture_logs
 
 from job.data.findings import Finding
 from job.data.prepare import Data
-from job.data.reading.formats import example
+from job.data.reading.formats import parse_row
 from job.data.rendering.labels import IGNORED
 from job.data.rendering.renderer import Renderer
-from job.data.tokenized.arrow import prepare
 from job.data.tokenized.provenance import Provenance
-from job.data.tokenizer.chat_template import named
-from job.data.tokenizer.load import wrap
+from job.data.tokenizer.chat_template import bundled_template
+from job.data.tokenizer.load import wrap_tokenizer
 from job.model.base_model import inspect
-from job.model.memory import estimate
-from job.model.schedule import schedule
 from job.observability import logs
 from job.observability.redaction import Redactor
 from job.report import charts
-from job.report.build import all_findings, lengths, publish, report
-from job.report.page import Answer, Curve, Report, visible
-from job.report.token_view import sample, samples
+from job.report.build import check_page, expect, length_chart, publish
+from job.report.page import Answer, Curve, Page, visible
+from job.report.token_view import sequence_view, sequence_views
 from job.state.record import Record
 from job.storage.open import open_store
-from tests.model.test_memory import LLAMA_1B, settings
+from tests.data.datasets import tokenized
+from tests.model.test_memory import BASE_1B, settings
 from tests.tiny_tokenizer import DATE, real_smollm2, tiny
 
 HOSTILE = (
@@ -42,7 +40,7 @@ HOSTILE = (
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 
 
-class Page(HTMLParser):
+class Parsed(HTMLParser):
     """What a browser would see: elements, their attributes and texts. Elements must close in order."""
 
     def __init__(self, text: str) -> None:
@@ -76,46 +74,37 @@ class Page(HTMLParser):
 
 
 def tokenizer():
-    hf = tiny(bos="<s>", eos="<|im_end|>", template=named("chatml"))
-    return wrap(hf, date=DATE)
+    hf = tiny(bos="<s>", eos="<|im_end|>", template=bundled_template("chatml"))
+    return wrap_tokenizer(hf, date=DATE)
 
 
 def chat(question, answer, line=1):
     row = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-    return example(row, format="messages", source="a.jsonl", line=line)
+    return parse_row(row, format="messages", source="a.jsonl", line=line)
 
 
 def rendered(tmp_path, rows, with_tokenizer=None, **options) -> Data:
     made = with_tokenizer or tokenizer()
-    train = prepare(rows, renderer=Renderer(tokenizer=made, **options), directory=tmp_path)
+    train = tokenized(rows, renderer=Renderer(tokenizer=made, **options), directory=tmp_path)
     return Data(tokenizer=made, train=train, evaluation=None, files=(), findings=(), prompts=())
 
 
-def full(tmp_path, texts) -> Report:
+def full(tmp_path, texts) -> Page:
     """A page with something in each section, all of it made of the given texts."""
     rows = [chat(text, text, line) for line, text in enumerate(texts, 1)]
     data = rendered(tmp_path, rows)
     config, words = settings(run_id="r"), " ".join(texts)
-    counts = data.train.counts
-    expected = estimate(
-        config,
-        schedule(config, examples=counts.sequences),
-        LLAMA_1B,
-        parameters=1,
-        tokens=counts.tokens,
-        labelled_tokens=counts.labelled_tokens,
-        longest=counts.length_max,
-    )
-    made = report(config, state="check", data=data, expected=expected)
+    expected = expect(config, BASE_1B, data)
+    made = check_page(config, data, expected, [])
     finding = Finding(code="odd", count=1, first=(f"{words}:1",), message=words, remedy=words)
     facts = {"name": words, "format": words, "rows": 1, "bytes": 1, "sha256": "0" * 64}
-    return Report(
+    return Page(
         title=words,
         state="complete",
         summary=((words, words),),
         problems=(words,),
         findings=(finding,),
-        samples=made.samples,
+        sequences=made.sequences,
         lengths=made.lengths,
         files=(facts,),
         skipped=(words,),
@@ -131,8 +120,8 @@ def full(tmp_path, texts) -> Report:
 def test_hostile_data_stays_text(tmp_path):
     """Whatever stands in the data is shown as text: a page of hostile rows has the same elements as one of harmless
     rows, and no more."""
-    harmless = Page(full(tmp_path / "a", ["plain"] * len(HOSTILE)).html())
-    page = Page(full(tmp_path / "b", list(HOSTILE)).html())
+    harmless = Parsed(full(tmp_path / "a", ["plain"] * len(HOSTILE)).html())
+    page = Parsed(full(tmp_path / "b", list(HOSTILE)).html())
 
     def kinds(one):
         return {(tag, tuple(sorted(found))) for tag, found in one.elements}
@@ -150,14 +139,14 @@ def test_hostile_data_stays_text(tmp_path):
 def test_characters_that_show_nothing_are_marked(number):
     """Fillers, selectors and tags, in which text can hide, stand on the page as their numbers."""
     assert visible(f"a{chr(number)}b") == f"a⟨U+{number:04X}⟩b"
-    page = Report(title=f"a{chr(number)}b", state="check", summary=()).html()
+    page = Page(title=f"a{chr(number)}b", state="check", summary=()).html()
     assert chr(number) not in page
 
 
 def test_the_page_needs_nothing_else(tmp_path):
     """No element refers to anything outside the page, there is no script, and a policy forbids both."""
     text = full(tmp_path, list(HOSTILE)).html()
-    page = Page(text)
+    page = Parsed(text)
     tags = {tag for tag, _ in page.elements}
     assert tags & {"script", "link", "img", "iframe", "object", "embed", "base", "form"} == set()
     attributes = {name for _, found in page.elements for name in found}
@@ -174,7 +163,7 @@ def test_highlighted_is_what_is_learned(tmp_path):
     made = tokenizer()
     rows = [chat("What is the capital of France? é 日本", "Paris, déjà vu 🎉 ok."), chat("Hi", "<b>Ho</b>", 2)]
     data = rendered(tmp_path, rows, made)
-    page = Page(report(settings(), state="check", data=data).html())
+    page = Parsed(check_page(settings(), data, None, []).html())
     wanted = [row for row in data.train.dataset]  # noqa: C416 - a dataset, not a list
     marked = page.tokens()
     assert [learned for _, learned in marked] == [label != IGNORED for row in wanted for label in row["labels"]]
@@ -189,8 +178,8 @@ def test_what_each_token_counts(tmp_path):
     Each sample names the row it comes from."""
     rows = [chat("Ask me.", "No.", 3), chat("And me?", "Yes.", 41)]
     data = rendered(tmp_path / "a", rows, weights={"assistant": 1.0, "user": 0.2})
-    text = report(settings(), state="check", data=data).html()
-    page = Page(text)
+    text = check_page(settings(), data, None, []).html()
+    page = Parsed(text)
     titles = [found.get("title") for tag, found in page.elements if tag == "span" and "t" in found["class"].split()]
     weights = [weight for row in data.train.dataset for weight in row["weights"]]
     assert titles == [f"weight {weight:.3g}" if weight else None for weight in weights]
@@ -201,8 +190,8 @@ def test_what_each_token_counts(tmp_path):
     assert shaded == {"w1": "Ask me.|And me?|", "w2": "", "w3": "", "w4": "", "w5": "No.|Yes.|"}
     assert [text for classes, text in page.spans if "mark" in classes and classes & {"w1", "w5"}] == ["0.2", "1"]
     assert [text for classes, text in page.spans if "places" in classes] == ["a.jsonl:3", "a.jsonl:41"]
-    plain = report(settings(), state="check", data=rendered(tmp_path / "b", rows)).html()
-    assert "By TUNE_ROLE_WEIGHTS" not in plain
+    plain = check_page(settings(), rendered(tmp_path / "b", rows), None, []).html()
+    assert "TUNE_ROLE_WEIGHTS gives" not in plain
     assert "title=" not in plain.partition("What is learned")[2].partition("</section>")[0]
 
 
@@ -212,11 +201,11 @@ def test_tools_and_reasoning_that_no_model_sees_are_found(tmp_path):
     thinking = [said[0], said[1] | {"reasoning_content": "hm"}]
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     rows = [{"messages": said, "tools": [tool]}, {"messages": said}, {"messages": thinking}]
-    read = [example(row, format="messages", source="a.jsonl", line=line) for line, row in enumerate(rows, 1)]
+    read = [parse_row(row, format="messages", source="a.jsonl", line=line) for line, row in enumerate(rows, 1)]
     data = rendered(tmp_path, read)
-    found = {finding.code: (finding.count, finding.first) for finding in all_findings(data)}
+    found = {finding.code: (finding.count, finding.first) for finding in data.all_findings()}
     assert found == {"tools_not_rendered": (1, ("a.jsonl:1",)), "reasoning_not_rendered": (1, ("a.jsonl:3",))}
-    assert "1 training rows have tools that" in Page(report(settings(), state="check", data=data).html()).text
+    assert "1 training rows have tools that" in Parsed(check_page(settings(), data, None, []).html()).text
 
 
 def test_places():
@@ -230,9 +219,9 @@ def test_places():
 
 def test_real_tokenizer(tmp_path):
     """The same with a real model's tokenizer: the marked text is the answer and its end."""
-    made = wrap(real_smollm2(), date=DATE)
+    made = wrap_tokenizer(real_smollm2(), date=DATE)
     data = rendered(tmp_path, [chat("Übersetze: tea", " Tee -  mit  Milch\n\nund Zucker 🫖.")], made)
-    (shown,) = samples(data)
+    (shown,) = sequence_views(data)
     assert "".join(token.text for token in shown.tokens if token.learned).strip() == (
         "Tee -  mit  Milch\n\nund Zucker 🫖.<|im_end|>"
     )
@@ -244,10 +233,10 @@ def test_a_long_sequence_shows_its_beginning_and_its_end():
     made = tokenizer()
     ids = made.encode("word " * 3000).ids
     row = {"input_ids": ids, "labels": [IGNORED] * (len(ids) - 1) + [ids[-1]]}
-    shown = sample(made, row, name="long", place="a.jsonl:1")
+    shown = sequence_view(made, row, name="long", place="a.jsonl:1")
     assert len(shown.tokens) + shown.left_out == shown.count == len(ids)
     assert (shown.learned, shown.tokens[-1].learned) == (1, True)
-    page = Page(Report(title="t", state="check", summary=(), samples=(shown,)).html())
+    page = Parsed(Page(title="t", state="check", summary=(), sequences=(shown,)).html())
     assert f"{shown.left_out:,} tokens are not shown" in page.text
     assert len(page.tokens()) == len(shown.tokens)
 
@@ -257,11 +246,11 @@ def test_a_sample_with_a_secret_is_not_shown(monkeypatch):
     monkeypatch.setattr(logs._state, "redactor", Redactor(frozenset({"planted-secret-value"})))
     made = tokenizer()
     ids = made.encode("the password is planted-secret-value, is it").ids
-    shown = sample(made, {"input_ids": ids, "labels": ids}, name="s", place="planted-secret-value.jsonl:1")
+    shown = sequence_view(made, {"input_ids": ids, "labels": ids}, name="s", place="planted-secret-value.jsonl:1")
     assert shown.tokens == ()
-    page = Report(title="planted-secret-value", state="check", summary=(), samples=(shown,)).html()
+    page = Page(title="planted-secret-value", state="check", summary=(), sequences=(shown,)).html()
     assert "planted" not in page
-    assert "holds a secret" in page
+    assert "contains a secret" in page
 
 
 @pytest.mark.parametrize("words", [1, 2000], ids=["whole", "with a part left out"])
@@ -270,11 +259,11 @@ def test_suspicious_tokens_of_a_sample_are_masked(tmp_path, words):
     key, password, address = "ghp_" + "a1B2c3D4e5" * 4, "Xk9fQ2" + "mZ7pL3", "bob.smith@" + "corp-mail.com"
     said = f"my key is {key} and mail {address}, please"
     data = rendered(tmp_path, [chat(said + " word" * words, f"ok, password={password} noted")], max_length=8192)
-    (shown,) = samples(data)
+    (shown,) = sequence_views(data)
     assert "".join(token.text for token in shown.tokens if token.learned) == "ok, password=[masked] noted<|im_end|>"
     answer = Answer(prompt=said, reference=password, before=f"password={password}", after=address)
-    made = report(settings(), state="check", data=data)
-    page = Page(dataclasses.replace(made, answers=(answer,), summary=((address, key),)).html()).text
+    made = check_page(settings(), data, None, [])
+    page = Parsed(dataclasses.replace(made, answers=(answer,), summary=((address, key),)).html()).text
     assert "my key is [masked] and mail [masked], please" in page
     assert [hidden for hidden in (key, key[:10], address, "bob.smith", f"={password}") if hidden in page] == []
 
@@ -283,7 +272,7 @@ def test_what_a_limit_cuts(tmp_path):
     """For each round length below the longest sequence: how many sequences are longer, and which share of the tokens
     they would lose."""
     data = rendered(tmp_path, [chat("a", "word " * n, n) for n in (1, 30, 100)], max_length=4096)
-    found = lengths(data, settings())
+    found = length_chart(data.train.lengths, max_length=2048)
     sizes = sorted(data.train.dataset["length"])
     for cut in found.cuts:
         assert cut.sequences == sum(size > cut.max_length for size in sizes)
@@ -308,12 +297,12 @@ def test_a_page_that_cannot_be_written_ends_nothing(tmp_path, tiny_model):
     for uri, given in (("/proc/nowhere", data), (str(tmp_path / "out"), None)):
         record = Record(store=open_store(uri), run_id="r")
         with capture_logs() as said:
-            publish(settings(), record, base, given, state="complete")
+            publish(settings(), record, base, given, measured={})
         assert [line["event"] for line in said] == ["report_not_written"], said
 
 
 def test_an_empty_page_is_a_page():
     """What is not known is left out."""
-    text = Report(title="t", state="check", summary=()).html()
-    assert Page(text).text.strip().startswith("t")
+    text = Page(title="t", state="check", summary=()).html()
+    assert Parsed(text).text.strip().startswith("t")
     assert html.unescape(text).count("<section") == 0

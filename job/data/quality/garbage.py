@@ -6,7 +6,7 @@ import re
 
 SPACING = 50
 RUN = 2 * SPACING
-"""One character so often in a row is no text. Such a run holds a whole block between two multiples of its half."""
+"""One character repeated this often is not text. Such a run contains a whole block between multiples of its half."""
 RULES = frozenset(" \t\n\r-=_*#~.+/\\|─━═│█▒░▓·•…")
 """Characters that lines, tables and drawings are made of."""
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufff9-\ufffb\ufffe\uffff]")
@@ -16,7 +16,7 @@ _LETTERS = "\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u20ac\u
 _MARKS = "\u2013-\u203a"
 _MOJIBAKE = (
     f"Ã[\x80-\x9f\xa1-\xac\xae-\xba\xbc-\xbf{_LETTERS}]",
-    f"(?<![A-ZÀ-Þ])Ã[\xa0\xbb{_MARKS}]",  # behind a capital it may end a word of Portuguese
+    f"(?<![A-ZÀ-Þ])Ã[\xa0\xbb{_MARKS}]",  # after a capital it may end a word of Portuguese
     "Â[\xa0\xa3\xa7\xa9\xae\xb0-\xb7]",
     f"(?:â€|ðŸ)[\x80-\xbf{_LETTERS}{_MARKS}]",
     "ï»¿|ï¿½",
@@ -24,11 +24,11 @@ _MOJIBAKE = (
 MOJIBAKE = re.compile("|".join(_MOJIBAKE))
 MOJIBAKE_STARTS = ("Ã", "Â", "â€", "ðŸ", "ï»", "ï¿")
 TYPED = bytes(byte for byte in range(256) if chr(byte) > "\x7f" or not CONTROL.match(chr(byte)))
-"""Bytes of UTF-8 that are no control character, or not alone."""
+"""Bytes of UTF-8 that are not a control character, or not by themselves."""
 
 
-def garbage(text: str) -> str:
-    """What kind of characters that no one typed are in the text; empty if none."""
+def garbage_kind(text: str) -> str:
+    """The kind of garbage in the text; empty if there is none."""
     if _controls(text):
         return "control characters"
     if not text.isascii():
@@ -40,7 +40,7 @@ def garbage(text: str) -> str:
 
 
 def _controls(text: str) -> bool:
-    """Whether `CONTROL` finds something. Those beyond ASCII begin with one of two bytes."""
+    """Whether `CONTROL` matches. Control characters beyond ASCII begin with one of two bytes."""
     encoded = text.encode("utf-8", "surrogatepass")
     if encoded.translate(None, TYPED):
         return True

@@ -1,12 +1,12 @@
 """Texts -> signatures -> groups of texts that are nearly the same.
 
-The likeness of two texts is the share of their word pairs that both have (Jaccard). Each text keeps 128 numbers from
-which it is estimated (MinHash by one permutation: Li, Owen, Zhang 2012; empty bins filled as in Shrivastava 2017), and
-texts are compared only if eight of the numbers agree in one of 16 places (locality-sensitive hashing).
+The similarity of two texts is the share of their word pairs that both have (Jaccard). It is estimated from 128 numbers
+for each text (MinHash by one permutation: Li, Owen, Zhang 2012; empty bins filled as in Shrivastava 2017). Texts are
+compared only if all eight numbers of one of 16 bands agree (locality-sensitive hashing).
 
-It is written out here rather than taken from a library because sides of the split follow from it: the same rows must
-give the same groups on every machine and with every version of the libraries. All of it is numpy on batches of bytes;
-no word ever becomes a Python object. Knows nothing of rows.
+It is written out here and not taken from a library because the split depends on it: the same rows must give the same
+groups on every machine and with every version of the libraries. All of it is numpy on batches of bytes; no word ever
+becomes a Python object. Knows nothing of rows.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from unicodedata import ucd_3_2_0 as unicode
 import numpy as np
 from numpy.typing import NDArray
 
-ALIKE = 0.8
-"""From this estimated likeness on two texts are nearly the same."""
+SIMILAR = 0.8
+"""From this estimated similarity on, two texts are nearly the same."""
 LEAST_WORDS = 8
-"""Shorter texts are nearly the same only if their words are: one other word makes another text of them."""
+"""Shorter texts are nearly the same only if all their words are equal: one other word makes a different text."""
 LONGEST = 1 << 17
-"""Bytes of a text that are looked at."""
+"""Bytes of a text that are compared."""
 SLOTS, BANDS = 128, 16
 NONE = np.iinfo(np.uint32).max
 BATCH = 1 << 18
 """Bytes that are hashed at once; small enough for the processor's cache to help."""
 ROUNDS = 8
-"""How many texts of a place all the others there are compared with."""
+"""How many texts of a bucket all others in the bucket are compared with."""
 
 Hashes = NDArray[np.uint64]
 Signature = NDArray[np.uint16]
@@ -37,12 +37,12 @@ Signature = NDArray[np.uint16]
 # Scripts without spaces between words: each character is one.
 SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 NEVER_SPACELESS = bytes(byte for byte in range(256) if byte not in b"\xe0\xe1\xe3\xe4\xe5\xe6\xe7\xe8\xe9\xef")
-"""Bytes of UTF-8 with which none of these characters begins."""
+"""Bytes of UTF-8 that begin none of these characters."""
 ASCII = 0x7F
 BETWEEN = b"\xc2\xc3\xca\xcb\xcd\xce\xcf\xd5\xd6\xd7\xd8\xd9\xdb\xdc\xe0\xe1\xe2\xe3\xef"
-"""Bytes with which begin, among others, the characters of `_between` that are not ASCII."""
+"""Bytes that begin, among others, the characters of `_between` that are not ASCII."""
 KINDS = bytes(2 if byte in BETWEEN else byte > ASCII or chr(byte).isalnum() for byte in range(256))
-"""For each byte 0 if it stands between words, 1 if it is of a word, 2 if what it begins must be looked at."""
+"""For each byte 0 between words, 1 inside a word, 2 if it depends on the character that the byte begins."""
 BASE = 0x9E3779B97F4A7C15
 """Odd, so that it has an inverse modulo 2**64."""
 
@@ -63,24 +63,24 @@ def _mixed(values: Hashes) -> Hashes:
 
 
 @functools.cache
-def _asks() -> NDArray[np.int64]:
-    """For each slot the order in which it asks the others when it is empty."""
+def _donors() -> NDArray[np.int64]:
+    """For each slot the order in which it tries the others when it is empty."""
     drawn = _mixed(np.arange(1, SLOTS * SLOTS + 1, dtype=np.uint64)).reshape(SLOTS, SLOTS)
     return np.argsort(drawn, axis=1, kind="stable")
 
 
 @functools.cache
 def _between() -> NDArray[np.bool_]:
-    """For each character up to U+FFFF whether it stands between words: those of the categories that ASCII has there.
+    """For each character up to U+FFFF whether it separates words, by the categories of ASCII's separators.
 
-    So letters, digits and emoji are of words. Categories are those of Unicode 3.2, alike in every version of Python.
+    So words consist of letters, digits and emoji. Categories are those of Unicode 3.2, the same in every Python.
     """
     kinds = [unicode.category(chr(code)) for code in range(0x10000)]
     return np.array([kind[0] in "PZ" or kind in {"Cc", "Sc", "Sk", "Sm"} for kind in kinds])
 
 
 def _in_word(data: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """For each byte of UTF-8 whether it is of a word. The last byte is a line end."""
+    """For each byte of UTF-8 whether it is part of a word. The last byte is a line end."""
     kinds = np.frombuffer(data.tobytes().translate(KINDS), dtype=np.uint8)
     inside, at = kinds > 0, np.flatnonzero(kinds == 2)  # noqa: PLR2004 - see KINDS
     if not len(at):
@@ -88,7 +88,7 @@ def _in_word(data: NDArray[np.uint8]) -> NDArray[np.bool_]:
     one, two, three = (data.take(at + more, mode="clip").astype(np.intp) for more in range(3))
     long = one >= 0xE0  # noqa: PLR2004 - begins a character of three bytes
     code = np.where(long, (one & 0xF) << 12 | (two & 0x3F) << 6 | three & 0x3F, (one & 0x1F) << 6 | two & 0x3F)
-    found = _between()[code] & (two > ASCII)  # not a character's first byte alone, behind which a text was cut off
+    found = _between()[code] & (two > ASCII)  # not a lone first byte of a character, where a text was cut off
     at, long = at[found], long[found]
     inside[at] = inside[at + 1] = False
     inside[at[long] + 2] = False
@@ -96,24 +96,24 @@ def _in_word(data: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def spaced(text: str) -> str:
-    """The text with a space behind each character of a script that has none between its words."""
+    """The text with a space after each character of a script that has none between its words."""
     if text.isascii() or not text.encode("utf-8", "replace").translate(None, NEVER_SPACELESS):
         return text
     return SPACELESS.sub(r"\g<0> ", text)
 
 
 class Signatures:
-    """Takes texts one by one; memory holds one batch of them, and 256 bytes for each text so far."""
+    """Takes texts one by one; memory holds one batch of them, and 256 bytes for each text."""
 
     def __init__(self) -> None:
         self._waiting: list[bytes] = []
         self._bytes = 0
         self._done: list[Signature] = []
         self._powers, self._inverse = _powers(BASE), _powers(pow(BASE, -1, 2**64))
-        self._asks = _asks()
+        self._donors = _donors()
 
     def add(self, text: str) -> None:
-        """One more text. Case, punctuation and white space do not matter."""
+        """Add a text. Case, punctuation and white space do not matter."""
         words = spaced(text[:LONGEST].lower())
         self._waiting.append(words.encode("utf-8", "replace")[:LONGEST])
         self._bytes += len(self._waiting[-1]) + 1
@@ -146,7 +146,7 @@ class Signatures:
         return found
 
     def _words(self, data: NDArray[np.uint8], ends: NDArray[np.int64]) -> tuple[Hashes, NDArray[np.int64]]:
-        """A hash of each word, and the text that it is of."""
+        """A hash of each word, and the number of its text."""
         inside = _in_word(data)  # the last byte is a line end, so that words end as often as they start
         borders = np.flatnonzero(inside[1:] != inside[:-1]) + 1
         starts, stops = (borders[1::2], borders[::2]) if inside[0] else (borders[::2], borders[1::2])
@@ -158,13 +158,13 @@ class Signatures:
         return _mixed(hashes), np.repeat(np.arange(len(ends)), words)
 
     def _filled(self, smallest: NDArray[np.uint32], long_enough: NDArray[np.bool_]) -> Signature:
-        """Empty slots take over the number of another: the first in their own order that has one."""
+        """Empty slots take the number of another slot: the first in their own order that has one."""
         found = smallest.copy()
         rows, slots = np.nonzero((smallest == NONE) & long_enough[:, None])
-        for turn in range(SLOTS):
+        for choice in range(SLOTS):
             if not len(rows):
                 break
-            taken = smallest[rows, self._asks[slots, turn]]
+            taken = smallest[rows, self._donors[slots, choice]]
             found[rows, slots] = taken
             rows, slots = rows[taken == NONE], slots[taken == NONE]
         found[~long_enough] = 0
@@ -172,7 +172,7 @@ class Signatures:
 
 
 def _of_all_words(words: Hashes, counts: NDArray[np.int64]) -> Signature:
-    """For each text 128 numbers that only a text of the same words in the same order has."""
+    """For each text 128 numbers, equal only for texts of the same words in the same order."""
     place = np.arange(len(words)) - np.repeat(np.cumsum(counts) - counts, counts)
     sums = np.zeros(len(counts), dtype=np.uint64)
     np.add.at(sums, np.repeat(np.arange(len(counts)), counts), _mixed(words + place.astype(np.uint64)))
@@ -181,43 +181,43 @@ def _of_all_words(words: Hashes, counts: NDArray[np.int64]) -> Signature:
 
 
 def groups(signatures: Signature) -> NDArray[np.int64]:
-    """For each text the first, in the order given, of those that are nearly the same; its own number if it is alone.
+    """For each text the number of the first text of its group of near duplicates; its own number if it has none.
 
-    Likeness carries over: if a is like b and b like c, all three are one group.
+    Similarity is transitive here: if a is similar to b and b to c, all three are one group.
     """
     numbers = np.arange(len(signatures))
     compared = numbers[signatures.any(axis=1)]
     if not len(compared):
         return numbers
-    edges = [_alike(signatures, compared, band) for band in range(BANDS)]
+    edges = [_similar_pairs(signatures, compared, band) for band in range(BANDS)]
     return _joined(numbers, np.concatenate(edges, axis=1))
 
 
-def _alike(signatures: Signature, compared: NDArray[np.int64], band: int) -> NDArray[np.int64]:
-    """Pairs of texts that agree in a band and are alike, as two rows of numbers.
+def _similar_pairs(signatures: Signature, compared: NDArray[np.int64], band: int) -> NDArray[np.int64]:
+    """Pairs of similar texts that agree in a band, as two rows of numbers.
 
-    All are compared with the first of their place, those that are not like it with the first among them, and so on.
+    All texts of a bucket are compared with its first, those not similar to it with the first among them, and so on.
     """
     width = SLOTS // BANDS
     part = np.ascontiguousarray(signatures[compared, band * width : (band + 1) * width])
     halves = part.view(np.uint64).reshape(len(part), -1)
-    places = _mixed(halves[:, 0]) + halves[:, 1]
-    order = np.argsort(places, kind="stable")
-    members, places = compared[order], places[order]
+    buckets = _mixed(halves[:, 0]) + halves[:, 1]
+    order = np.argsort(buckets, kind="stable")
+    members, buckets = compared[order], buckets[order]
     found = []
     for _ in range(ROUNDS):
-        first = np.concatenate(([True], places[1:] != places[:-1]))[: len(places)]
+        first = np.concatenate(([True], buckets[1:] != buckets[:-1]))[: len(buckets)]
         leader = members[first][np.cumsum(first) - 1]
-        like = _likeness(signatures, members, leader) >= ALIKE
-        found.append(np.stack([leader, members])[:, like & ~first])
-        members, places = members[~like & ~first], places[~like & ~first]
+        similar = _similarity(signatures, members, leader) >= SIMILAR
+        found.append(np.stack([leader, members])[:, similar & ~first])
+        members, buckets = members[~similar & ~first], buckets[~similar & ~first]
         if not len(members):
             break
     return np.concatenate(found, axis=1)
 
 
-def _likeness(signatures: Signature, one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The share of equal numbers; only texts of different number are looked at, 4,096 at a time."""
+def _similarity(signatures: Signature, one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The share of equal numbers in the signatures of each pair; 4,096 pairs at a time."""
     share = np.ones(len(one))
     differ = np.flatnonzero(one != other)
     for at in range(0, len(differ), 4096):

@@ -1,6 +1,6 @@
-"""A value of a row where text, a list or an object belongs -> that, or why it is not, with a remedy.
+"""A row's value where text, a list or an object belongs -> that value, or the reason why it is not one, with a remedy.
 
-Knows JSON values and how to speak of them; nothing of formats and roles.
+Knows JSON values and how to describe them; nothing of formats and roles.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Fields = Mapping[str, Any]
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 LISTED = 30
 """How many names a message lists."""
-DEEPEST = 100
-"""Lists and objects inside one another that templates, and what looks for texts in them, can take."""
+MAX_DEPTH = 100
+"""Levels of nested lists and objects that templates, and the search for texts in them, can handle."""
 
 
 class Unreadable(bytes):
-    """What stands for a value that a file has and cannot give: text that is no UTF-8, a date beyond all calendars."""
+    """Stands for a stored value that cannot be read: text that is not UTF-8, a date beyond all calendars."""
 
 
 KINDS = {
@@ -48,7 +48,7 @@ WHOLE_CHARACTERS = "Write the character whole, as UTF-8 or as both halves of the
 
 
 class InvalidError(ValueError):
-    """Why a row is no example, and what to do about it; the caller adds file and line."""
+    """Why a row is invalid, and what to do about it; the caller adds file and line."""
 
     def __init__(self, reason: str, *, remedy: str) -> None:
         super().__init__(reason)
@@ -56,64 +56,66 @@ class InvalidError(ValueError):
 
 
 def value_of(fields: Fields, key: str) -> Any:
-    """The value; None also for NaN, which is how pandas writes what is missing."""
+    """The value; None also for NaN, which pandas writes for a missing value."""
     value = fields.get(key)
     return None if isinstance(value, float) and value != value else value  # noqa: PLR0124 - only NaN differs
 
 
-def present(fields: Fields) -> list[str]:
+def names_with_value(fields: Fields) -> list[str]:
     """The names of the fields that have a value."""
     return [str(key) for key in fields if value_of(fields, key) is not None]
 
 
 def quoted(names: list[str]) -> str:
-    """Names for a message: the first of them, none of them long."""
+    """Names for a message, shortened: a limited number of them, each of limited length."""
     more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
     return ", ".join(f"`{shown(name)}`" for name in names[:LISTED]) + more
 
 
-def kind(value: Any) -> str:
-    """What a value is, in words."""
+def kind_of(value: Any) -> str:
+    """The kind of a value, in words."""
     return KINDS.get(type(value), "an object" if isinstance(value, dict) else f"a {type(value).__name__}")
 
 
-def text(fields: Fields, key: str, *, empty: bool = True, where: str = "") -> str:
-    """The text at `key`."""
+def text_at(fields: Fields, key: str, *, empty: bool = True, where: str = "") -> str:
+    """The text at `key`; with `empty=False` blank text is an error too."""
     value = value_of(fields, key)
     if not isinstance(value, str):
-        remedy = REMEDIES.get(kind(value), ONE_TEXT if where else NAME_IT)
-        raise InvalidError(f"{where}`{key}` is {kind(value)}, not text", remedy=remedy)
+        remedy = REMEDIES.get(kind_of(value), ONE_TEXT if where else NAME_IT)
+        raise InvalidError(f"{where}`{key}` is {kind_of(value)}, not text", remedy=remedy)
     if not empty and not value.strip():
         raise InvalidError(f"{where}`{key}` is empty", remedy="Give it a text, or remove these rows.")
-    whole(value, f"{where}`{key}`")
+    check_encodable(value, f"{where}`{key}`")
     return value
 
 
-def optional(fields: Fields, key: str) -> str:
-    """The text at `key`, empty if there is none."""
-    return "" if value_of(fields, key) is None else text(fields, key)
+def optional_text(fields: Fields, key: str) -> str:
+    """The text at `key`, empty if the row has none."""
+    return "" if value_of(fields, key) is None else text_at(fields, key)
 
 
-def whole(value: Any, what: str, depth: int = 0) -> None:
-    """Raise InvalidError if a text in the value holds half a character, which no tokenizer can encode, or if the value
-    is nested too deeply."""
-    if depth > DEEPEST:
+def check_encodable(value: Any, what: str, depth: int = 0) -> None:
+    """Raise InvalidError for a text with half of a surrogate pair, which no tokenizer can encode, and for nesting that
+    is too deep."""
+    if depth > MAX_DEPTH:
         raise InvalidError(
-            f"{what} is nested more than {DEEPEST} levels deep", remedy="Flatten it, or write it as text."
+            f"{what} is nested more than {MAX_DEPTH} levels deep", remedy="Flatten it, or write it as text."
         )
     if isinstance(value, str):
         if not value.isascii() and HALF_A_PAIR.search(value):
-            raise InvalidError(f"{what} holds half a surrogate pair, which is no character", remedy=WHOLE_CHARACTERS)
+            raise InvalidError(
+                f"{what} contains half of a surrogate pair, which is not a character", remedy=WHOLE_CHARACTERS
+            )
     elif isinstance(value, dict):
         for part in (*value.keys(), *value.values()):
-            whole(part, what, depth + 1)
+            check_encodable(part, what, depth + 1)
     elif isinstance(value, list):
         for part in value:
-            whole(part, what, depth + 1)
+            check_encodable(part, what, depth + 1)
 
 
 def decoded(value: Any, what: str) -> Any:
-    """CSV cells and some Parquet columns hold lists as JSON text."""
+    """The value; text is decoded as JSON, since CSV cells and some Parquet columns hold lists in this form."""
     if not isinstance(value, str):
         return value
     try:
@@ -125,24 +127,24 @@ def decoded(value: Any, what: str) -> Any:
         ) from error
 
 
-def items(value: Any, what: str) -> list[Any]:
+def as_list(value: Any, what: str) -> list[Any]:
     """A list, perhaps as JSON text."""
     listed = decoded(value, what)
     if not isinstance(listed, list):
-        raise InvalidError(f"{what} is {kind(listed)}, not a list", remedy="Put it into a list: `[...]`.")
+        raise InvalidError(f"{what} is {kind_of(listed)}, not a list", remedy="Put it into a list: `[...]`.")
     return listed
 
 
-def objects(value: Any, what: str) -> list[JsonObject]:
+def as_objects(value: Any, what: str) -> list[JsonObject]:
     """A list of objects, perhaps as JSON text."""
-    listed = items(value, what)
+    listed = as_list(value, what)
     if bad := [item for item in listed if not isinstance(item, dict)]:
         raise InvalidError(
-            f"{what} holds {kind(bad[0])}, not an object", remedy="Each item of the list must be an object: `{...}`."
+            f"{what} holds {kind_of(bad[0])}, not an object", remedy="Each item of the list must be an object: `{...}`."
         )
     return listed
 
 
-def object_texts(value: Any, what: str) -> list[JsonObject]:
+def as_decoded_objects(value: Any, what: str) -> list[JsonObject]:
     """A list of objects, each perhaps as JSON text: so Parquet files hold objects that have no common schema."""
-    return objects([decoded(item, what) for item in items(value, what)], what)
+    return as_objects([decoded(item, what) for item in as_list(value, what)], what)

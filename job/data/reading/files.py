@@ -1,6 +1,6 @@
 """A file -> its rows, one at a time, each with the line where it starts.
 
-Knows file types and compressions; nothing of what a row means. Memory stays flat: lines, array elements and Parquet
+Knows file types and compression; nothing of what a row means. Memory stays flat: lines, array elements and Parquet
 batches are read as a stream, and no line may be longer than `MAX_LINE`.
 """
 
@@ -24,23 +24,23 @@ from pyarrow import parquet
 from job.data.reading import strict_json
 from job.data.reading.fields import quoted
 from job.data.reading.json_stream import elements
-from job.data.reading.parquet import values
+from job.data.reading.parquet import parquet_rows
 from job.observability.masking import printable, shown
 from job.runtime.errors import DataError
 
 MAX_LINE = 64 * 1024 * 1024
-"""Bytes in one line or array element; more is no row of text but a bomb or a file of another kind."""
+"""Bytes in one line or array element; more is a decompression bomb or a file of another kind, not a row of text."""
 
 BUFFER = 1 << 20
 TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 BOM = b"\xef\xbb\xbf"
 WIDE = (b"\xff\xfe", b"\xfe\xff")
-"""How UTF-16 files begin, and UTF-32 files of one byte order; without these marks their first characters have zeros."""
+"""How UTF-16 files begin, and UTF-32 files of one byte order; without these marks they have zero bytes at the start."""
 OTHER_DELIMITERS = {",": ";\t", "\t": ",;"}
-"""What separates the columns of files that are called CSV or TSV and are not."""
+"""Separators of files that are called CSV or TSV but use another one."""
 NOT_DATA = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"})
-"""Files that dataset libraries put beside the data."""
+"""Files that dataset libraries store next to the data."""
 
 DAMAGED = "Upload the file again, or rename it to what it is."
 UTF_8 = "Save the file as UTF-8."
@@ -53,7 +53,7 @@ KEEP_ONE = "Keep one of the two keys."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One row as the file gives it: a value (any JSON value), or the reason why it cannot be read."""
+    """One row of a file: a value (any JSON value), or the reason why it cannot be read."""
 
     line: int
     value: Any = None
@@ -64,14 +64,14 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileType:
-    """What a name says about a file: its type (one of `TYPES`, or empty if unknown) and its compression."""
+    """A file's type (one of `TYPES`, or empty if unknown) and its compression, both by its name."""
 
     type: str
     compression: str
 
 
 def file_type(name: str) -> FileType:
-    """The type by suffix, upper or lower case; hidden files and those that stand beside the data have none."""
+    """The type by suffix, in upper or lower case; hidden files and the metadata of dataset libraries have none."""
     base = PurePosixPath(name).name.lower()
     compression = next((suffix for suffix in CODECS if base.endswith(suffix)), "")
     stem = base.removesuffix(compression)
@@ -80,15 +80,15 @@ def file_type(name: str) -> FileType:
     return FileType(type="" if ignored else known, compression=compression)
 
 
-def rows(name: str, path: Path) -> Iterator[Row]:
-    """All rows of the file at `path`, whose type is read from `name`.
+def read_rows(name: str, path: Path) -> Iterator[Row]:
+    """All rows of the file at `path`; its type follows from `name`.
 
-    Raises DataError if the file is damaged, or is not what its name says. A row that cannot be read is yielded with
-    its problem.
+    Raises DataError if the file is damaged, or of another type than its name says. A row that cannot be read is yielded
+    with its problem.
     """
     kind = file_type(name)
     if kind.compression and not path.stat().st_size:
-        raise DataError(f"{name} is empty, which no {kind.compression} file is.", remedy=DAMAGED)
+        raise DataError(f"{name} is empty, so it is not a valid {kind.compression} file.", remedy=DAMAGED)
     try:
         with _opened(path, kind.compression) as stream:
             yield from _READERS[kind.type](name, stream)
@@ -97,7 +97,7 @@ def rows(name: str, path: Path) -> Iterator[Row]:
             f"{name} cannot be read: {printable(str(error).strip().rstrip('.'))}.", remedy=DAMAGED
         ) from error
     except OSError as error:
-        if error.errno is not None:  # the disk's or the kernel's, not the file's
+        if error.errno is not None:  # an error of the disk or the kernel, not of the file
             raise
         raise DataError(
             f"{name} cannot be read: {printable(str(error).strip().rstrip('.'))}.", remedy=DAMAGED
@@ -106,7 +106,7 @@ def rows(name: str, path: Path) -> Iterator[Row]:
 
 @contextmanager
 def _opened(path: Path, compression: str) -> Iterator[io.BufferedReader]:
-    """Decompress as a stream. Arrow's readers, unlike zstandard's, tell a file's end from a file that was cut off."""
+    """Decompress as a stream. Arrow's readers, unlike zstandard's, notice a file that was cut off."""
     with path.open("rb", buffering=BUFFER) as stored:
         if compression:
             raw = pa.CompressedInputStream(stored, CODECS[compression])
@@ -131,17 +131,17 @@ def _too_long(name: str, line: int) -> DataError:
     )
 
 
-def _refuse_wide(name: str, stream: io.BufferedReader) -> None:
+def _check_not_wide(name: str, stream: io.BufferedReader) -> None:
     head = stream.peek(BUFFER)[:4]
     if head.startswith(WIDE) or (b"\0" in head and any(head)):
         raise DataError(f"{name} is UTF-{32 if bytes(2) in head else 16}, not UTF-8.", remedy=UTF_8)
 
 
 def _jsonl(name: str, stream: io.BufferedReader) -> Iterator[Row]:
-    _refuse_wide(name, stream)
+    _check_not_wide(name, stream)
     if _begins_with(stream, b"["):
         raise DataError(
-            f"{name} is one JSON array, and its name promises one row per line.",
+            f"{name} is one JSON array, but a file of this name has one row per line.",
             remedy="Rename it to .json, or write each row on a line of its own.",
         )
     for number, line in _lines(name, stream):
@@ -155,7 +155,7 @@ def _begins_with(stream: io.BufferedReader, mark: bytes) -> bool:
 
 def _parsed(number: int, line: bytes) -> Row:
     whole = line.endswith(b"\n")
-    try:  # files that were joined have byte-order marks in the middle, too; a line end would count as column 1
+    try:  # concatenated files have byte-order marks in the middle, too; a line end would count as column 1
         return Row(line=number, value=strict_json.loads(line.removeprefix(BOM).decode("utf-8").rstrip("\r\n")))
     except UnicodeDecodeError as error:
         return Row(line=number, problem=f"not UTF-8 at byte {error.start + 1}", remedy=UTF_8)
@@ -173,8 +173,8 @@ def _parsed(number: int, line: bytes) -> Row:
 
 
 def _json(name: str, stream: io.BufferedReader) -> Iterator[Row]:
-    """A `.json` file holds one array of rows, or one row per line; anything else is refused."""
-    _refuse_wide(name, stream)
+    """A `.json` file holds one array of rows, or one row per line; anything else is an error."""
+    _check_not_wide(name, stream)
     if _begins_with(stream, b"["):
         yield from _array(name, stream)
         return
@@ -192,7 +192,7 @@ def _array(name: str, stream: io.BufferedReader) -> Iterator[Row]:
         if element.too_long:
             raise _too_long(name, element.line)
         if element.repeated is not None:
-            problem = f"the key `{shown(element.repeated)}` stands twice in one object"
+            problem = f"the key `{shown(element.repeated)}` appears twice in one object"
             yield Row(line=element.line, problem=problem, remedy=KEEP_ONE)
         elif element.problem:
             yield Row(line=element.line, problem=element.problem, remedy=f"Correct the file there. {DAMAGED}")
@@ -201,7 +201,7 @@ def _array(name: str, stream: io.BufferedReader) -> Iterator[Row]:
 
 
 def _csv(name: str, stream: io.BufferedReader, delimiter: str = ",") -> Iterator[Row]:
-    _refuse_wide(name, stream)
+    _check_not_wide(name, stream)
     csv.field_size_limit(MAX_LINE)
     reader = csv.reader(_text_lines(name, stream), delimiter=delimiter, strict=True)
     try:
@@ -218,7 +218,7 @@ def _csv(name: str, stream: io.BufferedReader, delimiter: str = ",") -> Iterator
 
 
 def _check_header(where: str, header: list[str], delimiter: str) -> None:
-    _refuse_twice(where, list(filter(None, header)))  # spreadsheets write empty columns
+    _check_unique(where, list(filter(None, header)))  # spreadsheets write empty columns
     if len(header) == 1 and (other := [mark for mark in OTHER_DELIMITERS[delimiter] if mark in header[0]]):
         raise DataError(
             f"{where}: the columns {shown(repr(header[0]))} are separated by {other[0]!r}, not by {delimiter!r}.",
@@ -226,18 +226,18 @@ def _check_header(where: str, header: list[str], delimiter: str) -> None:
         )
 
 
-def _refuse_twice(where: str, names: list[str]) -> None:
+def _check_unique(where: str, names: list[str]) -> None:
     if len(set(names)) < len(names):
-        twice = [name for name, count in Counter(names).items() if count > 1]
+        repeated = [name for name, count in Counter(names).items() if count > 1]
         raise DataError(
-            f"{where}: a column name stands twice: {quoted(twice)}.", remedy="Give each column its own name."
+            f"{where}: a column name appears twice: {quoted(repeated)}.", remedy="Give each column its own name."
         )
 
 
 def _not_csv(error: csv.Error, remedy: str) -> tuple[str, str]:
-    """The reader's words and a remedy; of lines that a carriage return alone ends, it speaks to programmers."""
+    """The reader's words and a remedy; its words about a lone carriage return are meant for programmers."""
     if str(error).startswith("new-line character seen in unquoted field"):
-        return "a carriage return (CR) stands inside a line", LINE_ENDS
+        return "a line contains a carriage return (CR)", LINE_ENDS
     return str(error), remedy
 
 
@@ -274,22 +274,22 @@ def _parquet(name: str, stream: io.BufferedReader) -> Iterator[Row]:
     with _seekable(stream) as file:
         table = parquet.ParquetFile(file)
         names = table.schema_arrow.names
-        _refuse_twice(name, names)
-        for value in values(table):
+        _check_unique(name, names)
+        for value in parquet_rows(table):
             number += 1
             yield Row(line=number, value=value)
 
 
 @contextmanager
 def _seekable(stream: io.BufferedReader) -> Iterator[IO[bytes]]:
-    """Parquet is read from its end: a compressed one is unpacked into a temporary file, as far as the disk goes."""
+    """Parquet is read from its end: a compressed file is decompressed into a temporary file first."""
     if stream.seekable():
         yield stream
         return
-    with tempfile.TemporaryFile() as unpacked:
-        shutil.copyfileobj(stream, unpacked, BUFFER)
-        unpacked.seek(0)
-        yield unpacked
+    with tempfile.TemporaryFile() as decompressed:
+        shutil.copyfileobj(stream, decompressed, BUFFER)
+        decompressed.seek(0)
+        yield decompressed
 
 
 _READERS: dict[str, Callable[[str, io.BufferedReader], Iterator[Row]]] = {

@@ -1,8 +1,8 @@
-"""A row's fields -> an example. Knows the six formats, what their columns are called and what makes a row invalid.
+"""A row's fields -> an example. Knows the six formats, the names of their columns and what makes a row invalid.
 
-Knows nothing of files, and of single messages only that `job.data.reading.messages` reads them. Sources: TRL's dataset
-formats (`messages`, `prompt`/`completion`), OpenAI's chat messages, ShareGPT's `conversations`, Stanford Alpaca's three
-fields with LLaMA-Factory's `system` and `history`.
+Knows nothing of files; single messages are read by `job.data.reading.messages`. Sources: TRL's dataset formats
+(`messages`, `prompt`/`completion`), OpenAI's chat messages, ShareGPT's `conversations`, Stanford Alpaca's three fields
+with LLaMA-Factory's `system` and `history`.
 """
 
 from __future__ import annotations
@@ -13,120 +13,136 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from job.data.examples import Example, JsonObject, Turn
-from job.data.reading import fields as values
 from job.data.reading import messages
-from job.data.reading.fields import Fields, InvalidError, kind, optional, quoted, text, value_of
+from job.data.reading.fields import (
+    Fields,
+    InvalidError,
+    as_decoded_objects,
+    as_list,
+    as_objects,
+    check_encodable,
+    kind_of,
+    names_with_value,
+    optional_text,
+    quoted,
+    text_at,
+    value_of,
+)
 from job.observability.masking import shown
 from job.runtime.errors import DataError
 
 MEDIA = ("images", "videos", "audios")
 UNDESIRED = ("label", "kto_tag")
-"""Booleans by which TRL and LLaMA-Factory mark an answer as a bad one, for preference training (KTO)."""
-LEFT_OUT = ("train", "training", "loss")
-"""Booleans by which other tools leave a row out, as they do a message."""
+"""Booleans by which TRL and LLaMA-Factory mark a bad answer, for preference training (KTO)."""
+EXCLUDED = ("train", "training", "loss")
+"""Booleans by which other tools exclude a row, or a message."""
 WEIGHTS = ("weight", "loss_weight")
 RENAME = "Remove these rows, or rename the column if it means something else."
 PREFERENCES = (
-    "Pairs of answers are not trained on as such. The good ones alone are with TUNE_COLUMNS=completion=chosen, or with "
-    "TUNE_COLUMNS=messages=chosen where they are whole conversations."
+    "This job does not train on preference pairs. TUNE_COLUMNS=completion=chosen trains on the good answers alone, or "
+    "TUNE_COLUMNS=messages=chosen where these are whole conversations."
 )
 ONE_FORMAT = (
-    "All rows of a file have one format: give these rows the column, put them into a file of their own, or name their "
-    "column by TUNE_COLUMNS."
+    "All rows of a file have one format: give these rows the column, move them to another file, or name their column "
+    "by TUNE_COLUMNS."
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """A format: the columns it needs, what they hold, and how they become turns."""
+    """A format: the columns it needs, their content in words, and how they become turns."""
 
     needs: tuple[str, ...]
     holds: str
     turns: Callable[[Fields], tuple[Turn, ...]]
 
 
-def example(fields: Any, *, format: str, source: str, line: int) -> Example:  # noqa: A002 - the domain's word
+def parse_row(row: Any, *, format: str, source: str, line: int) -> Example:  # noqa: A002 - the domain's word
     """One row as an example. Raises InvalidError with the reason."""
-    if not isinstance(fields, dict):
+    if not isinstance(row, dict):
         raise InvalidError(
-            f"the row is {kind(fields)}, not an object",
+            f"the row is {kind_of(row)}, not an object",
             remedy="Write each row as an object with named columns: `{...}`.",
         )
     known = FORMATS[format]
-    if missing := [column for column in known.needs if value_of(fields, column) is None]:
-        there = quoted(values.present(fields)) or "none"
-        raise InvalidError(f"no {quoted(missing)} (columns: {there})", remedy=ONE_FORMAT)
-    if len(fields) > len(known.needs):
-        _refuse_what_would_be_lost(fields, format)
+    if missing := [column for column in known.needs if value_of(row, column) is None]:
+        present = quoted(names_with_value(row)) or "none"
+        raise InvalidError(f"no {quoted(missing)} (columns: {present})", remedy=ONE_FORMAT)
+    if len(row) > len(known.needs):
+        _check_nothing_lost(row, format)
     if format == "text":
-        return Example(source=source, line=line, format=format, text=text(fields, "text", empty=False))
+        return Example(source=source, line=line, format=format, text=text_at(row, "text", empty=False))
     tools: tuple[JsonObject, ...] = ()
-    if len(fields) == len(known.needs):  # no other columns to look at
-        said = known.turns(fields)
+    if len(row) == len(known.needs):  # no optional columns
+        turns = known.turns(row)
     else:
-        said, tools = _with_system(fields, known.turns(fields)), _tools(fields)
-    _refuse_nothing_to_learn(said)
-    return Example(source=source, line=line, format=format, turns=said, tools=tools)
+        turns, tools = _with_system(row, known.turns(row)), _tools(row)
+    _check_learnable(turns)
+    return Example(source=source, line=line, format=format, turns=turns, tools=tools)
 
 
-def detect(name: str, columns: set[str], *, named: Collection[str] = ()) -> str:
-    """The one format whose columns are all there. Raises DataError for none or several: nothing is guessed.
+def detect_format(name: str, columns: set[str], *, named: Collection[str] = ()) -> str:
+    """The one format whose columns the file has. Raises DataError for none or several: nothing is guessed.
 
-    Of several, the one whose column the user named (`named`: our names in TUNE_COLUMNS) is meant.
+    Args:
+        named: our names in TUNE_COLUMNS; a format with one of these columns wins over the others.
     """
     matching = [key for key, known in FORMATS.items() if columns.issuperset(known.needs)]
-    meant = [key for key in matching if not set(named).isdisjoint(FORMATS[key].needs)]
-    if len(meant or matching) == 1:
-        return (meant or matching)[0]
+    preferred = [key for key in matching if not set(named).isdisjoint(FORMATS[key].needs)]
+    if len(preferred or matching) == 1:
+        return (preferred or matching)[0]
     found = f"{name} has the columns {quoted(sorted(columns)) or 'none'}"
     if matching:
         choices = " or ".join(f"TUNE_FORMAT={key}" for key in matching)
         raise DataError(
-            f"{found}, which is more than one format: {_wanted(matching)}.",
-            remedy=f"Set {choices}, or put rows of different formats into files of their own.",
+            f"{found}, which match more than one format: {_needed(matching)}.",
+            remedy=f"Set {choices}, or put rows of different formats into separate files.",
         )
     raise DataError(
-        f"{found}, which is no format that is known: {_wanted(list(FORMATS))}.",
+        f"{found}, which match none of the formats: {_needed(list(FORMATS))}.",
         remedy=PREFERENCES
         if {"chosen", "rejected"} <= columns
-        else "Say which columns are meant, as in TUNE_COLUMNS=prompt=query,completion=reply; or set "
+        else "Name the columns, as in TUNE_COLUMNS=prompt=query,completion=reply; or set "
         f"TUNE_FORMAT={'|'.join(FORMATS)} if only some rows lack them.",
     )
 
 
-def columns_of(fields: Any) -> set[str]:
-    """The columns in which a row has a value; empty for a row that is no object."""
-    return set(values.present(fields)) if isinstance(fields, dict) else set()
+def columns_of(row: Any) -> set[str]:
+    """The columns in which a row has a value; empty for a row that is not an object."""
+    return set(names_with_value(row)) if isinstance(row, dict) else set()
 
 
-def _wanted(names: list[str]) -> str:
-    return "; ".join(f"{name} wants {quoted(list(FORMATS[name].needs))} ({FORMATS[name].holds})" for name in names)
+def _needed(names: list[str]) -> str:
+    return "; ".join(f"{name} needs {quoted(list(FORMATS[name].needs))} ({FORMATS[name].holds})" for name in names)
 
 
-def _refuse_what_would_be_lost(fields: Fields, format: str) -> None:  # noqa: A002 - the domain's word
-    """Columns that change what the row means, in tools that read them; this one would train on in silence."""
+def _check_nothing_lost(row: Fields, format: str) -> None:  # noqa: A002 - the domain's word
+    """Raise InvalidError for columns that change the row's meaning in other tools: without them the job would silently
+    train on something else."""
     ready = format == "text"
-    if lost := [key for key in MEDIA if not ready and value_of(fields, key) not in (None, "", [])]:
+    if lost := [key for key in MEDIA if not ready and value_of(row, key) not in (None, "", [])]:
         raise InvalidError(
             f"the row has {quoted(lost)}; only text is trained on", remedy="Remove these rows, or the column."
         )
-    if lost := [key for key in UNDESIRED if not ready and _number(fields, key) == 0]:  # texts have labels of any kind
+    if lost := [
+        key for key in UNDESIRED if not ready and _number(row, key) == 0
+    ]:  # a text may have a label of any kind
         raise InvalidError(
             f"{quoted(lost)} is false, which marks an answer that is not wanted; preferences are not trained on",
             remedy=RENAME,
         )
-    if lost := [key for key in LEFT_OUT if _number(fields, key) == 0]:
+    if lost := [key for key in EXCLUDED if _number(row, key) == 0]:
         raise InvalidError(f"{quoted(lost)} is false, which marks a row that is not learned", remedy=RENAME)
-    if lost := [key for key in WEIGHTS if _number(fields, key) not in (None, 1)]:
+    if lost := [key for key in WEIGHTS if _number(row, key) not in (None, 1)]:
         raise InvalidError(
-            f"the row has {quoted(lost)} {shown(repr(fields[lost[0]]))}, and rows are not weighted",
+            f"the row has {quoted(lost)} {shown(repr(row[lost[0]]))}, and rows are not weighted",
             remedy="Remove rows that should not count, and the column; or rename it if it means something else.",
         )
 
 
-def _number(fields: Fields, key: str) -> float | None:
-    """The number or boolean in a column, also one written as text, as CSV files do; None if it holds neither."""
-    value = fields.get(key)
+def _number(row: Fields, key: str) -> float | None:
+    """The number or boolean in a column, also one written as text, as CSV files do; None for any other value."""
+    value = row.get(key)
     if value is None:
         return None
     if isinstance(value, str):
@@ -138,9 +154,10 @@ def _number(fields: Fields, key: str) -> float | None:
     return None if math.isnan(number) else number
 
 
-def _refuse_nothing_to_learn(said: tuple[Turn, ...]) -> None:
-    """Counting such rows instead would let them into the evaluation and the samples, where they say nothing."""
-    answers = [turn for turn in said if turn.role == "assistant"]
+def _check_learnable(turns: tuple[Turn, ...]) -> None:
+    """Raise InvalidError for a row with no answer to learn, which would otherwise get into the evaluation and the
+    samples."""
+    answers = [turn for turn in turns if turn.role == "assistant"]
     if not answers:
         raise InvalidError(
             "the conversation has no assistant turn, so there is nothing to learn",
@@ -148,18 +165,18 @@ def _refuse_nothing_to_learn(said: tuple[Turn, ...]) -> None:
         )
     if not any(turn.trained for turn in answers):
         raise InvalidError(
-            "every assistant turn is marked as only context, so there is nothing to learn",
+            "every assistant turn is marked as context only, so there is nothing to learn",
             remedy="Remove these rows, or mark an answer as learned.",
         )
 
 
-def _tools(fields: Fields) -> tuple[JsonObject, ...]:
+def _tools(row: Fields) -> tuple[JsonObject, ...]:
     """OpenAI's `tools`, or its older `functions`, in the shape of `tools`."""
-    tools, functions = value_of(fields, "tools"), value_of(fields, "functions")
+    tools, functions = value_of(row, "tools"), value_of(row, "functions")
     if tools not in (None, "", []):
-        found = values.object_texts(tools, "`tools`")
-    elif isinstance(functions, list) and "messages" in fields:
-        found = [{"type": "function", "function": one} for one in values.object_texts(functions, "`functions`")]
+        found = as_decoded_objects(tools, "`tools`")
+    elif isinstance(functions, list) and "messages" in row:
+        found = [{"type": "function", "function": one} for one in as_decoded_objects(functions, "`functions`")]
     else:
         return ()
     for tool in found:
@@ -169,69 +186,69 @@ def _tools(fields: Fields) -> tuple[JsonObject, ...]:
                 "`tools` holds an object without a name",
                 remedy='Write a tool as {"type": "function", "function": {"name": ..., "parameters": {...}}}.',
             )
-    values.whole(found, "`tools`")
+    check_encodable(found, "`tools`")
     return tuple(found)
 
 
-def _with_system(fields: Fields, said: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """The column `system` before the conversation. Where that begins with a system turn too, both must be the same."""
-    content = optional(fields, "system")
+def _with_system(row: Fields, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The column `system` before the conversation; where that begins with a system turn too, both must be equal."""
+    content = optional_text(row, "system")
     if not content.strip():
-        return said
-    if said[0].role not in ("system", "developer"):
-        return (Turn(role="system", content=content), *said)
-    if said[0].content.strip() != content.strip():
+        return turns
+    if turns[0].role not in ("system", "developer"):
+        return (Turn(role="system", content=content), *turns)
+    if turns[0].content.strip() != content.strip():
         raise InvalidError(
-            "the column `system` and the conversation's own system turn do not say the same",
+            "the column `system` and the conversation's system turn differ",
             remedy="Keep one of them.",
         )
-    return said
+    return turns
 
 
-def _messages(fields: Fields) -> tuple[Turn, ...]:
-    return messages.messages(fields["messages"], "`messages`")
+def _messages(row: Fields) -> tuple[Turn, ...]:
+    return messages.openai_turns(row["messages"], "`messages`")
 
 
-def _sharegpt(fields: Fields) -> tuple[Turn, ...]:
-    return messages.sharegpt(fields["conversations"], "`conversations`")
+def _sharegpt(row: Fields) -> tuple[Turn, ...]:
+    return messages.sharegpt_turns(row["conversations"], "`conversations`")
 
 
-def _alpaca(fields: Fields) -> tuple[Turn, ...]:
+def _alpaca(row: Fields) -> tuple[Turn, ...]:
     question = Turn(
-        role="user", content=text(fields, "instruction", empty=False), input=optional(fields, "input").strip()
+        role="user", content=text_at(row, "instruction", empty=False), input=optional_text(row, "input").strip()
     )
-    return (*_history(fields), question, Turn(role="assistant", content=text(fields, "output")))
+    return (*_history(row), question, Turn(role="assistant", content=text_at(row, "output")))
 
 
-def _prompt_completion(fields: Fields) -> tuple[Turn, ...]:
+def _prompt_completion(row: Fields) -> tuple[Turn, ...]:
     """Both text, or both lists of messages (TRL's conversational kind), perhaps as JSON text in a CSV file's cells."""
-    prompt, completion = _perhaps_messages(fields["prompt"]), _perhaps_messages(fields["completion"])
+    prompt, completion = _perhaps_messages(row["prompt"]), _perhaps_messages(row["completion"])
     if isinstance(prompt, list) and isinstance(completion, list):
         return _conversational(prompt, completion)
-    if isinstance(fields["prompt"], list) or isinstance(fields["completion"], list):
+    if isinstance(row["prompt"], list) or isinstance(row["completion"], list):
         raise InvalidError(
-            f"`prompt` is {kind(fields['prompt'])} and `completion` is {kind(fields['completion'])}",
+            f"`prompt` is {kind_of(row['prompt'])} and `completion` is {kind_of(row['completion'])}",
             remedy="Write both as text, or both as lists of messages.",
         )
-    return _pair(fields, "prompt", "completion")
+    return _pair(row, "prompt", "completion")
 
 
 def _perhaps_messages(value: Any) -> Any:
-    """JSON text that can only be a list of messages as that list; everything else as it is."""
+    """JSON text that can only be a list of messages as that list; any other value unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
-        listed = values.objects(value, "")
+        listed = as_objects(value, "")
     except InvalidError:
         return value
     return listed if listed and all({"role", "content"} <= message.keys() for message in listed) else value
 
 
 def _conversational(prompt: list[Any], completion: list[Any]) -> tuple[Turn, ...]:
-    before, after = messages.messages(prompt, "`prompt`"), messages.messages(completion, "`completion`")
-    if messages.asks_to_learn(prompt, "`prompt`: "):
+    before, after = messages.openai_turns(prompt, "`prompt`"), messages.openai_turns(completion, "`completion`")
+    if messages.any_marked_learned(prompt, "`prompt`: "):
         raise InvalidError(
-            "`prompt` has a message that is marked as learned, and a prompt is only context",
+            "`prompt` has a message that is marked as learned, but a prompt is only context",
             remedy="Move it to `completion`, or put both lists into one column `messages`.",
         )
     if not any(turn.role == "assistant" for turn in after):
@@ -242,32 +259,32 @@ def _conversational(prompt: list[Any], completion: list[Any]) -> tuple[Turn, ...
     return (*(replace(turn, trained=False) for turn in before), *after)
 
 
-def _question_answer(fields: Fields) -> tuple[Turn, ...]:
-    return _pair(fields, "question", "answer")
+def _question_answer(row: Fields) -> tuple[Turn, ...]:
+    return _pair(row, "question", "answer")
 
 
-def _pair(fields: Fields, asked: str, answered: str) -> tuple[Turn, ...]:
-    question = Turn(role="user", content=text(fields, asked))
-    return (*_history(fields), question, Turn(role="assistant", content=text(fields, answered)))
+def _pair(row: Fields, asked: str, answered: str) -> tuple[Turn, ...]:
+    question = Turn(role="user", content=text_at(row, asked))
+    return (*_history(row), question, Turn(role="assistant", content=text_at(row, answered)))
 
 
-def _history(fields: Fields) -> tuple[Turn, ...]:
-    """Earlier questions and answers, as LLaMA-Factory and ms-swift write them; the answers are learned, as there."""
-    history = value_of(fields, "history")
+def _history(row: Fields) -> tuple[Turn, ...]:
+    """Earlier questions and answers, as LLaMA-Factory and ms-swift write them; as there, the answers are learned."""
+    history = value_of(row, "history")
     if history in (None, "", []):
         return ()
-    said: list[Turn] = []
-    pairs = values.items(history, "`history`")
-    messages.check_number(2 * len(pairs), "`history`")
+    turns: list[Turn] = []
+    pairs = as_list(history, "`history`")
+    messages.check_turn_count(2 * len(pairs), "`history`")
     for number, pair in enumerate(pairs, 1):
         if not isinstance(pair, list) or [type(part) for part in pair] != [str, str]:
             raise InvalidError(
                 f"`history`, pair {number}: it is not a list of two texts",
                 remedy="Write `history` as [[question, answer], ...], or rename the column if it means something else.",
             )
-        values.whole(pair, "`history`")
-        said += [Turn(role="user", content=pair[0]), Turn(role="assistant", content=pair[1])]
-    return tuple(said)
+        check_encodable(pair, "`history`")
+        turns += [Turn(role="user", content=pair[0]), Turn(role="assistant", content=pair[1])]
+    return tuple(turns)
 
 
 FORMATS: dict[str, Format] = {

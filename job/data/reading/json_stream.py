@@ -1,7 +1,8 @@
 """A JSON array as a stream -> its elements, each with the line where it starts.
 
-The standard decoder wants the whole text; this reads a window at a time, so that memory holds one element, not the
-file. Knows nothing of rows.
+The standard decoder needs the whole text; this reads a window at a time, so that memory holds one element, not the
+file. It is written by hand because ijson reports neither the line of an element nor a repeated key. Knows nothing of
+rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from job.data.reading.strict_json import Decoder
 CHUNK = 1 << 20
 SPACE = re.compile(r"[ \t\r\n]*")
 LONGEST_WORD = 64
-"""An error further from the window's end than any literal or number part is real, not a matter of reading on."""
+"""Characters: longer than any literal or part of a number. An error that is further than this from the window's end
+cannot be due to text that is still unread."""
 
 
 class Readable(Protocol):
@@ -37,7 +39,7 @@ class Element:
     value: Any = None
     problem: str = ""
     repeated: str | None = None
-    """A key that stands twice in an object of the element."""
+    """A key that appears twice in an object of the element."""
     too_long: bool = False
 
 
@@ -63,9 +65,9 @@ class _Window:
         self._undecodable = ""
 
     def grow(self) -> None:
-        """Drop what lies before the position and read at least as much again as is left.
+        """Drop the text before the position and read at least as much again as is left.
 
-        What stands before a byte that is no UTF-8 is read first, so that the error has the line where it lies.
+        The text before a byte that is not UTF-8 is read first, so that the error has the byte's line.
         """
         if self._undecodable:
             raise _DamagedError(f"not UTF-8: {self._undecodable}")
@@ -81,7 +83,7 @@ class _Window:
         self.position = 0
 
     def advance(self, position: int) -> None:
-        """Move on, counting lines."""
+        """Move to a later position, counting lines."""
         newlines = self.text.count("\n", self.position, position)
         if newlines:
             self.line += newlines
@@ -89,7 +91,7 @@ class _Window:
         self.position = position
 
     def next_character(self) -> str:
-        """Skip white space and look; empty at the end."""
+        """The next character that is not white space; empty at the end."""
         while True:
             self.advance(SPACE.match(self.text, self.position).end())  # type: ignore[union-attr]
             if self.position < len(self.text):
@@ -106,7 +108,7 @@ class _Window:
 
 
 def elements(stream: Readable, *, limit: int) -> Iterator[Element]:
-    """The elements of the array that `stream` starts with. After an element with a problem there is no other."""
+    """The elements of the array at the start of `stream`. An element with a problem is the last one."""
     window = _Window(stream)
     try:
         yield from _elements(window, limit)
@@ -141,11 +143,11 @@ def _separator(window: _Window) -> str:
 
 
 def _value(window: _Window, decoder: Decoder, limit: int) -> Any:
-    """Decode the value at the position and move behind it, reading on as long as it is incomplete."""
+    """Decode the value at the position and move past it; read more text while the value is incomplete."""
     while True:
         try:
             value, end = decoder.value_at(window.text, window.position)
-            if end < len(window.text) or window.ended:  # a number at the edge may go on
+            if end < len(window.text) or window.ended:  # a number at the window's end may continue
                 window.advance(end)
                 return value
         except json.JSONDecodeError as error:
@@ -160,7 +162,7 @@ def _value(window: _Window, decoder: Decoder, limit: int) -> Any:
 
 
 def _ends_inside(error: json.JSONDecodeError, window: _Window) -> bool:
-    """Whether the file ends inside a text, inside an escape, or where a value should follow."""
+    """Whether the file ends inside a string, inside an escape, or where a value should follow."""
     inside = (
         error.msg.startswith(("Unterminated string", "Invalid \\uXXXX")) and window.text.find('"', error.pos + 1) < 0
     )

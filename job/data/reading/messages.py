@@ -1,4 +1,4 @@
-"""Messages -> turns: roles, contents, tool calls, and the marks that say which messages are learned.
+"""Messages -> turns: roles, contents, tool calls, and the marks of messages that are learned.
 
 Sources: OpenAI's chat messages (`tool_calls`, the older `function_call`, `weight`), ShareGPT's `from` and `value` as
 LLaMA-Factory reads them (`function_call`, `observation`), ms-swift's `tool_call`, `tool_response` and `loss`,
@@ -12,13 +12,22 @@ from dataclasses import replace
 from typing import Any
 
 from job.data.examples import JsonObject, Turn
-from job.data.reading import fields
-from job.data.reading.fields import InvalidError, kind, quoted, value_of
+from job.data.reading.fields import (
+    InvalidError,
+    as_decoded_objects,
+    as_objects,
+    check_encodable,
+    decoded,
+    kind_of,
+    quoted,
+    text_at,
+    value_of,
+)
 from job.observability.masking import shown
 
 ROLES = {role: role for role in ("assistant", "developer", "system", "tool", "user")}
 CALL = "call"
-"""Stands for a message that is a tool call and nothing else: its content is the call, as JSON."""
+"""The role of a message that is only a tool call: its content is the call, as JSON."""
 MESSAGES_ROLES = {**ROLES, "function": "tool", "tool_call": CALL, "tool_response": "tool"}
 SHAREGPT_ROLES = {
     **MESSAGES_ROLES,
@@ -29,8 +38,8 @@ SHAREGPT_ROLES = {
 }
 MARKS = ("weight", "train", "training", "loss", "loss_weight")
 PARTIAL = ("train_detail", "training_detail")
-MOST = 2000
-"""Turns of a row: finding each answer takes a rendering of all before it, so that time grows with the square."""
+MAX_TURNS = 2000
+"""Turns of a row: to find an answer, all turns before it are rendered, so that time grows with the square."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 OTHER_ROLES = (
     "Use one of these names. ShareGPT's names (`from`, `value`, human, gpt) are read from `conversations`: "
@@ -39,27 +48,27 @@ OTHER_ROLES = (
 NEW_ROLES = "Use one of these names, or remove these rows."
 
 
-def messages(value: Any, what: str) -> tuple[Turn, ...]:
-    """A list of `{role, content}`."""
-    return _conversation(value, what, _openai)
+def openai_turns(value: Any, what: str) -> tuple[Turn, ...]:
+    """The turns of a list of `{role, content}`."""
+    return _conversation(value, what, _openai_turn)
 
 
-def sharegpt(value: Any, what: str) -> tuple[Turn, ...]:
-    """A list of `{from, value}`; rows that were half converted have `role` and `content`."""
-    return _conversation(value, what, _sharegpt)
+def sharegpt_turns(value: Any, what: str) -> tuple[Turn, ...]:
+    """The turns of a list of `{from, value}`; rows that were converted only in part have `role` and `content`."""
+    return _conversation(value, what, _sharegpt_turn)
 
 
-def asks_to_learn(value: Any, what: str) -> bool:
+def any_marked_learned(value: Any, what: str) -> bool:
     """Whether a message of the list is marked as learned."""
-    return any(mark(message, what) for message in fields.objects(value, what))
+    return any(_mark(message, what) for message in as_objects(value, what))
 
 
-def mark(message: JsonObject, where: str) -> bool | None:
-    """Whether a message says that it is learned (1, true) or only context (0, false); None if it says nothing."""
+def _mark(message: JsonObject, where: str) -> bool | None:
+    """Whether a message is marked as learned (1, true) or as context only (0, false); None if it has no mark."""
     for key in PARTIAL:
         if value_of(message, key) is not None:
             raise InvalidError(
-                f"{where}`{key}` marks parts of a message, and only whole messages are learned or not",
+                f"{where}`{key}` marks parts of a message, but a message is learned whole or not at all",
                 remedy="Remove it, or mark the whole message by `train`: true or false.",
             )
     found = {key: value_of(message, key) for key in MARKS if value_of(message, key) is not None}
@@ -67,27 +76,27 @@ def mark(message: JsonObject, where: str) -> bool | None:
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise InvalidError(
                 f"{where}`{key}` is {shown(repr(value))}, which is neither 0 nor 1",
-                remedy="Write 1 (learn the message) or 0 (only context): a message is learned whole or not at all.",
+                remedy="Write 1 (learn the message) or 0 (context only): a message is learned whole or not at all.",
             )
     if len(set(map(bool, found.values()))) > 1:
-        raise InvalidError(f"{where}{quoted(list(found))} do not agree", remedy="Keep one of them.")
+        raise InvalidError(f"{where}{quoted(list(found))} contradict each other", remedy="Keep one of them.")
     return bool(next(iter(found.values()))) if found else None
 
 
-def check_number(count: int, what: str) -> None:
-    """Raise InvalidError if a conversation has more turns than can be rendered."""
-    if count > MOST:
+def check_turn_count(count: int, what: str) -> None:
+    """Raise InvalidError for a conversation with too many turns to render."""
+    if count > MAX_TURNS:
         raise InvalidError(
-            f"{what} has {count:,} turns, more than {MOST:,}",
+            f"{what} has {count:,} turns, more than {MAX_TURNS:,}",
             remedy="Split the conversation into rows, each with the turns that its answers need.",
         )
 
 
 def _conversation(value: Any, what: str, read: Any) -> tuple[Turn, ...]:
-    listed = fields.objects(value, what)
+    listed = as_objects(value, what)
     if not listed:
         raise InvalidError(f"{what} is empty", remedy="Remove rows without messages.")
-    check_number(len(listed), what)
+    check_turn_count(len(listed), what)
     turns: list[Turn] = []
     for number, message in enumerate(listed, 1):
         where = f"{what}, turn {number}: "
@@ -101,61 +110,58 @@ def _conversation(value: Any, what: str, read: Any) -> tuple[Turn, ...]:
 
 
 def _check_call_id(result: Turn, before: Sequence[Turn], where: str) -> None:
-    """Raise InvalidError for a tool's result that names a call which is not there, as OpenAI's API refuses it.
+    """Raise InvalidError for a tool's result with the id of a call that does not exist; OpenAI's API rejects it too.
 
-    Where a call has no id, or calls stand in the text of an answer, any result may be meant for it.
+    Where a call has no id, or calls are part of an answer's text, a result may belong to any of them.
     """
     if result.role != "tool" or not result.tool_call_id:
         return
     ids = [str(call.get("id") or "") for turn in before for call in turn.tool_calls]
     if ids and all(ids) and result.tool_call_id not in ids:
         raise InvalidError(
-            f"{where}`tool_call_id` is {shown(repr(result.tool_call_id))}, and the calls before it have {quoted(ids)}",
+            f"{where}`tool_call_id` is {shown(repr(result.tool_call_id))}, but the calls before it have {quoted(ids)}",
             remedy="Give the result the `id` of the call that it answers, or leave both out.",
         )
 
 
 def _joined(before: Turn, call: Turn, where: str) -> Turn:
-    """What the assistant says and the calls that follow, or several calls in a row, are one answer of the model."""
+    """An assistant's text and the calls after it, or several calls in a row: one answer of the model, so one turn."""
     if before.trained != call.trained:
         raise InvalidError(
-            f"{where}the call and the assistant's turn before it are one answer, and only one of them is learned",
+            f"{where}the call and the assistant's turn before it are one answer, but only one of them is learned",
             remedy="Give both the same mark.",
         )
     return replace(before, tool_calls=(*before.tool_calls, *call.tool_calls))
 
 
-def _openai(message: JsonObject, where: str) -> tuple[Turn, bool]:
+def _openai_turn(message: JsonObject, where: str) -> tuple[Turn, bool]:
     return _turn(message, where, role=_role(message.get("role"), where, MESSAGES_ROLES, OTHER_ROLES), key="content")
 
 
-def _sharegpt(message: JsonObject, where: str) -> tuple[Turn, bool]:
-    name, key = _either(message, "from", "role", where), _key(message, "value", "content", where)
+def _sharegpt_turn(message: JsonObject, where: str) -> tuple[Turn, bool]:
+    name = message.get(_key(message, "from", "role", where))
+    key = _key(message, "value", "content", where)
     lower = name.lower() if isinstance(name, str) else name
     return _turn(message, where, role=_role(lower, where, SHAREGPT_ROLES, NEW_ROLES), key=key)
 
 
 def _role(name: Any, where: str, known: Mapping[str, str], remedy: str) -> str:
     if not isinstance(name, str) or name not in known:
-        raise InvalidError(f"{where}role {shown(repr(name))} is none of {', '.join(sorted(known))}", remedy=remedy)
+        raise InvalidError(f"{where}role {shown(repr(name))} is not one of {', '.join(sorted(known))}", remedy=remedy)
     return known[name]
 
 
-def _either(message: JsonObject, one: str, other: str, where: str) -> Any:
-    return message.get(_key(message, one, other, where))
-
-
 def _key(message: JsonObject, one: str, other: str, where: str) -> str:
-    """The one of two keys that has a value. Raises InvalidError if both have, and not the same."""
+    """The one of two keys that has a value. Raises InvalidError if both have values and these differ."""
     first, second = value_of(message, one), value_of(message, other)
     if first is not None and second is not None and first != second:
-        raise InvalidError(f"{where}`{one}` and `{other}` do not say the same", remedy="Keep one of them.")
+        raise InvalidError(f"{where}`{one}` and `{other}` differ", remedy="Keep one of them.")
     return other if first is None and (second is not None or (one not in message and other in message)) else one
 
 
 def _turn(message: JsonObject, where: str, *, role: str, key: str) -> tuple[Turn, bool]:
-    """The turn, and whether it is only calls."""
-    if role != CALL and len(message) == 2 and key in message:  # noqa: PLR2004 - who and what
+    """The turn, and whether it consists of calls only."""
+    if role != CALL and len(message) == 2 and key in message:  # noqa: PLR2004 - role and content
         return Turn(role=role, content=_content(message, key, where)), False
     if role == CALL:
         turn = Turn(role="assistant", content="", tool_calls=_calls(_called(message, key, where), f"{where}`{key}`"))
@@ -163,7 +169,7 @@ def _turn(message: JsonObject, where: str, *, role: str, key: str) -> tuple[Turn
         calls = _tool_calls(message, role, where)
         content = "" if calls and value_of(message, key) is None else _content(message, key, where)
         turn = Turn(role=role, content=content, tool_calls=calls, **_others(message, where))
-    marked = mark(message, where)
+    marked = _mark(message, where)
     if marked and turn.role != "assistant":
         raise InvalidError(
             f"{where}it is marked as learned, but its role is {turn.role}",
@@ -175,13 +181,13 @@ def _turn(message: JsonObject, where: str, *, role: str, key: str) -> tuple[Turn
 
 def _others(message: JsonObject, where: str) -> dict[str, Any]:
     found: dict[str, Any] = {
-        key: fields.text(message, key, where=where)
+        key: text_at(message, key, where=where)
         for key in ("tool_call_id", "name")
         if value_of(message, key) is not None
     }
-    said = {key: fields.text(message, key, where=where) for key in REASONING if value_of(message, key) is not None}
+    said = {key: text_at(message, key, where=where) for key in REASONING if value_of(message, key) is not None}
     if len(set(said.values())) > 1:
-        raise InvalidError(f"{where}{quoted(list(said))} do not say the same", remedy="Keep one of them.")
+        raise InvalidError(f"{where}{quoted(list(said))} have different texts", remedy="Keep one of them.")
     return found | {"reasoning_content": next(iter(said.values()))} if said else found
 
 
@@ -189,17 +195,18 @@ def _content(message: JsonObject, key: str, where: str) -> str:
     """Text, or a list of text parts as OpenAI (`text`) and LLaMA-Factory (`value`) write them."""
     if key not in message:
         raise InvalidError(
-            f"{where}no `{key}` (it has {quoted(list(message)) or 'nothing'})", remedy=f"Name what is said `{key}`."
+            f"{where}no `{key}` (it has {quoted(list(message)) or 'nothing'})",
+            remedy=f"Call the field with the text `{key}`.",
         )
     if not isinstance(message[key], list):
-        return fields.text(message, key, where=where)
-    parts = fields.objects(message[key], f"{where}`{key}`")
+        return text_at(message, key, where=where)
+    parts = as_objects(message[key], f"{where}`{key}`")
     if other := [part.get("type") for part in parts if part.get("type") != "text"]:
         raise InvalidError(
             f"{where}a content part is of type {shown(repr(other[0]))}; only text is trained on",
             remedy="Remove these parts, or these rows.",
         )
-    return "".join(fields.text(part, _key(part, "text", "value", where), where=where) for part in parts)
+    return "".join(text_at(part, _key(part, "text", "value", where), where=where) for part in parts)
 
 
 def _tool_calls(message: JsonObject, role: str, where: str) -> tuple[JsonObject, ...]:
@@ -221,7 +228,7 @@ def _tool_calls(message: JsonObject, role: str, where: str) -> tuple[JsonObject,
 def _called(message: JsonObject, key: str, where: str) -> Any:
     if value_of(message, key) in (None, ""):
         raise InvalidError(
-            f"{where}`{key}` is empty, and it should be the call",
+            f"{where}`{key}` is empty, but it should be the call",
             remedy='Write the call as JSON: {"name": ..., "arguments": {...}}.',
         )
     return message[key]
@@ -229,26 +236,26 @@ def _called(message: JsonObject, key: str, where: str) -> Any:
 
 def _calls(value: Any, what: str) -> tuple[JsonObject, ...]:
     """One call or several, each as an object or as JSON text."""
-    calls = fields.decoded(value, what)
-    listed = fields.object_texts([calls] if isinstance(calls, dict) else calls, what)
+    calls = decoded(value, what)
+    listed = as_decoded_objects([calls] if isinstance(calls, dict) else calls, what)
     if not listed:
         raise InvalidError(f"{what} is empty", remedy="Remove it, or write the call.")
     return tuple(_call(call, what) for call in listed)
 
 
 def _call(call: JsonObject, what: str) -> JsonObject:
-    """A call in OpenAI's shape, its arguments as an object: many templates would quote a JSON text once more."""
+    """A call in OpenAI's shape with its arguments as an object: many templates would quote JSON text a second time."""
     function = call.get("function", {key: item for key, item in call.items() if key not in ("id", "type", "index")})
     if not isinstance(function, dict):
-        raise InvalidError(f"{what}: `function` is {kind(function)}, not an object", remedy=_SHAPE)
-    fields.text(function, "name", empty=False, where=f"{what}: ")
+        raise InvalidError(f"{what}: `function` is {kind_of(function)}, not an object", remedy=_SHAPE)
+    text_at(function, "name", empty=False, where=f"{what}: ")
     if value_of(function, "arguments") is None:
         raise InvalidError(f"{what}: the call has no `arguments`", remedy="Write {} for a call without arguments.")
     arguments = function["arguments"]
-    given = {} if arguments == "" else fields.decoded(arguments, f"{what}: `arguments`")
+    given = {} if arguments == "" else decoded(arguments, f"{what}: `arguments`")
     if not isinstance(given, dict):
-        raise InvalidError(f"{what}: `arguments` is {kind(given)}, not an object", remedy=_SHAPE)
-    fields.whole([call, given], f"{what}: the call")
+        raise InvalidError(f"{what}: `arguments` is {kind_of(given)}, not an object", remedy=_SHAPE)
+    check_encodable([call, given], f"{what}: the call")
     outer = {"type": "function", **{key: item for key, item in call.items() if key in ("id", "type", "index")}}
     return {**(call if "function" in call else outer), "function": {**function, "arguments": given}}
 

@@ -1,6 +1,6 @@
-"""JSON text -> values, as strictly as data wants it: a key that stands twice in one object is noted, not overwritten.
+"""JSON text -> values, as strictly as training data needs it: a repeated key in an object is reported, not overwritten.
 
-The standard decoder keeps the last of two equal keys and says nothing. Knows nothing of files and rows.
+The standard decoder silently keeps the last of two equal keys. Knows nothing of files and rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class RepeatedKeyError(ValueError):
 
 
 class Decoder:
-    """The standard decoder, with a note of the first key that stood twice in an object."""
+    """The standard decoder, which also remembers the first key that appeared twice in an object."""
 
     def __init__(self) -> None:
         self.repeated: str | None = None
@@ -29,7 +29,7 @@ class Decoder:
         return self._decoder.raw_decode(text, position)
 
     def value(self, text: str) -> Any:
-        """The value that the whole text is. Raises json.JSONDecodeError and its like."""
+        """The value of the whole text. Raises json.JSONDecodeError and its like."""
         self.repeated = None
         return self._decoder.decode(text)
 
@@ -46,5 +46,5 @@ def loads(text: str) -> Any:
     decoder = Decoder()
     value = decoder.value(text)
     if decoder.repeated is not None:
-        raise RepeatedKeyError(f"the key `{shown(decoder.repeated)}` stands twice in one object")
+        raise RepeatedKeyError(f"the key `{shown(decoder.repeated)}` appears twice in one object")
     return value

@@ -1,9 +1,9 @@
-"""Plain answers in one rendered text, found by what stands around them: the generation prompt and the end marker.
+"""A fast path to the answers of a plain conversation: they are found between the generation prompt and the end marker.
 
 Prefix rendering (`job.data.rendering.spans`) applies the template twice for each answer. Where every answer of a plain
-conversation stands between the two markers, in order, and the opening one stands nowhere else, the places are the same;
-whether they are is tried once for each template. Anything else (tools, reasoning, a tag that the template knows, a
-marker in a question, a template that rewrites) is left to prefix rendering.
+conversation is between the two markers, in order, and the opening marker occurs nowhere else, both find the same spans;
+this is tested once for each template. Anything else (tools, reasoning, a tag that the template looks for, a marker in a
+question, a template that rewrites turns) is left to prefix rendering.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ BRACKETS = frozenset("<>[]|{}")
 
 
 def find(template: Template, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int, int]]] | None:
-    """The conversation's text, and for each assistant turn its number and the characters [start, end) of it with its
-    end marker; None if they cannot be told in this way. The last turn must be an assistant's.
+    """The conversation's text, and for each assistant turn its number and its characters [start, end), end marker
+    included; None if this path does not apply. The last turn must be an assistant's.
 
     Raises RefusedError if the template refuses the conversation.
     """
     opening, ending = template.generation_prompt, template.end_of_turn
     if not (opening and ending and all(map(_plain, turns))):
         return None
-    said = "\n".join([turn.content for turn in turns])
-    if any(map(said.__contains__, _tags(template.text))):
+    contents = "\n".join([turn.content for turn in turns])
+    if any(map(contents.__contains__, _tags(template.text))):
         return None
     text = template.render(turns, add_generation_prompt=False)
     found: list[tuple[int, int, int]] = []
-    behind = 0
+    end = 0
     for index, turn in enumerate(turns):
         if turn.role == "assistant":
             framed = f"{opening}{turn.content}{ending}"
-            start = text.find(framed, behind)
+            start = text.find(framed, end)
             if start < 0:
                 return None
-            behind = start + len(framed)
-            found.append((index, start + len(opening), behind))
-    if text.count(opening) != len(found) or text[behind:].strip():
+            end = start + len(framed)
+            found.append((index, start + len(opening), end))
+    if text.count(opening) != len(found) or text[end:].strip():
         return None
     return text, found
 
 
 @functools.cache
 def _tags(text: str) -> tuple[str, ...]:
-    """What a template may look for in contents: its literals with brackets, such as '</think>'."""
+    """Text that a template may look for in contents: its literals with brackets, such as '</think>'."""
     literals = {one or other for one, other in LITERAL.findall(text)}
     return tuple(sorted(tag for literal in literals if BRACKETS & set(tag := literal.replace("\\n", "\n").strip())))
 

@@ -1,7 +1,7 @@
-"""Tokens and learned characters -> a training sequence: which of its tokens are learned, their labels and weights.
+"""Tokens and learned characters -> a training sequence: which tokens are learned, their labels and weights.
 
-A token is learned if it lies wholly inside a span that is learned; the first of a sequence never is. Knows nothing of
-templates, of rows that are too long, or of files.
+A token is learned if it lies completely inside a learned span; the first of a sequence never is. Knows nothing of
+templates, of the length limit, or of files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from job.data.rendering.spans import Piece, Span, Unshown
+from job.data.rendering.spans import NotRendered, Piece, Span
 from job.data.rendering.truncation import Tokens
 from job.data.tokenizer.encoding import Encoding
 
@@ -25,28 +25,28 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceMeta:
-    """One training sequence without its tokens: all that is counted."""
+    """One training sequence without its tokens: all that the counts need."""
 
     source: str
     line: int
     outcome: Outcome
     """`kept`, `shortened` (whole turns are lost) and `cut` (it ends inside an answer, or inside ready text) are trained
-    on; `overlong` was dropped for its length, `masked` has no label left."""
+    on; `overlong` was dropped because of its length, `masked` has no label left."""
     length: int
     """Tokens before truncation."""
     keep: int
     """Tokens after it."""
     learned: tuple[Tokens, ...]
-    """Where the labelled tokens were, before truncation."""
+    """The ranges of labelled tokens before truncation."""
     roles: tuple[str, ...]
-    """Whose turn each of these is."""
+    """The role of each of these ranges."""
     part: int
-    """Which of the row's sequences, from 0."""
+    """The number of the sequence among the row's, from 0."""
     parts: int
     """Into how many sequences the row was split: 1 unless the template rewrites earlier turns."""
     header_differs: bool
-    unshown: tuple[Unshown, ...]
-    """Both: see `job.data.rendering.spans.Piece`."""
+    not_rendered: tuple[NotRendered, ...]
+    """For both see `job.data.rendering.spans.Piece`."""
 
     @property
     def trained(self) -> bool:
@@ -54,44 +54,44 @@ class SequenceMeta:
         return self.outcome in {"kept", "shortened", "cut"}
 
     def labelled(self) -> Iterator[tuple[int, int, str]]:
-        """Where the labelled tokens are after truncation, and whose turn it is; some may be empty."""
+        """The ranges of labelled tokens after truncation, with their roles; some may be empty."""
         for (start, stop), role in zip(self.learned, self.roles, strict=True):
             yield min(start, self.keep), min(stop, self.keep), role
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendered(SequenceMeta):
-    """One training sequence."""
+    """One training sequence with its tokens."""
 
     input_ids: list[int]
-    shares: Mapping[str, float] | None = None
-    """What the tokens of each role count, where that is not all the same."""
+    role_weights: Mapping[str, float] | None = None
+    """The weight of each role's tokens; None if all weigh the same."""
 
     @property
     def labels(self) -> list[int]:
         """As long as input_ids; -100 where nothing is learned."""
-        found: list[int] = labels(np.array(self.input_ids, dtype=np.int32), [self]).tolist()
+        found: list[int] = token_labels(np.array(self.input_ids, dtype=np.int32), [self]).tolist()
         return found
 
     @property
     def weights(self) -> list[float] | None:
-        """What each label counts, where that is not all the same; 0 where nothing is learned."""
-        return None if self.shares is None else [float(one) for one in weights([self], self.shares)]
+        """The weight of each label, 0 where nothing is learned; None if all weigh the same."""
+        return None if self.role_weights is None else [float(one) for one in token_weights([self], self.role_weights)]
 
 
-def labels(input_ids: NDArray[np.int32], sequences: Sequence[SequenceMeta]) -> NDArray[np.int32]:
-    """The ids of the learned tokens, elsewhere -100, for sequences that stand one behind the other."""
+def token_labels(input_ids: NDArray[np.int32], sequences: Sequence[SequenceMeta]) -> NDArray[np.int32]:
+    """The ids of the learned tokens, -100 elsewhere, for concatenated sequences."""
     found = np.full(len(input_ids), IGNORED, dtype=np.int32)
     for start, stop, _ in _placed(sequences):
         found[start:stop] = input_ids[start:stop]
     return found
 
 
-def weights(sequences: Sequence[SequenceMeta], shares: Mapping[str, float]) -> NDArray[np.float32]:
-    """What each label counts, 0 where nothing is learned; the share of each role must be there."""
+def token_weights(sequences: Sequence[SequenceMeta], role_weights: Mapping[str, float]) -> NDArray[np.float32]:
+    """The weight of each label, 0 where nothing is learned, for concatenated sequences; each role must have one."""
     found = np.zeros(sum(sequence.keep for sequence in sequences), dtype=np.float32)
     for start, stop, role in _placed(sequences):
-        found[start:stop] = shares[role]
+        found[start:stop] = role_weights[role]
     return found
 
 
@@ -104,36 +104,39 @@ def _placed(sequences: Sequence[SequenceMeta]) -> Iterator[tuple[int, int, str]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Learned:
-    """Where the learned tokens of a text lie; none is empty."""
+class LearnedTokens:
+    """The ranges of learned tokens in a text; none is empty."""
 
     tokens: tuple[Tokens, ...]
     roles: tuple[str, ...]
 
 
-def learned(encoding: Encoding, piece: Piece, shares: Mapping[str, float] | None) -> Learned:
-    """The tokens of the answers; with shares, those of the roles that have one."""
-    found = [(tokens, span.role) for span in spans(piece, shares) if (tokens := inside(encoding, piece, span))]
-    return Learned(tokens=tuple(tokens for tokens, _ in found), roles=tuple(role for _, role in found))
+def learned_tokens(encoding: Encoding, piece: Piece, role_weights: Mapping[str, float] | None) -> LearnedTokens:
+    """The tokens of the answers; with weights, those of all roles that have one."""
+    found = [
+        (tokens, span.role)
+        for span in _learned_spans(piece, role_weights)
+        if (tokens := _tokens_inside(encoding, piece, span))
+    ]
+    return LearnedTokens(tokens=tuple(tokens for tokens, _ in found), roles=tuple(role for _, role in found))
 
 
-def spans(piece: Piece, shares: Mapping[str, float] | None) -> tuple[Span, ...]:
-    """The characters that are learned, in order."""
-    if shares is None:
+def _learned_spans(piece: Piece, role_weights: Mapping[str, float] | None) -> tuple[Span, ...]:
+    if role_weights is None:
         return piece.spans
-    chosen = (span for span in (*piece.spans, *piece.others) if span.role in shares)
+    chosen = (span for span in (*piece.spans, *piece.others) if span.role in role_weights)
     return tuple(sorted(chosen, key=lambda span: span.start))
 
 
-def inside(encoding: Encoding, piece: Piece, span: Span) -> Tokens | None:
-    """The tokens that lie wholly inside a span; never the first of the sequence, which nothing stands before.
+def _tokens_inside(encoding: Encoding, piece: Piece, span: Span) -> Tokens | None:
+    """The tokens that lie completely inside a span; never the first of the sequence, which has no context.
 
-    White space that a token holds behind the end of a span is no reason to leave it out: some end markers take it in
-    (Phi 3's `<|end|>`, an added token with `rstrip`).
+    The last token may also cover white space after the span, since some end markers include it (Phi 3's `<|end|>`, an
+    added token with `rstrip`).
     """
     found = encoding.inside(span.start, span.end)
     start, stop = max(found.start, 1), found.stop
-    over = encoding.over(span.end)
-    if over and over[0] == stop and piece.text[span.end : over[1]].isspace():
+    crossing = encoding.crossing(span.end)
+    if crossing and crossing[0] == stop and piece.text[span.end : crossing[1]].isspace():
         stop += 1
     return (start, stop) if start < stop else None

@@ -1,7 +1,7 @@
-"""Why a template refuses a conversation, found by trying: which change would make it accept the turns.
+"""Why a template refuses a conversation, found by trial: which change would make it accept the turns.
 
-A template's own words name its rule seldom well and the remedy never. What is tried here needs no list of known words,
-so it holds for templates that nobody has seen yet.
+A template's own error seldom states its rule well and never the remedy. The trials need no list of known errors, so
+they also work for unknown templates.
 
 Knows turns and templates; nothing of files or tokens.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from job.data.examples import JsonObject, Turn
-from job.data.tokenizer.chat_template import QUESTION, RefusedError, Template, left_out
+from job.data.tokenizer.chat_template import QUESTION, RefusedError, Template, is_left_out
 
 GENERAL = "Correct these rows, or set TUNE_CHAT_TEMPLATE to a template that allows them."
 
@@ -23,13 +23,13 @@ class Refusal:
     """The rules that a conversation breaks, and what to do."""
 
     rule: str
-    """Empty if nothing that was tried made the template accept the conversation."""
+    """Empty if no trial made the template accept the conversation."""
     remedy: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Change:
-    """One thing to try."""
+    """One change to try."""
 
     change: Callable[[tuple[Turn, ...]], tuple[Turn, ...]]
     rule: Callable[[Sequence[Turn]], str]
@@ -37,8 +37,8 @@ class _Change:
     drops_tools: bool = False
 
 
-def why(template: Template, turns: Sequence[Turn], tools: Sequence[JsonObject]) -> Refusal:
-    """What the template does not allow in this conversation: one thing if one is enough, else as many as it takes."""
+def explain_refusal(template: Template, turns: Sequence[Turn], tools: Sequence[JsonObject]) -> Refusal:
+    """The rules of the template that this conversation breaks: one if one explains it, else as many as necessary."""
     for changes in _trials(tuple(turns)):
         changed, kept = tuple(turns), tools
         for change in changes:
@@ -56,7 +56,7 @@ def _trials(turns: tuple[Turn, ...]) -> Iterator[tuple[_Change, ...]]:
 
 
 def _accepts(template: Template, turns: tuple[Turn, ...], tools: Sequence[JsonObject]) -> bool:
-    """Whether the template renders the turns, and leaves none out in silence."""
+    """Whether the template renders the turns, and leaves none out."""
     if not turns:
         return False
     try:
@@ -64,8 +64,8 @@ def _accepts(template: Template, turns: tuple[Turn, ...], tools: Sequence[JsonOb
     except RefusedError:
         return False
     calls = (str((call.get("function") or call).get("name")) for turn in turns for call in turn.tool_calls)
-    said = (turn for turn in turns if turn.role in {"system", "developer", "user"})
-    return not any(left_out(turn, text) for turn in said) and all(name in text for name in calls)
+    inputs = (turn for turn in turns if turn.role in {"system", "developer", "user"})
+    return not any(is_left_out(turn, text) for turn in inputs) and all(name in text for name in calls)
 
 
 def _without_tools(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -99,52 +99,52 @@ def _alternating(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     return (*turns[:1], *following)
 
 
-def _in_a_row(turns: Sequence[Turn]) -> str:
+def _not_alternating(turns: Sequence[Turn]) -> str:
     numbers = (number for number, (one, two) in enumerate(pairwise(turns), 1) if one.role == two.role)
     number = next(numbers, 0)
     if not number:
         return "its user and assistant turns do not alternate"
-    return f"turns {number} and {number + 1} are both `{turns[number - 1].role}`, and it wants the roles to alternate"
+    return f"turns {number} and {number + 1} are both `{turns[number - 1].role}`, but it requires alternating roles"
 
 
 CHANGES = (
     _Change(
         change=_one_call,
-        rule=lambda _: "it takes one tool call in a turn",
-        remedy="Give each call a turn of its own, with its result behind it, or set TUNE_CHAT_TEMPLATE to a template "
-        "that takes several, such as `qwen-2.5`.",
+        rule=lambda _: "it allows one tool call per turn",
+        remedy="Put each call into a separate turn, followed by its result, or set TUNE_CHAT_TEMPLATE to a template "
+        "that allows several, such as `qwen-2.5`.",
     ),
     _Change(
         change=_system_first_only,
-        rule=lambda _: "it knows a system turn only as the first one",
+        rule=lambda _: "it allows a system turn only at the start",
         remedy="Keep one system turn, as the first of the conversation.",
     ),
     _Change(
         change=_developer_as_system,
-        rule=lambda _: "it knows no developer turn",
+        rule=lambda _: "it does not know the role `developer`",
         remedy="Name the role `system`.",
     ),
     _Change(
         change=_without_system,
-        rule=lambda _: "it knows no system turn",
+        rule=lambda _: "it does not allow system turns",
         remedy="Put the system text at the start of the first user turn, or set TUNE_CHAT_TEMPLATE to a template that "
-        "takes system turns; `gemma`, `llama-2`, `mistral` and `mistral-nemo` of this job do what is said here.",
+        "allows system turns; this job's `gemma`, `llama-2`, `mistral` and `mistral-nemo` do the former themselves.",
     ),
     _Change(
         change=_question_first,
-        rule=lambda _: "it wants the user to speak first",
-        remedy="Remove what the assistant says before the first user turn, or put a user turn before it, or set "
+        rule=lambda _: "it requires a user turn before the first assistant turn",
+        remedy="Remove the assistant's turns before the first user turn, or put a user turn before them, or set "
         "TUNE_CHAT_TEMPLATE to a template that allows it, such as `chatml`.",
     ),
     _Change(
         change=_alternating,
-        rule=_in_a_row,
+        rule=_not_alternating,
         remedy="Merge turns of the same role that follow each other, or set TUNE_CHAT_TEMPLATE to a template that "
         "allows them, such as `chatml`.",
     ),
     _Change(
         change=_without_tools,
-        rule=lambda _: "it does not take the tools, tool calls or tool answers as they are given",
+        rule=lambda _: "it does not accept the tools, tool calls or tool results in this form",
         remedy="Give `tools` and `tool_calls` as OpenAI's API does (Mistral's templates also want a `tool_call_id` of "
         "nine letters or digits), or set TUNE_CHAT_TEMPLATE to a template for tools, such as `qwen-2.5`.",
         drops_tools=True,

@@ -1,16 +1,16 @@
 """Example + tokenizer -> token ids and labels: exactly the answers are learned, as the template renders them.
 
-The text is tokenised once, whole; a token is learned if it lies wholly inside a span that is learned
-(`job.data.rendering.labels`). Where a token would lie across an answer's start (a prompt that ends in a space and an
-answer that goes on with a word, say), or across the end of an end marker that is several tokens, the text is tokenised
-in parts that meet there: generation too starts from the tokens of the prompt alone. Another token across an answer's
-end is not learned, since it holds characters of the next turn. The first token is never learned: nothing stands before
-it from which to predict it.
+The text is tokenised once, as a whole; a token is learned if it lies completely inside a learned span
+(`job.data.rendering.labels`). Where a token would cross an answer's start (a prompt that ends with a space and an
+answer that begins with a word, for example), or the end of an end marker of several tokens, the text is tokenised in
+parts that meet there: generation, too, starts from the tokens of the prompt alone. Any other token that crosses an
+answer's end is not learned, since it contains characters of the next turn. The first token is never learned: it has no
+context.
 
-Special tokens that stand in the content of a turn are encoded as the plain text they are, not as control tokens. In an
-assistant's content that holds for those that open or end turns, except at its very end; others (<|python_tag|>, say)
-are the dataset's intent and stay. In ready text all stay. Markers that are no special tokens (`[/INST]`, added tokens
-such as <tool_call>) are encoded as ever.
+Special tokens in the content of a turn are encoded as plain text, not as control tokens. In an assistant's content this
+concerns only tokens that open or end turns, except at its very end; others (<|python_tag|>, for example) are intended.
+In ready text all special tokens are kept. Markers that are not special tokens (`[/INST]`, added tokens such as
+<tool_call>) are encoded as usual.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from typing import Any, Literal
 
 from job.config import role_weights
 from job.data.examples import Example, RowError, Turn
-from job.data.rendering import labels
-from job.data.rendering.labels import Learned, Outcome, Rendered
-from job.data.rendering.refusals import why
+from job.data.rendering.labels import LearnedTokens, Outcome, Rendered, learned_tokens
+from job.data.rendering.refusals import explain_refusal
 from job.data.rendering.role_spans import add_roles
-from job.data.rendering.spans import Piece, Span, answers, whole
+from job.data.rendering.spans import Piece, Span, answer_pieces, whole_conversation
 from job.data.rendering.truncation import Truncation, truncate
 from job.data.tokenizer.chat_template import RefusedError, Template
 from job.data.tokenizer.encoder import PLACEHOLDER
@@ -35,16 +34,17 @@ from job.data.tokenizer.load import Tokenizer
 
 TrainOn = Literal["responses", "last_response", "all"]
 Overlong = Literal["truncate", "drop", "fail"]
-MOST_CHARACTERS = 8_000_000
-"""Of one text, which is tokenised whole, also where most of it is cut off: lengths and what a limit loses are told of
-whole sequences. While it is tokenised a character takes some 350 bytes."""
+MAX_CHARACTERS = 8_000_000
+"""Of one text. It is tokenised as a whole even if most of it is cut off, since lengths are those of whole sequences; a
+character then takes about 350 bytes."""
+NOTHING_LEARNED = LearnedTokens(tokens=(), roles=())
 MARKED = ("messages", "sharegpt")
-"""Formats whose untrained turns were marked so one by one; those of a conversational `prompt` are by its column."""
+"""Formats whose untrained turns are marked one by one; those of a conversational `prompt` follow from the column."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """What to show the model to get its own last answer, and the answer that the data gives."""
+    """A prompt for the last answer of a conversation, and that answer as the data has it."""
 
     input_ids: list[int]
     text: str
@@ -52,13 +52,13 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
+class RenderedText:
     """An example as text: the step between template and tokens."""
 
     example: Example
     pieces: tuple[Piece, ...]
-    disarmed: bool
-    """Whether special tokens in the content are replaced by stand-ins."""
+    escaped: bool
+    """Whether special tokens in the content are replaced by placeholders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,33 +70,33 @@ class Renderer:
     max_length: int = 2048
     overlong: Overlong = "truncate"
     weights: Mapping[str, float] | None = None
-    """Of each role that is learned, with `responses`; None learns the answers alone."""
+    """Of each learned role, with `train_on="responses"`; with None only the answers are learned."""
 
     @property
     def weighted(self) -> bool:
-        """Whether sequences carry weights: only where labels alone cannot say it."""
+        """Whether sequences have weights: only if labels alone are not enough."""
         return role_weights.differ(self.weights or {})
 
     def render(self, example: Example) -> list[Rendered]:
-        """All sequences of the example, also those not trained on.
+        """All sequences of the example, including those not trained on.
 
         Raises RowError if the template refuses the row, or if it is too long and `overlong` is `fail`; DataError if
         the format needs a chat template and there is none.
         """
         text = self.text(example)
-        return self.labelled(text, self.encoded(text))
+        return self.sequences(text, self.encode(text))
 
     def prompt(self, example: Example) -> Prompt:
-        """For generating the last answer; of ready text, the first half is the prompt."""
+        """The prompt for the last answer; of ready text, the first half."""
         if example.text is not None:
             return self._text_prompt(example.text)
         text = self.text(example, train_on="last_response")
         piece = text.pieces[-1]
         before = piece.text[: piece.spans[-1].start]
-        cut = replace(text, pieces=(Piece(text=before, spans=()),))
+        prompt = replace(text, pieces=(Piece(text=before, spans=()),))
         return Prompt(
-            input_ids=self.encoded(cut)[0].ids,
-            text=self.tokenizer.rearm(before) if text.disarmed else before,
+            input_ids=self.encode(prompt)[0].ids,
+            text=self.tokenizer.unescape(before) if text.escaped else before,
             reference=next(
                 turn.content for turn in reversed(example.turns) if turn.role == "assistant" and turn.trained
             ),
@@ -108,70 +108,71 @@ class Renderer:
         cut = encoding.offsets[half - 1][1] if encoding.offsets else 0
         return Prompt(input_ids=encoding.ids[:half], text=text[:cut], reference=text[cut:])
 
-    def text(self, example: Example, train_on: TrainOn | None = None) -> Text:
-        """Apply the template. Raises RowError if it refuses the row, or a text of it is too large to be tokenised."""
+    def text(self, example: Example, train_on: TrainOn | None = None) -> RenderedText:
+        """Apply the template. Raises RowError if it refuses the row, or if a text is too large to be tokenised."""
         text = self._text(example, train_on)
         characters = max((len(piece.text) for piece in text.pieces), default=0)
-        if characters > MOST_CHARACTERS:
+        if characters > MAX_CHARACTERS:
             raise RowError(
                 source=example.source,
                 line=example.line,
-                reason=f"a text of {characters:,} characters, and more than {MOST_CHARACTERS:,} are not tokenised",
-                remedy="Split it into several rows: of one, no more than TUNE_MAX_LENGTH tokens are learned.",
+                reason=f"a text of {characters:,} characters, more than {MAX_CHARACTERS:,}",
+                remedy="Split it into several rows: of one row, no more than TUNE_MAX_LENGTH tokens are learned.",
             )
         return text
 
-    def _text(self, example: Example, train_on: TrainOn | None) -> Text:
+    def _text(self, example: Example, train_on: TrainOn | None) -> RenderedText:
         if example.text is not None:
-            self._needs_roles(example)
+            self._check_no_weights(example)
             piece = Piece(text=example.text, spans=(Span(start=0, end=len(example.text)),))
-            return Text(example=example, pieces=(piece,), disarmed=False)
-        said = self._disarmed(example)
+            return RenderedText(example=example, pieces=(piece,), escaped=False)
+        escaped = self._escaped(example)
         template = self.tokenizer.template_for(example.format)
         mode = train_on or self.train_on
-        if mode == "all" and example.format in MARKED and any(not turn.trained for turn in said.turns):
+        if mode == "all" and example.format in MARKED and any(not turn.trained for turn in escaped.turns):
             raise RowError(
                 source=example.source,
                 line=example.line,
-                reason="a message of it is marked as only context, and TUNE_TRAIN_ON=all learns every message",
+                reason="a message is marked as context only, but TUNE_TRAIN_ON=all learns every message",
                 remedy="Set TUNE_TRAIN_ON=responses, or remove the marks.",
             )
         try:
             if mode == "all":
-                pieces = whole(template, said.turns, said.tools)
+                pieces = whole_conversation(template, escaped.turns, escaped.tools)
             else:
-                pieces = answers(template, said.turns, said.tools, only_last=mode == "last_response")
+                only_last = mode == "last_response"
+                pieces = answer_pieces(template, escaped.turns, escaped.tools, only_last=only_last)
             if mode == "responses" and self.weights is not None:
                 others = self.weights.keys() - {"assistant"}
-                pieces = add_roles(pieces, template, said.turns, said.tools, roles=others)
+                pieces = add_roles(pieces, template, escaped.turns, escaped.tools, roles=others)
         except RefusedError as error:
             raise self._refused(example, template, error) from error
-        return Text(example=example, pieces=pieces, disarmed=said is not example)
+        return RenderedText(example=example, pieces=pieces, escaped=escaped is not example)
 
     @staticmethod
     def _refused(example: Example, template: Template, error: RefusedError) -> RowError:
-        found = why(template, example.turns, example.tools)
-        rule = f"; {found.rule}" if found.rule else ""
+        refusal = explain_refusal(template, example.turns, example.tools)
+        rule = f"; {refusal.rule}" if refusal.rule else ""
         return RowError(
             source=example.source,
             line=example.line,
             reason=f"the template `{template.name}` refuses the conversation: {error}{rule}",
-            remedy=found.remedy,
+            remedy=refusal.remedy,
         )
 
-    def _needs_roles(self, example: Example) -> None:
+    def _check_no_weights(self, example: Example) -> None:
         if self.weights is not None:
             raise RowError(
                 source=example.source,
                 line=example.line,
                 reason="ready text has no roles for TUNE_ROLE_WEIGHTS",
-                remedy="Set no TUNE_ROLE_WEIGHTS, or give conversations.",
+                remedy="Remove TUNE_ROLE_WEIGHTS, or give conversations.",
             )
 
-    def _disarmed(self, example: Example) -> Example:
-        """The example with stand-ins for special tokens; the very same object if there is nothing to replace."""
-        turns = tuple(map(self._disarmed_turn, example.turns))
-        tools = tuple(_each_text(tool, self.tokenizer.disarm) for tool in example.tools)
+    def _escaped(self, example: Example) -> Example:
+        """The example with placeholders for special tokens; the very same object if it contains none."""
+        turns = tuple(map(self._escaped_turn, example.turns))
+        tools = tuple(_each_text(tool, self.tokenizer.escape) for tool in example.tools)
         if all(new is old for new, old in zip(turns, example.turns, strict=True)) and tools == example.tools:
             return example
         content = [[turn.message() for turn in example.turns], example.tools]
@@ -179,86 +180,88 @@ class Renderer:
             raise RowError(
                 source=example.source,
                 line=example.line,
-                reason="it holds both a special token and a character of plane 16 (private use), which stands for one",
+                reason="it contains a special token and also a private-use character of plane 16, which the job uses "
+                "as a placeholder for such tokens",
+                remedy="Remove the private-use character, or the row.",
             )
         return replace(example, turns=turns, tools=tools)
 
-    def _disarmed_turn(self, turn: Turn) -> Turn:
-        disarm = self.tokenizer.disarm
-        content = self.tokenizer.disarm_answer(turn.content) if turn.role == "assistant" else disarm(turn.content)
+    def _escaped_turn(self, turn: Turn) -> Turn:
+        escape = self.tokenizer.escape
+        content = self.tokenizer.escape_answer(turn.content) if turn.role == "assistant" else escape(turn.content)
         changed: dict[str, Any] = {"content": content}
         for name in ("input", "name", "reasoning_content"):
             if value := getattr(turn, name):
-                changed[name] = disarm(value)
+                changed[name] = escape(value)
         if turn.tool_calls:
-            changed["tool_calls"] = tuple(_each_text(call, disarm) for call in turn.tool_calls)
+            changed["tool_calls"] = tuple(_each_text(call, escape) for call in turn.tool_calls)
         same = all(value == getattr(turn, name) for name, value in changed.items())
         return turn if same else replace(turn, **changed)
 
-    def encoded(self, text: Text) -> list[Encoding]:
+    def encode(self, text: RenderedText) -> list[Encoding]:
         """The tokens of each piece."""
-        if not text.disarmed:
+        if not text.escaped:
             return self.tokenizer.encode_batch([piece.text for piece in text.pieces])
-        return [self.tokenizer.encode_parts(piece.text, disarmed=True) for piece in text.pieces]
+        return [self.tokenizer.encode_parts(piece.text, escaped=True) for piece in text.pieces]
 
-    def labelled(self, text: Text, encodings: Sequence[Encoding]) -> list[Rendered]:
-        """Labels, length rule and outcome for each piece, given its tokens."""
+    def sequences(self, text: RenderedText, encodings: Sequence[Encoding]) -> list[Rendered]:
+        """The sequence of each piece, given its tokens: labels, truncation and outcome."""
         return [self._sequence(text, part, encoding) for part, encoding in enumerate(encodings)]
 
-    def _sequence(self, text: Text, part: int, encoding: Encoding) -> Rendered:
+    def _sequence(self, text: RenderedText, part: int, encoding: Encoding) -> Rendered:
         piece = text.pieces[part]
         if cuts := [at for at in piece.borders(self.tokenizer.spelt_end) if encoding.crosses(at)]:
-            encoding = self.tokenizer.encode_parts(piece.text, cuts=cuts, disarmed=text.disarmed)
-        ids, learned = encoding.ids, labels.learned(encoding, piece, self.weights)
-        if text.example.text is not None and self._needs_end(piece.text):
+            encoding = self.tokenizer.encode_parts(piece.text, cuts=cuts, escaped=text.escaped)
+        ids, learned = encoding.ids, learned_tokens(encoding, piece, self.weights)
+        if text.example.text is not None and self._lacks_eos(piece.text):
             ids = [*ids, self.tokenizer.eos_token_id]
-            learned = (
-                Learned(tokens=((1, len(ids)),), roles=("assistant",)) if len(ids) > 1 else Learned(tokens=(), roles=())
-            )
-        found = self._cut(text, part, encoding, learned, len(ids))
+            learned = LearnedTokens(tokens=((1, len(ids)),), roles=("assistant",)) if len(ids) > 1 else NOTHING_LEARNED
+        truncation = self._truncation(text, part, encoding, learned, len(ids))
         return Rendered(
-            input_ids=ids[: found.keep] if found.keep < len(ids) else ids,
+            input_ids=ids[: truncation.keep] if truncation.keep < len(ids) else ids,
             source=text.example.source,
             line=text.example.line,
-            outcome=self._outcome(text.example, found, len(ids)),
+            outcome=self._outcome(text.example, truncation, len(ids)),
             length=len(ids),
-            keep=found.keep,
+            keep=truncation.keep,
             learned=learned.tokens,
             roles=learned.roles,
             part=part,
             parts=len(text.pieces),
             header_differs=piece.header_differs,
-            unshown=piece.unshown,
-            shares=self.weights if self.weighted else None,
+            not_rendered=piece.not_rendered,
+            role_weights=self.weights if self.weighted else None,
         )
 
-    def _needs_end(self, text: str) -> bool:
-        """Whether ready text does not end with EOS."""
+    def _lacks_eos(self, text: str) -> bool:
+        """Whether ready text does not end with EOS yet."""
         return not text.rstrip().endswith(self.tokenizer.hf.eos_token)
 
-    def _cut(self, text: Text, part: int, encoding: Encoding, learned: Learned, length: int) -> Truncation:
-        """How much of the sequence stays; only one that is too long asks where its answers end."""
+    def _truncation(
+        self, text: RenderedText, part: int, encoding: Encoding, learned: LearnedTokens, length: int
+    ) -> Truncation:
+        """How much of the sequence is kept; the ends of answers are computed only for one that is too long."""
         if length <= self.max_length:
             return truncate(learned.tokens, length, self.max_length)
         piece, ends = text.pieces[part], None
         if self.train_on == "all" and text.example.text is None:
             answers_only = replace(piece, spans=self._answers(text, piece.text))
-            ends = [stop for _, stop in labels.learned(encoding, answers_only, None).tokens]
+            ends = [stop for _, stop in learned_tokens(encoding, answers_only, None).tokens]
         elif self.weights is not None:
-            ends = [stop for _, stop in labels.learned(encoding, piece, None).tokens]
+            ends = [stop for _, stop in learned_tokens(encoding, piece, None).tokens]
         return truncate(learned.tokens, length, self.max_length, ends)
 
-    def _answers(self, text: Text, whole_text: str) -> tuple[Span, ...]:
-        """The answers of a conversation that is learned whole; none where the template does not show them."""
+    def _answers(self, text: RenderedText, whole_text: str) -> tuple[Span, ...]:
+        """The answers of a conversation that is learned whole; none if they cannot be found in its text."""
         try:
             piece, *others = self.text(text.example, train_on="responses").pieces
         except RowError:
             return ()
         return () if others or not whole_text.startswith(piece.text) else piece.spans
 
-    def _outcome(self, example: Example, found: Truncation, length: int) -> Outcome:
+    def _outcome(self, example: Example, truncation: Truncation, length: int) -> Outcome:
         if length <= self.max_length or self.overlong == "truncate":
-            return found.outcome
+            return truncation.outcome
         if self.overlong == "drop":
             return "overlong"
         raise RowError(

@@ -1,10 +1,10 @@
-"""Where the turns of other roles than the assistant's lie in a training text, for TUNE_ROLE_WEIGHTS.
+"""The spans of roles other than the assistant's in a training text, for TUNE_ROLE_WEIGHTS.
 
-An answer is found by rendering the turns before it (see `job.data.rendering.spans`). No generation prompt tells how
-another role's turn opens, and many templates refuse a conversation that ends with one. So the same conversation is
-rendered again with a stand-in character, which the text does not hold, in the place of that turn's content: what stands
-before and behind the stand-in stands before and behind the content. Learned is the content as the template writes it,
-and the end marker where one follows that also ends answers; headers and white space are not.
+An answer is found by rendering the turns before it (see `job.data.rendering.spans`). For another role there is no
+generation prompt that shows how its turn opens, and many templates refuse a conversation that ends with such a turn. So
+the conversation is rendered again with a placeholder character in place of that turn's content: the text before and
+after the placeholder is the text before and after the content. The content is learned as the template writes it, and
+the end marker after it if the same marker ends answers; headers and white space are not learned.
 
 Knows characters, nothing of tokens.
 """
@@ -20,8 +20,8 @@ from job.data.examples import JsonObject, Turn
 from job.data.rendering.spans import Piece, Span
 from job.data.tokenizer.chat_template import RefusedError, Template
 
-STAND_INS = tuple(chr(number) for number in range(0xE000, 0xE010))
-"""Private-use characters; texts that hold all of them are refused."""
+PLACEHOLDERS = tuple(chr(number) for number in range(0xE000, 0xE010))
+"""Private-use characters; a text that contains all of them is an error."""
 
 
 def add_roles(
@@ -32,9 +32,9 @@ def add_roles(
     *,
     roles: Collection[str],
 ) -> tuple[Piece, ...]:
-    """The pieces that `spans.answers` made, with the spans of these other roles' turns.
+    """The pieces of `spans.answer_pieces`, with the spans of the turns of these other roles.
 
-    Each turn is learned once, in the first piece that holds it; turns behind the last answer are in none.
+    Each turn is learned once, in the first piece that contains it; turns after the last answer are in no piece.
     Raises RefusedError if the template does not write a turn's content exactly once and as one stretch.
     """
     if not any(turn.role in roles for turn in turns):
@@ -55,12 +55,12 @@ class _Search:
     piece: Piece
     template: Template
     turns: Sequence[Turn]
-    """Those of the piece: the last is its last answer."""
+    """The turns of the piece; the last is its last answer."""
     tools: Sequence[JsonObject]
 
     @functools.cached_property
     def _prompted(self) -> bool:
-        """Whether the piece is a prompt and what was said to it, which the template renders otherwise as a whole."""
+        """Whether the piece is a prompt with its answer, and the template renders the conversation differently."""
         return self.template.render(self.turns, add_generation_prompt=False, tools=self.tools) != self.piece.text
 
     def _rendered(self, turns: Sequence[Turn]) -> str:
@@ -70,35 +70,37 @@ class _Search:
         return before + self.piece.text[self.piece.spans[-1].start :]
 
     def spans(self, index: int) -> Iterator[Span]:
-        """Where the content of a turn lies (and apart from it Alpaca's input)."""
+        """The spans of a turn's content, and of Alpaca's input."""
         turn = self.turns[index]
         for name in ("content", "input"):
             if getattr(turn, name).strip():
                 yield self._span(index, name)
 
     def _span(self, index: int, name: str) -> Span:
-        stand_in = self._stand_in()
+        placeholder = self._placeholder()
         changed = list(self.turns)
-        instead: dict[str, Any] = {name: stand_in}
+        instead: dict[str, Any] = {name: placeholder}
         changed[index] = replace(changed[index], **instead)
-        before, _, behind = self._rendered(changed).partition(stand_in)
+        before, _, after = self._rendered(changed).partition(placeholder)
         text = self.piece.text
-        stop = len(text) - len(behind)
-        if not (text.startswith(before) and text.endswith(behind) and len(before) < stop):
-            raise self._impossible(index)
-        if behind.startswith(self.template.end_of_turn):
+        stop = len(text) - len(after)
+        if not (text.startswith(before) and text.endswith(after) and len(before) < stop):
+            raise self._not_found(index)
+        if after.startswith(self.template.end_of_turn):
             stop += len(self.template.end_of_turn)
         return Span(start=len(before), end=stop, role=self.turns[index].role, turn=index)
 
-    def _stand_in(self) -> str:
-        free = next((one for one in STAND_INS if one not in self.piece.text), None)
-        if free is None:
-            raise RefusedError(f"it holds all of {STAND_INS[0]!a} to {STAND_INS[-1]!a}, which stand for turns")
-        return free
+    def _placeholder(self) -> str:
+        unused = next((one for one in PLACEHOLDERS if one not in self.piece.text), None)
+        if unused is None:
+            raise RefusedError(
+                f"it contains all of {PLACEHOLDERS[0]!a} to {PLACEHOLDERS[-1]!a}, which the job uses as placeholders"
+            )
+        return unused
 
-    def _impossible(self, index: int) -> RefusedError:
+    def _not_found(self, index: int) -> RefusedError:
         role = self.turns[index].role
         return RefusedError(
-            f"it does not write the content of turn {index + 1} once and as one stretch, so that TUNE_ROLE_WEIGHTS "
-            f"can weigh no {role} turns: leave {role} out"
+            f"it does not write the content of turn {index + 1} exactly once and in one stretch, so TUNE_ROLE_WEIGHTS "
+            f"cannot weight {role} turns: leave {role} out"
         )

@@ -1,4 +1,4 @@
-"""Where a sequence that is too long ends, so that no answer is learned without its end.
+"""Where a sequence that is too long is cut, so that no answer is learned without its end.
 
 Knows token positions only; nothing of templates, files or statistics.
 """
@@ -20,17 +20,16 @@ class Truncation:
     keep: int
     """Tokens from its start."""
     outcome: Literal["kept", "shortened", "cut", "masked"]
-    """`kept` lost nothing that is learned, `shortened` lost whole turns, `cut` ends inside an answer, `masked` has
-    nothing left to learn."""
+    """`kept` lost no learned token, `shortened` lost whole turns, `cut` ends inside an answer, `masked` has no learned
+    token left."""
 
 
 def truncate(learned: Sequence[Tokens], length: int, limit: int, ends: Sequence[int] | None = None) -> Truncation:
-    """End a sequence that is too long behind the last answer that fits whole, so that no answer is learned without
-    its end; only where none fits, inside the first.
+    """Cut a sequence that is too long after the last answer that fits whole; if none fits, inside the first.
 
     Args:
-        learned: where the learned tokens lie, in order; none is empty.
-        ends: where answers end, if that is not where the learned tokens do.
+        learned: the ranges of learned tokens, in order; none is empty.
+        ends: where answers end, if not at the ends of the learned ranges.
     """
     if not learned or learned[0][0] >= limit:
         return Truncation(keep=min(length, limit), outcome="masked")

@@ -1,19 +1,22 @@
-"""Sequences as they pass by -> the counts that the report shows. Knows outlines of sequences; nothing of token ids."""
+"""Sequences, one by one -> the counts of log and report. Knows the metadata of sequences; nothing of token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 from job.data.examples import SHOWN
-from job.data.rendering.labels import SequenceMeta
-from job.data.tokenized.lengths import Gathering, percentile
+from job.data.findings import Finding, finding
+from job.data.rendering.labels import Outcome, SequenceMeta
+from job.data.rendering.spans import NotRendered
+from job.data.tokenized.lengths import LengthStatistics, percentile
 from job.data.tokenized.provenance import Provenance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Noted:
-    """How many rows something happened to, and `file:line` of the first ten."""
+class Affected:
+    """How many rows or sequences something happened to, and `file:line` of the first ten."""
 
     count: int
     first: tuple[str, ...]
@@ -21,7 +24,7 @@ class Noted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """What rendering did. Tokens and lengths are those of the sequences trained on, as they are trained on."""
+    """The effects of rendering. Tokens and lengths are those of the sequences trained on, after truncation."""
 
     rows: int
     """Valid rows read."""
@@ -30,32 +33,50 @@ class Counts:
     tokens: int
     labelled_tokens: int
     weight_by_role: dict[str, float]
-    """With TUNE_ROLE_WEIGHTS: what the labelled tokens of each role count in all; else empty."""
+    """With TUNE_ROLE_WEIGHTS: the total weight of each role's labelled tokens; else empty."""
     length_p50: int
     length_p90: int
     length_max: int
-    split: Noted
+    split: Affected
     """Rows that became one sequence per assistant turn, because the template rewrites earlier turns."""
-    header_differs: Noted
-    """Rows whose answers the template opens otherwise than its generation prompt."""
-    tools_not_rendered: Noted
+    header_differs: Affected
+    """Rows whose answers the template opens differently from its generation prompt."""
+    tools_not_rendered: Affected
     """Rows with tools that the template does not print."""
-    reasoning_not_rendered: Noted
+    reasoning_not_rendered: Affected
     """Rows with reasoning that the template does not print where it would be learned."""
-    truncated: Noted
-    """Sequences, not rows, as in the next ones: a split row may lose some. Each is one of the next two."""
-    lost_turns: Noted
-    """Truncated behind the last answer that fits whole."""
-    cut_inside: Noted
+    truncated: Affected
+    """Sequences, not rows, as in the following fields: a split row may lose some. Each is one of the next two."""
+    lost_turns: Affected
+    """Truncated after the last answer that fits whole."""
+    cut_inside: Affected
     """Truncated inside an answer, since none fits whole, or inside ready text: its end is not learned."""
-    dropped_overlong: Noted
-    fully_masked: Noted
+    dropped_overlong: Affected
+    fully_masked: Affected
     """Dropped because no label is left, usually since truncation cut the answer off."""
+
+    def findings(self, *, side: str) -> tuple[Finding, ...]:
+        """The effects that the author of the rows may not expect, `side` being "training" or "evaluation"."""
+        effects = {
+            "lost_turns": self.lost_turns,
+            "cut_inside": self.cut_inside,
+            "dropped_overlong": self.dropped_overlong,
+            "fully_masked": self.fully_masked,
+            "split_by_template": self.split,
+            "header_differs": self.header_differs,
+            "tools_not_rendered": self.tools_not_rendered,
+            "reasoning_not_rendered": self.reasoning_not_rendered,
+        }
+        return tuple(
+            finding(code, count=one.count, first=one.first, numbers=f"{one.count:,} {side}")
+            for code, one in effects.items()
+            if one.count
+        )
 
 
 @dataclass(kw_only=True)
-class _Places:
-    """Counts rows or sequences and keeps the first ten places."""
+class _Counter:
+    """Counts rows or sequences and remembers the first ten places."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -65,40 +86,37 @@ class _Places:
         if len(self.first) < SHOWN:
             self.first.append(f"{sequence.source}:{sequence.line}")
 
-    def noted(self) -> Noted:
-        return Noted(count=self.count, first=tuple(self.first))
+    def affected(self) -> Affected:
+        return Affected(count=self.count, first=tuple(self.first))
 
 
 @dataclass(kw_only=True)
 class Tally:
-    """Counts while the sequences of one side pass by, row by row."""
+    """Counts the sequences of one side, row by row."""
 
-    shares: Mapping[str, float] | None
-    """What the tokens of each role count, with TUNE_ROLE_WEIGHTS."""
+    role_weights: Mapping[str, float] | None
+    """The weight of each role's tokens, with TUNE_ROLE_WEIGHTS."""
     rows: int = 0
-    gathered: Gathering = field(default_factory=Gathering)
+    lengths: LengthStatistics = field(default_factory=LengthStatistics)
     weights: dict[str, float] = field(default_factory=dict)
-    places: Provenance = field(default_factory=Provenance)
-    split: _Places = field(default_factory=_Places)
-    header_differs: _Places = field(default_factory=_Places)
-    tools: _Places = field(default_factory=_Places)
-    reasoning: _Places = field(default_factory=_Places)
-    truncated: _Places = field(default_factory=_Places)
-    shortened: _Places = field(default_factory=_Places)
-    cut: _Places = field(default_factory=_Places)
-    overlong: _Places = field(default_factory=_Places)
-    masked: _Places = field(default_factory=_Places)
+    provenance: Provenance = field(default_factory=Provenance)
+    outcomes: dict[Outcome, _Counter] = field(default_factory=lambda: {one: _Counter() for one in get_args(Outcome)})
+    not_rendered: dict[NotRendered, _Counter] = field(
+        default_factory=lambda: {one: _Counter() for one in get_args(NotRendered)}
+    )
+    split: _Counter = field(default_factory=_Counter)
+    header_differs: _Counter = field(default_factory=_Counter)
+    truncated: _Counter = field(default_factory=_Counter)
 
     def __post_init__(self) -> None:
-        self.weights.update(dict.fromkeys(self.shares or (), 0.0))
+        self.weights.update(dict.fromkeys(self.role_weights or (), 0.0))
 
     def add(self, sequence: SequenceMeta) -> None:
-        """One more sequence, trained on or not."""
+        """Add a sequence, trained on or not."""
         if sequence.part == 0:
             self._add_row(sequence)
-        self.gathered.add(sequence.length, sequence.learned)
-        if sequence.outcome != "kept":
-            getattr(self, sequence.outcome).add(sequence)
+        self.lengths.add(sequence.length, sequence.learned)
+        self.outcomes[sequence.outcome].add(sequence)
         if sequence.trained:
             self._add_trained(sequence)
 
@@ -108,39 +126,39 @@ class Tally:
             self.split.add(sequence)
         if sequence.header_differs:
             self.header_differs.add(sequence)
-        for name in sequence.unshown:
-            getattr(self, name).add(sequence)
+        for name in sequence.not_rendered:
+            self.not_rendered[name].add(sequence)
 
     def _add_trained(self, sequence: SequenceMeta) -> None:
-        self.places.add(sequence.source, sequence.line)
+        self.provenance.add(sequence.source, sequence.line)
         if sequence.outcome != "kept":
             self.truncated.add(sequence)
         labelled = 0
         for start, stop, role in sequence.labelled():
             labelled += stop - start
-            if self.shares:
-                self.weights[role] += self.shares[role] * (stop - start)
-        self.gathered.add_trained(sequence.keep, labelled)
+            if self.role_weights:
+                self.weights[role] += self.role_weights[role] * (stop - start)
+        self.lengths.add_trained(sequence.keep, labelled)
 
     def counts(self) -> Counts:
         """All counts."""
-        ordered = sorted(self.gathered.trained)
+        ordered = sorted(self.lengths.trained)
         return Counts(
             rows=self.rows,
             sequences=len(ordered),
             tokens=sum(ordered),
-            labelled_tokens=self.gathered.labelled,
+            labelled_tokens=self.lengths.labelled,
             weight_by_role={role: round(weight, 3) for role, weight in self.weights.items()},
             length_p50=percentile(ordered, 50),
             length_p90=percentile(ordered, 90),
             length_max=percentile(ordered, 100),
-            split=self.split.noted(),
-            header_differs=self.header_differs.noted(),
-            tools_not_rendered=self.tools.noted(),
-            reasoning_not_rendered=self.reasoning.noted(),
-            truncated=self.truncated.noted(),
-            lost_turns=self.shortened.noted(),
-            cut_inside=self.cut.noted(),
-            dropped_overlong=self.overlong.noted(),
-            fully_masked=self.masked.noted(),
+            split=self.split.affected(),
+            header_differs=self.header_differs.affected(),
+            tools_not_rendered=self.not_rendered["tools"].affected(),
+            reasoning_not_rendered=self.not_rendered["reasoning"].affected(),
+            truncated=self.truncated.affected(),
+            lost_turns=self.outcomes["shortened"].affected(),
+            cut_inside=self.outcomes["cut"].affected(),
+            dropped_overlong=self.outcomes["overlong"].affected(),
+            fully_masked=self.outcomes["masked"].affected(),
         )

@@ -1,12 +1,12 @@
-"""Examples -> a draft on disk: the tokens of all their sequences, and what else there is to say of each.
+"""Examples -> a draft on disk: the tokens of all their sequences, and the metadata of each.
 
-Which rows are held out is known only once all were seen, and which sequences are trained on decides what is counted: so
-one pass over the rows makes the draft, and the sets are made of it, without template or tokenizer
+Which rows are held out is known only after all were read, and the counts depend on which sequences are trained on. So
+one pass over the rows makes the draft, and the datasets are made from it, without template or tokenizer
 (`job.data.tokenized.arrow`).
 
-Memory stays flat: some thousand examples are in flight at a time. Templates run here, in Python; tokens are made
-meanwhile by another thread in compiled code, on all cores. That is two thirds of the work, and on two cores keeps both
-busy, so that worker processes would gain nothing (measured: CHANGELOG.md).
+Memory stays flat: a few thousand examples are in flight at a time. Templates run here, in Python; meanwhile another
+thread tokenises in compiled code, on all cores. That is two thirds of the work and keeps two cores busy, so worker
+processes would gain nothing (measured: CHANGELOG.md).
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from numpy.typing import NDArray
 
 from job.data.examples import Example, InvalidRows, RowError
 from job.data.rendering.labels import SequenceMeta
-from job.data.rendering.renderer import Renderer, Text
+from job.data.rendering.renderer import RenderedText, Renderer
 from job.data.tokenizer.encoding import Encoding
 
 CHUNK = 1024
 """Rows that are tokenised at once; fewer if they are long."""
 CHUNK_CHARACTERS = 4 << 20
-"""Text that is tokenised at once, but for the last row. A token takes about 100 bytes while it is in flight."""
+"""Characters that are tokenised at once, not counting the last row. A token in flight takes about 100 bytes."""
 IN_FLIGHT = 2
-"""Chunks that wait for their tokens while the next is rendered."""
-NEW_OBJECTS = 50_000
-"""Between two looks for garbage, instead of Python's 700: rows make hardly any that needs to be looked for."""
+"""Chunks that wait for their tokens while the next one is rendered."""
+GC_THRESHOLD = 50_000
+"""New objects between two garbage collections, instead of Python's 700: rows make hardly any cyclic garbage."""
 FIELDS = tuple(SequenceMeta.__slots__)
 _values = attrgetter(*FIELDS)
 
@@ -50,13 +50,13 @@ class DraftSequence:
     row: int
     """Of all rows, from 0."""
     renderer: int
-    """Which of the draft's."""
-    outline: SequenceMeta
+    """Its number among the draft's renderers."""
+    meta: SequenceMeta
     input_ids: NDArray[np.int32]
 
 
 class Draft:
-    """A context in which the draft is there."""
+    """Inside this context the draft's files exist."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -69,12 +69,12 @@ class Draft:
     def __enter__(self) -> Self:
         self._directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as entered:
-            gc.freeze()  # to look through all that is there already, again and again, took as long as the templates
+            gc.freeze()  # collections over all existing objects took as long as the templates
             usual = gc.get_threshold()
-            gc.set_threshold(NEW_OBJECTS, *usual[1:])
+            gc.set_threshold(GC_THRESHOLD, *usual[1:])
             entered.callback(gc.set_threshold, *usual)
             self._tokens = entered.enter_context(self._file("draft.tokens", entered))
-            self._outlines = entered.enter_context(self._file("draft.jsonl", entered))
+            self._metas = entered.enter_context(self._file("draft.jsonl", entered))
             self._left = entered.pop_all()
         return self
 
@@ -87,48 +87,48 @@ class Draft:
         return path.open("w+b")
 
     def add(self, examples: Iterable[Example], *renderers: Renderer) -> None:
-        """Render further rows by each of these, which differ in nothing but weights; the first has all roles.
+        """Render further rows with each of these renderers, which differ only in weights; the first has all roles.
 
-        Raises what `examples` raises, and DataError if a format needs a chat template that is not there. Rows that the
-        template refuses, or that are too long under `fail`, are collected for `check`.
+        Raises the errors of `examples`, and DataError if a format needs a chat template and there is none. Rows that
+        the template refuses, or that are too long under `fail`, are collected for `check`.
         """
-        used = list(dict.fromkeys(map(self._number, renderers)))
+        numbers = list(dict.fromkeys(map(self._number, renderers)))
         waiting: deque[_Chunk] = deque()
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise")
         try:
             for texts in self._texts(examples, renderers[0]):
                 waiting.append(_chunk(texts, renderers[0], thread))
                 if len(waiting) > IN_FLIGHT:
-                    self._write(waiting.popleft(), used)
+                    self._write(waiting.popleft(), numbers)
             while waiting:
-                self._write(waiting.popleft(), used)
+                self._write(waiting.popleft(), numbers)
         finally:
             thread.shutdown(cancel_futures=True)
 
     def check(self) -> None:
-        """Raise DataError for invalid rows: the first ten in words, all in number."""
+        """Raise DataError if a row was invalid: the first ten in words, and the total."""
         self._invalid.raise_if_any(self.rows)
 
     def sequences(self) -> Iterator[list[DraftSequence]]:
-        """All sequences in order, some at a time."""
+        """All sequences in order, a chunk at a time."""
         self._tokens.seek(0)
-        self._outlines.seek(0)
-        for line in self._outlines:
+        self._metas.seek(0)
+        for line in self._metas:
             found = [
                 (row, renderer, SequenceMeta(**dict(zip(FIELDS, values, strict=True))))
                 for row, renderer, values in json.loads(line)
             ]
-            ids = np.frombuffer(self._tokens.read(4 * sum(outline.keep for _, _, outline in found)), dtype=np.int32)
-            yield list(_drafted(found, ids))
+            ids = np.frombuffer(self._tokens.read(4 * sum(meta.keep for _, _, meta in found)), dtype=np.int32)
+            yield list(_with_tokens(found, ids))
 
     def _number(self, renderer: Renderer) -> int:
         if renderer not in self.renderers:
             self.renderers.append(renderer)
         return self.renderers.index(renderer)
 
-    def _texts(self, examples: Iterable[Example], renderer: Renderer) -> Iterator[dict[int, Text]]:
-        """Texts by the number of their row, as many as are tokenised at once."""
-        texts: dict[int, Text] = {}
+    def _texts(self, examples: Iterable[Example], renderer: Renderer) -> Iterator[dict[int, RenderedText]]:
+        """Texts by the number of their row, a chunk at a time."""
+        texts: dict[int, RenderedText] = {}
         characters = 0
         for example in examples:
             self.rows += 1
@@ -143,46 +143,46 @@ class Draft:
                 texts, characters = {}, 0
         yield texts
 
-    def _write(self, chunk: _Chunk, used: Sequence[int]) -> None:
-        tokens, outlines = array("i"), []
-        for row, text, encodings in chunk.encoded(self.renderers[used[0]]):
+    def _write(self, chunk: _Chunk, numbers: Sequence[int]) -> None:
+        tokens, metas = array("i"), []
+        for row, text, encodings in chunk.encoded(self.renderers[numbers[0]]):
             try:
-                for number in used:
-                    for sequence in self.renderers[number].labelled(text, encodings):
+                for number in numbers:
+                    for sequence in self.renderers[number].sequences(text, encodings):
                         tokens.fromlist(sequence.input_ids)
-                        outlines.append((row, number, _values(sequence)))
+                        metas.append((row, number, _values(sequence)))
             except RowError as error:
                 self._invalid.add(error)
         self._tokens.write(tokens)
-        self._outlines.write(json.dumps(outlines).encode() + b"\n")
+        self._metas.write(json.dumps(metas).encode() + b"\n")
 
 
-def _drafted(found: list[tuple[int, int, SequenceMeta]], ids: NDArray[np.int32]) -> Iterator[DraftSequence]:
+def _with_tokens(found: list[tuple[int, int, SequenceMeta]], ids: NDArray[np.int32]) -> Iterator[DraftSequence]:
     start = 0
-    for row, renderer, outline in found:
-        yield DraftSequence(row=row, renderer=renderer, outline=outline, input_ids=ids[start : start + outline.keep])
-        start += outline.keep
+    for row, renderer, meta in found:
+        yield DraftSequence(row=row, renderer=renderer, meta=meta, input_ids=ids[start : start + meta.keep])
+        start += meta.keep
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Chunk:
     """Texts whose tokens are being made."""
 
-    texts: dict[int, Text]
-    plain: Future[list[Any]]
-    """What the tokenizer found in the pieces without stand-ins, in order: understood here, so that the thread that
-    makes tokens seldom asks for Python's lock."""
+    texts: dict[int, RenderedText]
+    raw: Future[list[Any]]
+    """The library's encodings of the pieces without placeholders, in order. They become `Encoding` here and not in the
+    thread, so that it seldom needs Python's lock."""
 
-    def encoded(self, renderer: Renderer) -> Iterator[tuple[int, Text, list[Encoding]]]:
-        """Each row with the tokens of its pieces, once they are there."""
-        plain = iter(self.plain.result())
+    def encoded(self, renderer: Renderer) -> Iterator[tuple[int, RenderedText, list[Encoding]]]:
+        """Each row with the tokens of its pieces; waits for them."""
+        raw = iter(self.raw.result())
         for row, text in self.texts.items():
-            if text.disarmed:
-                yield row, text, renderer.encoded(text)
+            if text.escaped:
+                yield row, text, renderer.encode(text)
             else:
-                yield row, text, [renderer.tokenizer.understood(piece.text, next(plain)) for piece in text.pieces]
+                yield row, text, [renderer.tokenizer.with_offsets(piece.text, next(raw)) for piece in text.pieces]
 
 
-def _chunk(texts: dict[int, Text], renderer: Renderer, thread: Executor) -> _Chunk:
-    plain = [piece.text for text in texts.values() if not text.disarmed for piece in text.pieces]
-    return _Chunk(texts=texts, plain=thread.submit(renderer.tokenizer.found, plain))
+def _chunk(texts: dict[int, RenderedText], renderer: Renderer, thread: Executor) -> _Chunk:
+    plain = [piece.text for text in texts.values() if not text.escaped for piece in text.pieces]
+    return _Chunk(texts=texts, raw=thread.submit(renderer.tokenizer.encode_raw, plain))

@@ -1,14 +1,14 @@
-"""How long the sequences are, and what a maximum length would cut.
+"""The lengths of sequences, and what a maximum length would cut.
 
-Knows token counts and where answers lie in a sequence; nothing of templates, files or batches. Memory is one integer
-for each sequence, twice.
+Knows token counts and the learned ranges of a sequence; nothing of templates, files or batches. Memory holds two
+integers for each sequence.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from job.data.rendering.truncation import Tokens, truncate
 
@@ -21,7 +21,7 @@ MAY_BE_CUT = 0.01
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """What one TUNE_MAX_LENGTH would do to the sequences under TUNE_OVERLONG=truncate."""
+    """The effect of one TUNE_MAX_LENGTH on the sequences under TUNE_OVERLONG=truncate."""
 
     max_length: int
     longer: int
@@ -29,7 +29,7 @@ class Limit:
     cut: int
     """Of these, those that would end inside an answer."""
     masked: int
-    """Of these, those that would be dropped, since nothing learned is left."""
+    """Of these, those that would be dropped, since no learned token is left."""
     tokens_lost: int
     labelled_tokens_lost: int
 
@@ -46,17 +46,17 @@ class Lengths:
     mean: float
     tokens: int
     histogram: tuple[int, ...]
-    """Sequences of 1 to `histogram_width` tokens, of the next as many, and so on: at most 40 bins."""
+    """Sequences of 1 to `histogram_width` tokens, of the next range of this width, and so on: at most 40 bins."""
     histogram_width: int
     limits: tuple[Limit, ...]
     suggested_max_length: int
     """The least of 256, 512, 1024, ... that is too short for at most 1 % of the sequences. Memory grows with the
-    longest sequence, so the rare longest would be paid for by all; powers of two are what kernels are built for."""
+    longest sequence, so a few long sequences make every step dear; kernels are optimised for powers of two."""
 
     tokens_per_epoch: int
-    """Trained on: after truncation, without what was dropped and without padding."""
+    """Trained on: after truncation, without dropped sequences and padding."""
     labelled_tokens_per_epoch: int
-    """Of those, learned."""
+    """Of these, learned."""
     micro_batch: int
     padding_waste: float
     """Share of padding if batches of `micro_batch` in random order were padded to their longest (on a CPU they are);
@@ -64,8 +64,8 @@ class Lengths:
 
 
 @dataclass(kw_only=True, slots=True)
-class _WhatIf:
-    """Counts for one limit."""
+class _LimitCounter:
+    """Counts the effect of one limit."""
 
     max_length: int
     longer: int = 0
@@ -84,20 +84,22 @@ class _WhatIf:
         self.labelled_tokens_lost += sum(max(stop - max(start, keep), 0) for start, stop in learned)
 
     def limit(self) -> Limit:
-        return Limit(**{name: getattr(self, name) for name in Limit.__slots__})
+        return Limit(**asdict(self))
 
 
 @dataclass(kw_only=True)
-class Gathering:
-    """Takes sequences as they pass by."""
+class LengthStatistics:
+    """Takes sequences one by one."""
 
     before: array[int] = field(default_factory=lambda: array("i"))
     trained: array[int] = field(default_factory=lambda: array("i"))
     labelled: int = 0
-    limits: tuple[_WhatIf, ...] = field(default_factory=lambda: tuple(_WhatIf(max_length=one) for one in THRESHOLDS))
+    limits: tuple[_LimitCounter, ...] = field(
+        default_factory=lambda: tuple(_LimitCounter(max_length=one) for one in THRESHOLDS)
+    )
 
     def add(self, length: int, learned: Sequence[Tokens]) -> None:
-        """A sequence before truncation."""
+        """Add a sequence as it is before truncation."""
         self.before.append(length)
         for limit in self.limits:
             if length <= limit.max_length:
@@ -105,12 +107,12 @@ class Gathering:
             limit.add(length, learned)
 
     def add_trained(self, length: int, labelled: int) -> None:
-        """A sequence that is trained on, as it is."""
+        """Add a sequence that is trained on, as it is after truncation."""
         self.trained.append(length)
         self.labelled += labelled
 
-    def lengths(self, *, micro_batch: int) -> Lengths:
-        """All numbers."""
+    def summary(self, *, micro_batch: int) -> Lengths:
+        """All numbers; the share of padding is for micro-batches of this many sequences."""
         ordered = sorted(self.before)
         width = max(-(-(ordered[-1] if ordered else 0) // BINS), 1)
         return Lengths(

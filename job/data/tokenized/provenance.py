@@ -1,4 +1,4 @@
-"""Which row each training sequence comes from: `file:line`, kept in four bytes a sequence and a name a file."""
+"""The row of each training sequence, `file:line`, in four bytes for a sequence and one name for a file."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class Provenance:
-    """The places of sequences, in their order. Long runs of sequences from one file take the least room."""
+    """The rows of sequences, in their order. Long runs of sequences from one file take the least memory."""
 
     _lines: array[int] = field(default_factory=lambda: array("I"))
     _starts: list[int] = field(default_factory=list)
-    """The first sequence of each run that is of one file."""
+    """The first sequence of each run from one file."""
     _sources: list[str] = field(default_factory=list)
 
     def add(self, source: str, line: int) -> None:
-        """Note where the next sequence comes from."""
+        """Add the row of the next sequence."""
         if not self._sources or self._sources[-1] != source:
             self._starts.append(len(self._lines))
             self._sources.append(source)
@@ -28,5 +28,5 @@ class Provenance:
         return len(self._lines)
 
     def at(self, number: int) -> str:
-        """`file:line` of a sequence, from 0. Raises IndexError if there are not so many."""
+        """`file:line` of a sequence, numbered from 0. Raises IndexError if there is no such sequence."""
         return f"{self._sources[bisect_right(self._starts, number) - 1]}:{self._lines[number]}"

@@ -1,7 +1,7 @@
-"""The tokenizer and its template, alone. Imports transformers lazily and nothing else heavy.
+"""Loads the tokenizer with its chat template. Imports transformers lazily and nothing else heavy.
 
-Knows which special tokens are really in force: a tokenizer's EOS that opens turns instead of ending them is corrected,
-and generation stops wherever the model's own files say that it does. What encodes text is `job.data.tokenizer.encoder`.
+Knows which special tokens are in effect: an EOS that opens turns instead of ending them is corrected, and generation
+stops wherever the model's own files say so. Text is encoded by `job.data.tokenizer.encoder`.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from job.data.examples import JsonObject, Turn
-from job.data.tokenizer.chat_template import TEXT_BLOCKS, RefusedError, Template, named
+from job.data.tokenizer.chat_template import TEXT_BLOCKS, RefusedError, Template, bundled_template
 from job.data.tokenizer.encoder import Encoder
 from job.runtime.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer(Encoder):
-    """A fast tokenizer, the chat template in force, and what follows from both."""
+    """A fast tokenizer, the chat template in effect, and what follows from both."""
 
     blocks: Mapping[str, Template]
     """The text block for each format without roles."""
     end_of_turn_ids: tuple[int, ...]
-    """The tokens that end an assistant turn; empty without a template or where it ends turns with nothing."""
+    """The tokens that end an assistant turn; empty without a template, or if the template puts nothing there."""
     eos_token_id: int
     other_stop_ids: tuple[int, ...] = ()
-    """Where else the model's `generation_config.json` ends generation, e.g. behind a tool call (Llama 3.1, gpt-oss)."""
+    """Further tokens that end generation by the model's `generation_config.json`, e.g. after a tool call (Llama 3.1,
+    gpt-oss)."""
     notes: tuple[str, ...]
     """What the user should know, e.g. that the tokenizer's EOS was wrong."""
 
@@ -43,28 +44,28 @@ class Tokenizer(Encoder):
 
     @property
     def template(self) -> str | None:
-        """The Jinja text in force."""
+        """The Jinja text in effect."""
         return self.chat.text if self.chat else None
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens at which generation stops: EOS, the end of a turn where it is one token, and the model's others."""
+        """Tokens at which generation stops: EOS, the end of a turn if it is one token, and the model's others."""
         end = self.end_of_turn_ids if len(self.end_of_turn_ids) == 1 else ()
         return tuple(dict.fromkeys((self.eos_token_id, *end, *self.other_stop_ids)))
 
     @functools.cached_property
     def spelt_end(self) -> str:
-        """What ends a turn, where that is no token of its own but several; else empty."""
+        """The text that ends a turn, if it is several tokens; else empty."""
         return self.chat.end_of_turn if self.chat and len(self.end_of_turn_ids) > 1 else ""
 
     def template_for(self, format: str) -> Template:  # noqa: A002 - the domain's word
-        """The chat template, or without one the text block of a format. Raises DataError if that has none."""
+        """The chat template, or without one the text block of a format. Raises DataError if the format has none."""
         if self.chat:
             return self.chat
         if format in self.blocks:
             return self.blocks[format]
         raise DataError(
-            f"The data is `{format}`, which needs a chat template, and the tokenizer has none.",
+            f"The data has the format `{format}`, which needs a chat template, and the tokenizer has none.",
             remedy="Set TUNE_CHAT_TEMPLATE, e.g. to chatml, or to the name of the template the model was tuned with.",
         )
 
@@ -73,29 +74,35 @@ class Tokenizer(Encoder):
         return self.template_for("messages").render(turns, add_generation_prompt=add_generation_prompt, tools=tools)
 
 
-def spare_torch() -> None:
-    """Import transformers and datasets without torch, which they import where they find it: seconds that tokens do
-    not need. Only for a process that never trains."""
-    # None is how Python notes a module that is not there.
+def import_without_torch() -> None:
+    """Import transformers and datasets without torch, which both import if it is installed: this saves seconds, and
+    tokens do not need it. Only for a process that never trains."""
+    # With None in sys.modules, an import fails as if the module was not installed.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     try:
         import datasets  # noqa: F401, PLC0415
         from transformers import AutoTokenizer  # noqa: F401, PLC0415
         from transformers.utils import is_torch_available  # noqa: PLC0415
 
-        is_torch_available()  # it remembers what it found
+        is_torch_available()  # caches its result
     finally:
         if sys.modules["torch"] is None:
-            del sys.modules["torch"]  # datasets takes a name that is there for the module
+            del sys.modules["torch"]  # datasets would take the entry for the module
 
 
-def load(
+def load_tokenizer(
     directory: Path, *, chat_template: str = "tokenizer", template_text: str | None = None, date: dt.date
 ) -> Tokenizer:
-    """Load from local files only; `template_text` (a Jinja file's content) wins over `chat_template`.
+    """Load a model's tokenizer, from local files only.
 
-    `date` is what templates may print. Raises DataError if there is no fast tokenizer, it needs code of its own, or
-    `generation_config.json` is damaged; ConfigError for an unknown template name.
+    Args:
+        chat_template: `tokenizer` (its own) or the name of one of the job's templates.
+        template_text: the content of a Jinja file, which takes precedence over `chat_template`.
+        date: the date that templates may print.
+
+    Raises:
+        DataError: there is no fast tokenizer, it needs custom code, or `generation_config.json` is damaged.
+        ConfigError: a template name is unknown.
     """
     from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import, and only after job.tuning in a run
 
@@ -104,10 +111,10 @@ def load(
     except Exception as error:
         raise DataError(
             f"The tokenizer in {directory.name} cannot be loaded: {error}.",
-            remedy="The model needs a tokenizer.json that works without code of its own; save one with "
+            remedy="The model needs a tokenizer.json that works without custom code; save one with "
             "AutoTokenizer.save_pretrained where its code is trusted.",
         ) from error
-    found = wrap(hf, chat_template=chat_template, template_text=template_text, date=date)
+    found = wrap_tokenizer(hf, chat_template=chat_template, template_text=template_text, date=date)
     return replace(found, other_stop_ids=_other_stop_ids(found, directory / "generation_config.json"))
 
 
@@ -119,19 +126,21 @@ def _other_stop_ids(found: Tokenizer, file: Path) -> tuple[int, ...]:
         given = json.loads(file.read_text()).get("eos_token_id")
     except (ValueError, AttributeError) as error:
         raise DataError(
-            f"generation_config.json in {file.parent.name} is no JSON object: {error}.",
-            remedy="Correct the file, or leave it out.",
+            f"generation_config.json in {file.parent.name} is not a JSON object: {error}.",
+            remedy="Correct the file, or remove it.",
         ) from None
     opening = set(found.encode(found.chat.generation_prompt).ids) if found.chat else set()
     listed = given if isinstance(given, list) else [given]
     return tuple(number for number in listed if type(number) is int and number not in {*opening, found.eos_token_id})
 
 
-def wrap(hf: Any, *, chat_template: str = "tokenizer", template_text: str | None = None, date: dt.date) -> Tokenizer:
-    """The same for a transformers tokenizer that is already loaded. Sets its template and EOS to those in force."""
+def wrap_tokenizer(
+    hf: Any, *, chat_template: str = "tokenizer", template_text: str | None = None, date: dt.date
+) -> Tokenizer:
+    """The same for a transformers tokenizer that is already loaded. Sets its template and EOS to those in effect."""
     if not hf.is_fast:
         raise DataError(
-            f"The tokenizer {type(hf).__name__} is slow: it cannot say which characters a token covers, so the "
+            f"{type(hf).__name__} is not a fast tokenizer: it cannot say which characters a token covers, so the "
             "answers cannot be found.",
             remedy="Convert it to a tokenizer.json.",
         )
@@ -149,7 +158,7 @@ def wrap(hf: Any, *, chat_template: str = "tokenizer", template_text: str | None
     return Tokenizer(
         hf=hf,
         chat=chat,
-        blocks={name: _template(hf, name, named(name), date) for name in TEXT_BLOCKS},
+        blocks={name: _template(hf, name, bundled_template(name), date) for name in TEXT_BLOCKS},
         bos_ids=_bos_ids(hf),
         end_of_turn_ids=end_ids,
         eos_token_id=hf.eos_token_id,
@@ -158,17 +167,17 @@ def wrap(hf: Any, *, chat_template: str = "tokenizer", template_text: str | None
 
 
 def _own_template(hf: Any) -> str | None:
-    """The tokenizer's template; of several, the one called `default`."""
+    """The tokenizer's template; of several, the one called `default`, or the first."""
     own = hf.chat_template
     return own.get("default", next(iter(own.values()), None)) if isinstance(own, dict) else own
 
 
 def _chosen(hf: Any, own: str | None, chat_template: str, template_text: str | None, date: dt.date) -> Template | None:
-    """The template asked for, tried on a question and an answer."""
+    """The template that the settings name, tested on a question and an answer."""
     if template_text is not None:
         chosen = _template(hf, "file", template_text, date)
     elif chat_template != "tokenizer":
-        chosen = _template(hf, chat_template, named(chat_template), date)
+        chosen = _template(hf, chat_template, bundled_template(chat_template), date)
     elif own:
         chosen = _template(hf, "tokenizer", own, date)
     else:
@@ -184,15 +193,15 @@ def _chosen(hf: Any, own: str | None, chat_template: str, template_text: str | N
 
 
 def _template(hf: Any, name: str, text: str, date: dt.date) -> Template:
-    """The text with its variables, in transformers' sandbox. Dates are the given one, never the clock's."""
+    """The text with its variables bound, in transformers' sandbox. Its date is the given one, never the clock's."""
     from transformers.utils.chat_template_utils import _compile_jinja_template  # noqa: PLC0415 - see `load`
 
     variables = {"bos_token": "", **hf.special_tokens_map, "strftime_now": date.strftime}
-    if not re.search(r"date_string\s*=|set\s+date_string", text):  # a template's own default is what inference prints
+    if not re.search(r"date_string\s*=|set\s+date_string", text):  # at inference, a template prints its own default
         variables["date_string"] = date.strftime("%d %b %Y")
 
     def apply(messages: list[JsonObject], tools: list[JsonObject] | None, add_generation_prompt: bool) -> str:
-        # As render_jinja_template does, without what that does for lists of conversations: it is done often.
+        # As render_jinja_template does, without its overhead for lists of conversations.
         rendered: str = _compile_jinja_template(text).render(
             messages=messages,
             tools=tools,
@@ -206,7 +215,7 @@ def _template(hf: Any, name: str, text: str, date: dt.date) -> Template:
 
 
 def _correct_eos(hf: Any, own: Template) -> tuple[str, ...]:
-    """An EOS that stands in the generation prompt opens turns, so it cannot be what ends them."""
+    """Replace an EOS that is part of the generation prompt: it opens turns, so it cannot end them. Returns notes."""
     try:
         opening, ending = own.generation_prompt, own.end_of_turn
     except RefusedError:
@@ -215,13 +224,13 @@ def _correct_eos(hf: Any, own: Template) -> tuple[str, ...]:
     if wrong is None or wrong not in opening or ending == wrong:
         return ()
     if hf.convert_tokens_to_ids(ending) in (None, hf.unk_token_id):
-        return (f"the tokenizer's EOS {wrong} opens turns, but {ending!r} is no single token to take its place",)
+        return (f"the tokenizer's EOS {wrong} opens turns, but {ending!r} is not a single token that could replace it",)
     hf.eos_token = ending
-    return (f"the tokenizer says EOS is {wrong}, which opens turns; {ending}, which ends them, is used instead",)
+    return (f"the tokenizer's EOS is {wrong}, which opens turns; {ending}, which ends them, is used instead",)
 
 
 def _bos_ids(hf: Any) -> tuple[int, ...]:
-    """What the tokenizer adds before a text by itself."""
+    """The tokens that the tokenizer itself puts before a text."""
     plain, whole = hf("a", add_special_tokens=False)["input_ids"], hf("a")["input_ids"]
     starts = (number for number in range(len(whole)) if whole[number : number + len(plain)] == plain)
     return tuple(whole[: next(starts, 0)])
@@ -231,7 +240,7 @@ def _end_notes(chat: Template | None, end_ids: tuple[int, ...]) -> tuple[str, ..
     if chat is None:
         return ()
     if not end_ids:
-        return (f"the template `{chat.name}` puts nothing behind an answer, so the model does not learn to stop",)
+        return (f"the template `{chat.name}` puts nothing after an answer, so the model does not learn to stop",)
     if len(end_ids) > 1:
         note = f"the template `{chat.name}` ends an answer with {chat.end_of_turn!r}, which is {len(end_ids)} tokens"
         return (f"{note} of this tokenizer: is it the right template for this model?",)

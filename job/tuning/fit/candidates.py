@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from job.config.schema import Config
-from job.model.memory import memory
+from job.model.memory import peak_memory
 from job.model.shape import Shape
 from job.tuning.fit.micro_batches import tokens_of_longest
 from job.tuning.fit.plan import PassConfig, Plan
@@ -124,4 +124,4 @@ def _bytes(pass_config: PassConfig, planned: Plan, config: Config, workload: Wor
         return 0
     rows, lengths = pass_config.micro_batch, workload.lengths
     tokens = rows * max(lengths) if planned.batching == "padded" else tokens_of_longest(lengths, rows)
-    return memory(workload.shape, config, tokens=tokens, checkpointing=pass_config.gradient_checkpointing).total
+    return peak_memory(workload.shape, config, tokens=tokens, checkpointing=pass_config.gradient_checkpointing).total

@@ -19,10 +19,10 @@ from structlog.testing import capture_logs
 from job.config.schema import Config
 from job.data import prepare
 from job.data.examples import Example, Turn, content_key
-from job.data.quality import survey as quality
-from job.data.quality import verdicts
-from job.data.quality.survey import Level, ScanResult, survey
-from job.data.reading import dataset
+from job.data.findings import is_grave
+from job.data.quality.scan import QualityScan, ScanResult, Scope, _percent
+from job.data.reading.dataset import ExampleStream, Source
+from job.data.split import is_held_out, split_by_content
 from job.inputs.pull import File, Inputs
 from job.observability import masking
 from job.runtime.errors import DataError
@@ -81,8 +81,19 @@ def varied(text: str, seed: int = 0) -> str:
     return " ".join(words)
 
 
+def scanned(
+    examples: Iterable[Example], held_out: Iterable[Example] = (), *, scope: Scope = "everything"
+) -> ScanResult:
+    scan = QualityScan(scope=scope)
+    for example in examples:
+        scan.add(example)
+    for example in held_out:
+        scan.add(example, held_out=True)
+    return scan.result()
+
+
 def found(examples: Iterable[Example], held_out: Iterable[Example] = ()) -> dict[str, tuple[int, tuple[str, ...]]]:
-    return {one.code: (one.count, one.first) for one in survey(examples, held_out).findings}
+    return {one.code: (one.count, one.first) for one in scanned(examples, held_out).findings}
 
 
 LONG = sentence(99, 80)
@@ -180,13 +191,13 @@ def test_normal_data_is_quiet(rows: list[Example]) -> None:
 
 def test_no_rows_are_no_findings() -> None:
     """An empty evaluation file, or none, changes nothing."""
-    assert survey([]).findings == ()
-    assert survey(normal(), []).shared == 0
+    assert scanned([]).findings == ()
+    assert scanned(normal(), []).shared == 0
 
 
 def read_file(name: str) -> Iterator[Example]:
     path = ROOT / "examples/orders" / name
-    return iter(dataset.read([dataset.Source(name=name, path=path)]))
+    return iter(ExampleStream([Source(name=name, path=path)]))
 
 
 def test_the_orders_are_clean() -> None:
@@ -203,10 +214,10 @@ def test_a_leak_is_a_row_of_the_evaluation_that_is_in_training() -> None:
         talk(LONG, "yes, it is so, I think", line=3, source="e"),
         talk(varied(LONG), "yes, it is so, I think", line=4, source="e"),
     ]
-    surveyed = survey(train, held_out)
-    assert {one.code: (one.count, one.first) for one in surveyed.findings} == {"eval_leakage": (2, ("e:3", "e:4"))}
-    assert (surveyed.rows, surveyed.held_out, surveyed.shared) == (61, 4, 2)
-    assert "2 of 4 rows (50%)" in surveyed.findings[0].message
+    scan = scanned(train, held_out)
+    assert {one.code: (one.count, one.first) for one in scan.findings} == {"eval_leakage": (2, ("e:3", "e:4"))}
+    assert (scan.rows, scan.held_out, scan.shared) == (61, 4, 2)
+    assert "2 of 4 rows (50%)" in scan.findings[0].message
 
 
 def test_a_text_that_all_rows_share_is_no_duplicate() -> None:
@@ -214,7 +225,7 @@ def test_a_text_that_all_rows_share_is_no_duplicate() -> None:
     shared = sentence(5, 300)
     rows = [talk(f"{shared} {sentence(n, 6)}", f"It is number {n} of all.", line=n) for n in range(200)]
     assert found(rows).keys() == {"shared_text"}
-    split = dataset.split(survey(rows).group_keys(), fraction=0.2)
+    split = split_by_content(scanned(rows).group_keys(), fraction=0.2)
     assert 20 < sum(split.held_out) < 60
 
 
@@ -223,12 +234,12 @@ def family(seed: int, size: int) -> list[Example]:
     return [talk(sentence(seed, 60), varied(sentence(seed + 1, 60), n), line=n) for n in range(size)]
 
 
-def sides(rows: list[Example], level: Level = "all") -> dict[str, bool]:
+def sides(rows: list[Example], scope: Scope = "everything") -> dict[str, bool]:
     """For each content whether it is held out; a content on both sides is an error."""
-    keys = list(survey(rows, level=level).group_keys())
-    split = dataset.split(keys, fraction=0.3)
+    keys = list(scanned(rows, scope=scope).group_keys())
+    split = split_by_content(keys, fraction=0.3)
     if split.note:
-        return {content_key(row): dataset.is_evaluation(key, 0.3) for row, key in zip(rows, keys, strict=True)}
+        return {content_key(row): is_held_out(key, 0.3) for row, key in zip(rows, keys, strict=True)}
     train, held_out = ({content_key(row) for row in compress(rows, side)} for side in (split.train, split.held_out))
     assert not train & held_out
     assert sum(split.train) + sum(split.held_out) == len(rows)
@@ -276,7 +287,7 @@ def test_no_order_and_no_unlike_row_moves_another(seeds: list[int], others: list
 )
 def test_shares_as_a_person_writes_them(share: float, told: str) -> None:
     """No share is told in powers of ten, and none as nothing."""
-    assert quality._percent(share) == told
+    assert _percent(share) == told
 
 
 @pytest.mark.parametrize("size", [30, 60])
@@ -293,8 +304,8 @@ def test_a_large_group_is_judged_by_its_own_size(size: int) -> None:
 def test_off_does_not_change_the_split() -> None:
     """What is not looked for has no say in who is trained on: the setting is not part of the fingerprint."""
     rows = [*normal(), *family(0, 5), *family(50, 5)]
-    assert sides(rows) == sides(rows, level="alike")
-    assert survey(rows, level="alike").findings == ()
+    assert sides(rows) == sides(rows, scope="near_duplicates")
+    assert scanned(rows, scope="near_duplicates").findings == ()
 
 
 def test_memory_does_not_hold_texts() -> None:
@@ -302,7 +313,7 @@ def test_memory_does_not_hold_texts() -> None:
 
     def peak(rows: int) -> int:
         tracemalloc.start()
-        survey(talk(str(n), LONG * 40, line=n) for n in range(rows))
+        scanned(talk(str(n), LONG * 40, line=n) for n in range(rows))
         size = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return size
@@ -318,12 +329,12 @@ def test_no_secret_is_ever_shown(before: str, secret: str, after: str) -> None:
     core = max(secret.replace("\n", " ").replace('"', " ").replace(":", " ").replace("@", " ").split(), key=len)
     assert masking.holds_secret(text)
     assert core not in masking.masked(text)
-    surveyed = survey([talk("How do I log in?", text)])
+    scan = scanned([talk("How do I log in?", text)])
     with capture_logs() as logs:
-        prepare.judge(config(), surveyed.findings, rows=1)
+        prepare.judge(scan, quality="warn")
     with pytest.raises(DataError) as caught:
-        prepare.judge(config(quality="fail"), surveyed.findings, rows=1)
-    assert core not in f"{surveyed.findings} {logs} {caught.value}"
+        prepare.judge(scan, quality="fail")
+    assert core not in f"{scan.findings} {logs} {caught.value}"
     assert "secrets" in {line["code"] for line in logs}
 
 
@@ -373,16 +384,16 @@ def write(path: Path, examples: Iterable[Example]) -> Path:
     return path
 
 
-def surveyed(path: Path, **settings: Any) -> ScanResult:
-    return prepare.read(config(**settings), pulled(path)).surveyed
+def scan_of(path: Path, **settings: Any) -> ScanResult:
+    return prepare.read(config(**settings), pulled(path)).scan
 
 
 def test_fail_names_everything_that_was_found(tmp_path: Path) -> None:
     """The error has each finding with its place and remedy, grave or not, and says which are grave."""
     path = write(tmp_path / "a.jsonl", [talk("Who is it?", ""), talk("Who?", "me@acme-mail.com it is"), *normal()])
-    examples = prepare.read(config(), pulled(path))
-    with pytest.raises(DataError, match=r"grave is in the data \(empty_answers\)") as caught:
-        prepare.judge(config(quality="fail"), examples.surveyed.findings, rows=examples.surveyed.rows)
+    facts = prepare.read(config(), pulled(path))
+    with pytest.raises(DataError, match=r"grave: empty_answers\.") as caught:
+        prepare.judge(facts.scan, quality="fail")
     assert "empty_answers: 1 of 62 rows (1.6%) " in caught.value.message
     assert "email_addresses: 1 of 62 rows" in caught.value.message
     assert "First: a.jsonl:1. " in caught.value.message
@@ -393,38 +404,36 @@ def test_fail_names_everything_that_was_found(tmp_path: Path) -> None:
 def test_warn_says_each_finding_once(tmp_path: Path, quality: str, events: list[str]) -> None:
     """One warning for each code with all its fields; `off` says nothing."""
     path = write(tmp_path / "a.jsonl", [talk("Who is it?", ""), talk("Who?", "me@acme-mail.com it is"), *normal()])
-    found = surveyed(path, quality=quality)
+    found = scan_of(path, quality=quality)
     with capture_logs() as logs:
-        prepare.judge(config(quality=quality), found.findings, rows=found.rows)
+        prepare.judge(found, quality=quality)
     assert [line["event"] for line in logs] == events
     assert all(line.keys() >= {"code", "count", "first", "message", "remedy"} for line in logs)
 
 
 def test_some_duplicates_are_not_grave() -> None:
     """`fail` lets a few duplicates pass, which most datasets have, and not a tenth."""
-    few = survey([*normal(), *normal(2)])
-    many = survey([*normal(), *normal(20)])
-    assert [verdicts.is_grave(one, found.rows) for found in (few, many) for one in found.findings] == [False, True]
+    few = scanned([*normal(), *normal(2)])
+    many = scanned([*normal(), *normal(20)])
+    assert [is_grave(one, found.rows) for found in (few, many) for one in found.findings] == [False, True]
 
 
 def test_too_few_rows_for_an_evaluation_are_a_warning(tmp_path: Path) -> None:
     """An evaluation that was asked for and cannot be made is told in the log."""
     path = write(tmp_path / "a.jsonl", normal(3))
     with capture_logs() as logs:
-        examples = prepare.read(config(eval_fraction=0.0001), pulled(path))
+        facts = prepare.read(config(eval_fraction=0.0001), pulled(path))
     assert [(line["event"], line["log_level"]) for line in logs] == [("evaluation_disabled", "warning")]
-    assert examples.split.train == bytes([1]) * 3
+    assert facts.split.train == bytes([1]) * 3
 
 
 def test_the_users_own_evaluation_is_compared(tmp_path: Path) -> None:
     """Both files are read, none is changed, and the leak is in the findings."""
     train, held_out = write(tmp_path / "a.jsonl", normal(9)), write(tmp_path / "b.jsonl", normal(2))
-    examples = prepare.read(config(), pulled(train, held_out))
-    assert [(one.code, one.first) for one in examples.surveyed.findings] == [
-        ("eval_leakage", ("b.jsonl:1", "b.jsonl:2"))
-    ]
-    assert (sum(examples.split.train), sum(examples.split.held_out)) == (9, 2)
-    assert prepare.read(config(quality="off"), pulled(train, held_out)).surveyed.shared == 2
+    facts = prepare.read(config(), pulled(train, held_out))
+    assert [(one.code, one.first) for one in facts.scan.findings] == [("eval_leakage", ("b.jsonl:1", "b.jsonl:2"))]
+    assert (sum(facts.split.train), sum(facts.split.held_out)) == (9, 2)
+    assert prepare.read(config(quality="off"), pulled(train, held_out)).scan.shared == 2
 
 
 def test_a_run_on_bad_data_is_refused(tiny_model: Path, tmp_path: Path) -> None:

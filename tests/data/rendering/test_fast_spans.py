@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from job.data.examples import Turn
 from job.data.rendering import fast_spans
-from job.data.rendering.spans import _by_prefixes, answers, frames
+from job.data.rendering.spans import _by_prefixes, answer_pieces, is_fast_path_safe
 from job.data.tokenizer.chat_template import RefusedError
 from tests import model_templates as real
 from tests.model_templates import MODELS
@@ -41,12 +41,14 @@ def test_it_is_a_short_cut_to_the_same(name, said):
     """For each real template: text, spans and refusals are those of prefix rendering, whatever the contents hold."""
     template = real.tokenizer(name).template_for("messages")
     learned = [index for index, turn in enumerate(said) if turn.role == "assistant"]
-    assert either(answers, template, said, (), only_last=False) == either(_by_prefixes, template, said, (), learned)
+    assert either(answer_pieces, template, said, (), only_last=False) == either(
+        _by_prefixes, template, said, (), learned
+    )
 
 
 def test_it_is_taken_where_templates_are_plain():
     """ChatML, Llama 3 and Zephyr frame each answer; Qwen 3 rewrites earlier ones, so that it is not even tried."""
-    plain = {name for name in MODELS if frames(real.tokenizer(name).template_for("messages"))}
+    plain = {name for name in MODELS if is_fast_path_safe(real.tokenizer(name).template_for("messages"))}
     assert {"chatml", "llama-3.1", "zephyr", "smollm-2"} <= plain
     assert not {"qwen-3", "llama-2", "gpt-oss"} & plain
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from job.data.examples import Example, RowError, Turn
 from job.data.rendering.labels import IGNORED, Rendered
-from job.data.rendering.renderer import Renderer, Text
-from job.data.tokenizer.chat_template import named
+from job.data.rendering.renderer import RenderedText, Renderer
+from job.data.tokenizer.chat_template import bundled_template
 from job.data.tokenizer.load import Tokenizer
 from tests import model_templates as real
 from tests.model_templates import EXPECTED, MODELS, decoded
@@ -52,7 +52,7 @@ def marked(found: Tokenizer, sequence: Rendered) -> str:
     return "".join(f"⟦{decoded(found, ids)}⟧" if learned else decoded(found, ids) for learned, ids in runs)
 
 
-def marked_text(text: Text) -> str:
+def marked_text(text: RenderedText) -> str:
     """The same for text and spans, before they are tokens."""
     made = []
     for piece in text.pieces:
@@ -332,7 +332,7 @@ def test_reasoning_is_a_channel_of_its_own() -> None:
             answer.format("a <|end|> b", "So."),
         ]
         assert "hm" not in decoded(real.tokenizer(name), sequences[1].input_ids)
-        assert all(sequence.unshown == () for sequence in sequences)
+        assert all(sequence.not_rendered == () for sequence in sequences)
 
 
 def test_a_call_behind_reasoning_is_one_answer() -> None:
@@ -360,9 +360,9 @@ def test_calls_that_are_printed_in_part_are_refused() -> None:
     """gpt-oss's template prints the first call of an answer alone: to learn that would be to forget the others."""
     calls = tuple({"type": "function", "function": CALL | {"arguments": {"city": city}}} for city in ("Oslo", "Rome"))
     said = (Turn(role="user", content="Weather?"), Turn(role="assistant", content="", tool_calls=calls))
-    with pytest.raises(RowError, match="only some of the 2 tool calls of turn 2; it takes one tool call") as caught:
+    with pytest.raises(RowError, match=r"some of the 2 tool calls of turn 2; .*one tool call") as caught:
         renderer("gpt-oss").render(row(*said, tools=(TOOL,)))
-    assert caught.value.remedy.startswith("Give each call a turn of its own")
+    assert caught.value.remedy.startswith("Put each call into a separate turn")
     (answer,) = learned(real.tokenizer("qwen-2.5"), renderer("qwen-2.5").render(row(*said, tools=(TOOL,))))
     assert "Oslo" in answer
     assert "Rome" in answer
@@ -374,17 +374,17 @@ def test_tools_that_no_call_uses_are_shown_or_told(name: str) -> None:
     for mode in ("responses", "all"):
         said = turns((("user", "Is it bad weather?"), ("assistant", "No.")))
         sequences = renderer(name, train_on=mode).render(row(*said, tools=(TOOL,)))
-        assert {sequence.unshown for sequence in sequences} == {() if MODELS[name].tools else ("tools",)}
+        assert {sequence.not_rendered for sequence in sequences} == {() if MODELS[name].tools else ("tools",)}
 
 
 @pytest.mark.parametrize(
-    ("name", "unshown"), [("qwen-3", ()), ("gemma-4-first", ("reasoning",)), ("phi-4", ("reasoning",))]
+    ("name", "not_rendered"), [("qwen-3", ()), ("gemma-4-first", ("reasoning",)), ("phi-4", ("reasoning",))]
 )
-def test_reasoning_that_is_not_printed_is_told(name: str, unshown: tuple[str, ...]) -> None:
+def test_reasoning_that_is_not_printed_is_told(name: str, not_rendered: tuple[str, ...]) -> None:
     """Where a template leaves reasoning out of the answer that it leads to, the row says so."""
     said = (Turn(role="user", content="Hi"), Turn(role="assistant", content="So.", reasoning_content="hm, hm"))
     (sequence,) = renderer(name).render(row(*said))
-    assert sequence.unshown == unshown
+    assert sequence.not_rendered == not_rendered
 
 
 def test_an_empty_channel_in_the_generation_prompt_alone_is_told() -> None:
@@ -409,9 +409,9 @@ USER, ANSWER, SYSTEM = ("user", "Hi"), ("assistant", "Hello."), ("system", "Be b
 @pytest.mark.parametrize(
     ("name", "talk", "rule", "remedy"),
     [
-        pytest.param("gemma-2", (SYSTEM, USER, ANSWER), "System role not supported; it knows no system turn",
+        pytest.param("gemma-2", (SYSTEM, USER, ANSWER), "System role not supported; .*system turns",
                      "start of the first user turn", id="gemma 2 system"),
-        pytest.param("mistral-v0.1", (SYSTEM, USER, ANSWER), "must alternate.*; it knows no system turn",
+        pytest.param("mistral-v0.1", (SYSTEM, USER, ANSWER), "must alternate.*; .*system turns",
                      "start of the first user turn", id="mistral 0.1 system"),
         pytest.param("gemma-3", (USER, ANSWER, ANSWER), "turns 2 and 3 are both `assistant`", "Merge",
                      id="gemma 3 row"),
@@ -419,20 +419,20 @@ USER, ANSWER, SYSTEM = ("user", "Hi"), ("assistant", "Hello."), ("system", "Be b
         pytest.param("mistral-nemo", (USER, ANSWER, ANSWER), "turns 2 and 3 are both", "Merge", id="nemo row"),
         pytest.param("mistral-v2", (USER, ANSWER, ANSWER), "turns 2 and 3 are both|renders the turns before turn 3",
                      "TUNE_CHAT_TEMPLATE", id="mistral joins answers"),
-        pytest.param("gemma-3", (ANSWER, USER, ANSWER), "wants the user to speak first", "before the first user turn",
+        pytest.param("gemma-3", (ANSWER, USER, ANSWER), "user turn before the first", "before the first user turn",
                      id="gemma 3 answer first"),
-        pytest.param("gemma-2", (SYSTEM, USER, ANSWER, ANSWER), "knows no system turn, and turns 3 and 4 are both",
+        pytest.param("gemma-2", (SYSTEM, USER, ANSWER, ANSWER), "system turns, and turns 3 and 4 are both",
                      "Merge", id="two rules"),
-        pytest.param("mistral-nemo", (SYSTEM, ANSWER), "wants the user to speak first", "put a user turn",
+        pytest.param("mistral-nemo", (SYSTEM, ANSWER), "user turn before the first", "put a user turn",
                      id="no user"),
-        pytest.param("phi-3-first", (SYSTEM, USER, ANSWER), "leaves out turn 1, .*`system`; it knows no system turn",
+        pytest.param("phi-3-first", (SYSTEM, USER, ANSWER), "turn 1, .*`system`; .*system turns",
                      "start of the first user turn", id="phi 3 system left out"),
         pytest.param("qwen-2.5", (("developer", "Be brief."), USER, ANSWER),
-                     "leaves out turn 1, of the role `developer`; it knows no developer turn", "Name the role `system`",
+                     "turn 1, .*`developer`; .*`developer`", "Name the role `system`",
                      id="developer left out"),
         pytest.param("phi-4", (USER, ("tool", "Rain."), ANSWER),
-                     "leaves out turn 2, of the role `tool`; it does not take", "tools", id="tool left out"),
-        pytest.param("mistral-v1", (USER, ANSWER, SYSTEM, USER, ANSWER), "a system turn only as the first one",
+                     "turn 2, .*`tool`; .*tools", "tools", id="tool left out"),
+        pytest.param("mistral-v1", (USER, ANSWER, SYSTEM, USER, ANSWER), "a system turn only at the start",
                      "Keep one system turn", id="late system"),
     ],
 )  # fmt: skip
@@ -456,7 +456,7 @@ def test_answers_in_a_row_are_each_learned(name: str) -> None:
 
 def test_a_switch_that_a_template_takes_out_is_no_lost_turn() -> None:
     """Templates of hybrid reasoning models take `/no_think` out of what is said; that is no reason to refuse a row."""
-    text = named("chatml").replace("message['content']", "message['content'] | replace('/no_think', '')")
+    text = bundled_template("chatml").replace("message['content']", "message['content'] | replace('/no_think', '')")
     found = real.wrapped(real.QWEN_FAMILY, text)
     said = turns(
         (("system", "/no_think"), ("user", "Hi /no_think"), ("user", "Line\n/no_think"), ("assistant", "Yes."))
@@ -498,7 +498,7 @@ def test_a_base_model_learns_alpaca_responses(family: real.Family, given: str, p
 )
 def test_a_template_of_the_job_renders_as_the_models_does(name: str) -> None:
     """The templates that the job brings give the very text of those they are named after."""
-    own = real.wrapped(MODELS[name].family, named("gemma" if name == "gemma-3" else name))
+    own = real.wrapped(MODELS[name].family, bundled_template("gemma" if name == "gemma-3" else name))
     text = Renderer(tokenizer=own).text(fixed(name))
     assert marked_text(text) == marked_text(renderer(name).text(fixed(name)))
 
@@ -506,7 +506,7 @@ def test_a_template_of_the_job_renders_as_the_models_does(name: str) -> None:
 def test_the_jobs_templates_for_mistral_show_the_system_turn_once() -> None:
     """Where the model's own template would move the system turn along, the job's leaves it in the first question."""
     for name, model in [("mistral", "mistral-v3"), ("mistral-nemo", "mistral-nemo")]:
-        own = real.wrapped(MODELS[model].family, named(name))
+        own = real.wrapped(MODELS[model].family, bundled_template(name))
         first, second = EXPECTED[model].split("║")
         (sequence,) = Renderer(tokenizer=own).render(fixed(model))
         assert marked(own, sequence) == first + second.partition("</s>")[2].replace("Be brief.\n\n", "")

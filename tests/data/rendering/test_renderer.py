@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from job.data.examples import Example, RowError, Turn
 from job.data.rendering.labels import IGNORED, Rendered
-from job.data.rendering.renderer import MOST_CHARACTERS, Renderer
-from job.data.tokenized.arrow import prepare
-from job.data.tokenizer.chat_template import named
-from job.data.tokenizer.load import Tokenizer, wrap
+from job.data.rendering.renderer import MAX_CHARACTERS, Renderer
+from job.data.tokenizer.chat_template import bundled_template
+from job.data.tokenizer.load import Tokenizer, wrap_tokenizer
 from job.runtime.errors import DataError
+from tests.data.datasets import tokenized
 from tests.tiny_tokenizer import DATE, MARKERS, real_smollm2, tiny
 
 # For each template: the tokenizer's BOS, whether the tokenizer adds it, and what an answer looks like when learned.
@@ -45,11 +45,11 @@ TRIMMING = {"gemma", "llama-2", "llama-3", "llama-3.1", "mistral"}
 @functools.cache
 def tokenizer(name: str) -> Tokenizer:
     bos, adds_bos, _ = TEMPLATES.get(name, (None, False, ""))
-    return wrap(tiny(bos=bos, adds_bos=adds_bos), chat_template=name, date=DATE)
+    return wrap_tokenizer(tiny(bos=bos, adds_bos=adds_bos), chat_template=name, date=DATE)
 
 
 def of_text(text: str, **special: Any) -> Tokenizer:
-    return wrap(tiny(**special), template_text=text, date=DATE)
+    return wrap_tokenizer(tiny(**special), template_text=text, date=DATE)
 
 
 def conversation(*turns: tuple[str, str], line: int = 1) -> Example:
@@ -84,7 +84,7 @@ def test_an_answer_that_is_only_context_is_no_sample() -> None:
 
 def test_a_mark_is_never_overruled_in_silence() -> None:
     """TUNE_TRAIN_ON=all and a message that is marked as context contradict each other; the row is named."""
-    with pytest.raises(RowError, match=r"a\.jsonl:1: a message of it is marked as only context"):
+    with pytest.raises(RowError, match=r"a\.jsonl:1: .*TUNE_TRAIN_ON=all"):
         Renderer(tokenizer=tokenizer("chatml"), train_on="all").render(marked())
 
 
@@ -170,7 +170,7 @@ def test_an_end_marker_of_many_tokens_is_learned_to_its_end() -> None:
     trainer = trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(["<|a|><|b|>"] * 9, trainer)
     hf = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    found = wrap(hf, chat_template="llama-3", date=DATE)
+    found = wrap_tokenizer(hf, chat_template="llama-3", date=DATE)
     assert any("><" in token for token in hf.get_vocab())
     (sequence,) = Renderer(tokenizer=found).render(conversation(*TALK))
     assert learned(found, sequence) == ["It is one.<|eot_id|>", "It is two.<|eot_id|>"]
@@ -266,7 +266,7 @@ def test_an_answer_that_does_not_open_with_the_generation_prompt_is_found() -> N
 
 def test_an_answer_may_come_first() -> None:
     """Where the template cannot render an empty prefix, the header of the first answer is known from other prompts."""
-    text = "{% if messages[0]['role'] == 'system' %}{% endif %}" + named("chatml")
+    text = "{% if messages[0]['role'] == 'system' %}{% endif %}" + bundled_template("chatml")
     for found in (of_text(text), tokenizer("chatml"), tokenizer("qwen-2.5")):
         (sequence,) = Renderer(tokenizer=found).render(conversation(("assistant", "Hello."), *TALK))
         assert learned(found, sequence)[0] == "Hello.<|im_end|>"
@@ -322,7 +322,7 @@ def test_white_space_behind_the_end_is_learned_only_where_nothing_else_ends_a_tu
 @pytest.mark.parametrize("text", ["<s>[INST] hi [/INST] hello </s>", "[INST] hi [/INST] hello"])
 def test_ready_text_has_bos_and_eos_once(text: str) -> None:
     """Text that brings its special tokens gets no second ones; all of it but the first token is learned."""
-    found = wrap(tiny(bos="<s>", adds_bos=True), date=DATE)
+    found = wrap_tokenizer(tiny(bos="<s>", adds_bos=True), date=DATE)
     (sequence,) = Renderer(tokenizer=found).render(ready(text))
     assert [sequence.input_ids.count(token) for token in (found.hf.bos_token_id, found.eos_token_id)] == [1, 1]
     assert (sequence.input_ids[0], sequence.input_ids[-1]) == (found.hf.bos_token_id, found.eos_token_id)
@@ -335,7 +335,7 @@ def test_formats_without_roles_use_the_chat_template_or_their_block() -> None:
     example = Example(source="a", line=1, format="alpaca", turns=turns)
     for found, start in [
         (tokenizer("chatml"), "<|im_start|>user\nAdd.\n\n1 2<"),
-        (wrap(tiny(), date=DATE), "Below is an"),
+        (wrap_tokenizer(tiny(), date=DATE), "Below is an"),
     ]:
         (sequence,) = Renderer(tokenizer=found).render(example)
         assert whole(found, sequence).startswith(start)
@@ -355,7 +355,7 @@ def test_every_overlong_row_is_counted_and_named(tmp_path: Path, overlong: Any, 
     rows = [short, long_answer, long_question]
     renderer = Renderer(tokenizer=found, max_length=40, overlong=overlong)
     assert [sequence.outcome for row in rows for sequence in renderer.render(row)] == outcomes
-    counts = prepare(rows, renderer=renderer, directory=tmp_path).counts
+    counts = tokenized(rows, renderer=renderer, directory=tmp_path).counts
     places = {
         "cut": counts.cut_inside.first,
         "masked": counts.fully_masked.first,
@@ -371,16 +371,16 @@ def test_overlong_rows_fail_the_run_when_asked_to(tmp_path: Path) -> None:
     rows = [conversation(("user", "a " * 100), ("assistant", "b"), line=line) for line in (1, 2)]
     renderer = Renderer(tokenizer=tokenizer("chatml"), max_length=40, overlong="fail")
     with pytest.raises(DataError, match=r"2 of 2 rows are invalid:\na\.jsonl:1: .* more than TUNE_MAX_LENGTH=40"):
-        prepare(rows, renderer=renderer, directory=tmp_path)
+        tokenized(rows, renderer=renderer, directory=tmp_path)
 
 
 @pytest.mark.parametrize("ready", [False, True], ids=["conversation", "ready text"])
 def test_a_text_too_large_to_tokenise_is_refused(ready: bool) -> None:
     """It would take gigabytes of memory, and all but its beginning would be cut off."""
-    large = "word " * (MOST_CHARACTERS // 5) + "!"
+    large = "word " * (MAX_CHARACTERS // 5) + "!"
     row = conversation(("user", "a"), ("assistant", large), line=7)
     read = replace(row, format="text", text=large, turns=()) if ready else row
-    with pytest.raises(RowError, match=r"a\.jsonl:7: .* more than 8,000,000 are not tokenised"):
+    with pytest.raises(RowError, match=r"a\.jsonl:7: .* more than 8,000,000"):
         Renderer(tokenizer=tokenizer("chatml")).text(read)
 
 
@@ -389,9 +389,9 @@ def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
     rows = [conversation(("user", "a " * 100), ("assistant", "b"))]
     renderer = Renderer(tokenizer=tokenizer("chatml"), max_length=40)
     with pytest.raises(DataError, match="Nothing to train on") as caught:
-        prepare(rows, renderer=renderer, directory=tmp_path)
+        tokenized(rows, renderer=renderer, directory=tmp_path)
     assert "TUNE_MAX_LENGTH" in caught.value.remedy
-    empty = prepare(rows, renderer=renderer, directory=tmp_path, name="evaluation", may_be_empty=True)
+    empty = tokenized(rows, renderer=renderer, directory=tmp_path, may_be_empty=True)
     assert (len(empty.dataset), empty.counts.sequences) == (0, 0)
 
 
@@ -399,7 +399,7 @@ def test_rows_that_the_template_refuses_are_all_counted(tmp_path: Path) -> None:
     """Refused rows are reported together, like those that cannot be read."""
     bad = [conversation(("assistant", "a"), line=line) for line in range(1, 13)]
     with pytest.raises(DataError, match="12 of 13 rows are invalid, the first ten:"):
-        prepare([*bad, conversation(*TALK)], renderer=Renderer(tokenizer=tokenizer("gemma")), directory=tmp_path)
+        tokenized([*bad, conversation(*TALK)], renderer=Renderer(tokenizer=tokenizer("gemma")), directory=tmp_path)
 
 
 def test_the_arrow_file_holds_what_single_rendering_gives(tmp_path: Path) -> None:
@@ -411,7 +411,7 @@ def test_the_arrow_file_holds_what_single_rendering_gives(tmp_path: Path) -> Non
         for n in range(1, 700)
     ]
     renderer = Renderer(tokenizer=tokenizer("chatml"))
-    prepared = prepare(iter(rows), renderer=renderer, directory=tmp_path)
+    prepared = tokenized(iter(rows), renderer=renderer, directory=tmp_path)
     alone = [sequence for row in rows for sequence in renderer.render(row)]
     assert prepared.dataset["input_ids"][:] == [sequence.input_ids for sequence in alone]
     assert prepared.dataset["labels"][:] == [sequence.labels for sequence in alone]
@@ -425,13 +425,13 @@ def test_the_arrow_file_holds_what_single_rendering_gives(tmp_path: Path) -> Non
 def test_split_rows_are_counted_as_rows(tmp_path: Path) -> None:
     """A row that became two sequences is one row in the report, and is named."""
     rows = [conversation(*TALK, line=1), conversation(*TALK[:2], line=2)]
-    counts = prepare(rows, renderer=Renderer(tokenizer=tokenizer("qwen-3")), directory=tmp_path).counts
+    counts = tokenized(rows, renderer=Renderer(tokenizer=tokenizer("qwen-3")), directory=tmp_path).counts
     assert (counts.rows, counts.sequences, counts.split.count, counts.split.first) == (2, 3, 1, ("a.jsonl:1",))
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Tokenizer:
-    return wrap(real_smollm2(), date=DATE)
+    return wrap_tokenizer(real_smollm2(), date=DATE)
 
 
 @settings(deadline=None, max_examples=60)
@@ -440,6 +440,6 @@ def test_the_real_smollm2_learns_exactly_its_answers(smollm2: Tokenizer, pairs: 
     """The law of the small tokenizers holds for a real one and its own template, which adds a system turn."""
     turns = [turn for asked, answered in pairs for turn in (("user", asked), ("assistant", answered))]
     (sequence,) = Renderer(tokenizer=smollm2, max_length=10**6).render(conversation(*turns))
-    safe = [smollm2.encode_parts(smollm2.disarm_answer(answered), disarmed=True).ids for _, answered in pairs]
+    safe = [smollm2.encode_parts(smollm2.escape_answer(answered), escaped=True).ids for _, answered in pairs]
     said = [smollm2.hf.decode(ids) for ids in safe]  # some bytes are none of its tokens
     assert learned(smollm2, sequence) == [f"{answered}<|im_end|>" for answered in said]

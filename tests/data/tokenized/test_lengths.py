@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 from job.data.rendering.labels import IGNORED
 from job.data.rendering.renderer import Renderer
 from job.data.rendering.truncation import truncate
-from job.data.tokenized.arrow import prepare
-from job.data.tokenized.lengths import Gathering, Lengths
+from job.data.tokenized.lengths import Lengths, LengthStatistics
+from tests.data.datasets import tokenized
 from tests.data.rendering.test_renderer import TALK, conversation, learned, ready, tokenizer, whole
 
 LONG = (*TALK, ("user", "And 3?"), ("assistant", "It is three, " * 9))
 
 
-def gathered(lengths: list[int], *, micro_batch: int = 1) -> Lengths:
-    found = Gathering()
+def lengths_of(lengths: list[int], *, micro_batch: int = 1) -> Lengths:
+    found = LengthStatistics()
     for length in lengths:
         found.add(length, ((1, length),))
         found.add_trained(length, length - 1)
-    return found.lengths(micro_batch=micro_batch)
+    return found.summary(micro_batch=micro_batch)
 
 
 def tokens_of(*turns: tuple[str, str]) -> int:
@@ -94,7 +94,7 @@ def test_lost_turns_and_cut_answers_are_counted_apart(tmp_path: Path) -> None:
         ready("word " * 200, line=5),
     ]
     renderer = Renderer(tokenizer=tokenizer("chatml"), max_length=tokens_of(*TALK))
-    prepared = prepare(rows, renderer=renderer, directory=tmp_path)
+    prepared = tokenized(rows, renderer=renderer, directory=tmp_path)
     counts, lengths = prepared.counts, prepared.lengths
     assert counts.lost_turns.first == ("a.jsonl:2",)
     assert counts.cut_inside.first == ("a.jsonl:3", "a.jsonl:5")
@@ -140,9 +140,9 @@ def test_what_each_limit_would_do_is_what_it_does(tmp_path: Path) -> None:
         for line in range(1, 120)
     ]
     found = tokenizer("chatml")
-    whole_ones = prepare(rows, renderer=Renderer(tokenizer=found, max_length=10**6), directory=tmp_path)
+    whole_ones = tokenized(rows, renderer=Renderer(tokenizer=found, max_length=10**6), directory=tmp_path)
     for limit in whole_ones.lengths.limits:
-        there = prepare(rows, renderer=Renderer(tokenizer=found, max_length=limit.max_length), directory=tmp_path)
+        there = tokenized(rows, renderer=Renderer(tokenizer=found, max_length=limit.max_length), directory=tmp_path)
         assert there.lengths.limits == whole_ones.lengths.limits
         assert there.counts.cut_inside.count == limit.cut
         assert there.counts.fully_masked.count == limit.masked
@@ -154,18 +154,18 @@ def test_what_each_limit_would_do_is_what_it_does(tmp_path: Path) -> None:
 
 def test_percentiles_histogram_and_suggestion() -> None:
     """Nearest rank; every sequence is in one bin; the suggestion cuts at most one sequence in a hundred."""
-    found = gathered(list(range(1, 1001)))
+    found = lengths_of(list(range(1, 1001)))
     assert (found.p50, found.p90, found.p99, found.max, found.mean) == (500, 900, 990, 1000, 500.5)
     assert (len(found.histogram), found.histogram_width, set(found.histogram)) == (40, 25, {25})
     assert found.suggested_max_length == 1024
-    assert gathered([100] * 99 + [5000]).suggested_max_length == 256
-    assert gathered([100] * 98 + [5000] * 2).suggested_max_length == 8192
-    assert sum(gathered([7, 100_000]).histogram) == 2
+    assert lengths_of([100] * 99 + [5000]).suggested_max_length == 256
+    assert lengths_of([100] * 98 + [5000] * 2).suggested_max_length == 8192
+    assert sum(lengths_of([7, 100_000]).histogram) == 2
 
 
 def test_no_sequences_have_no_lengths() -> None:
     """An empty evaluation set has a table of zeros."""
-    found = gathered([], micro_batch=8)
+    found = lengths_of([], micro_batch=8)
     assert (found.sequences, found.max, found.mean, found.histogram, found.padding_waste) == (0, 0, 0, (), 0)
 
 
@@ -176,5 +176,5 @@ def test_padding_is_what_all_possible_batches_have_on_average(size: int) -> None
     batches = list(itertools.combinations(lengths, size))
     padded = sum(max(batch) * size for batch in batches)
     waste = 1 - sum(map(sum, batches)) / padded
-    assert gathered(lengths, micro_batch=size).padding_waste == pytest.approx(waste, abs=1e-4)
-    assert gathered([5, 5], micro_batch=8).padding_waste == 0
+    assert lengths_of(lengths, micro_batch=size).padding_waste == pytest.approx(waste, abs=1e-4)
+    assert lengths_of([5, 5], micro_batch=8).padding_waste == 0

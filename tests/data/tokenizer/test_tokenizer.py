@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.data.examples import Turn
-from job.data.tokenizer.chat_template import RefusedError, named, names
-from job.data.tokenizer.load import load, wrap
+from job.data.tokenizer.chat_template import RefusedError, bundled_names, bundled_template
+from job.data.tokenizer.load import load_tokenizer, wrap_tokenizer
 from job.runtime.errors import ConfigError, DataError
 from tests import model_templates
 from tests.tiny_tokenizer import DATE, real_smollm2, tiny
@@ -21,14 +21,18 @@ ANSWERED = (*ASKED, Turn(role="assistant", content="Paris."))
 
 def test_the_template_asked_for_is_in_force_and_saved() -> None:
     """A named template replaces the tokenizer's, also in the tokenizer that is saved beside the adapter."""
-    found = wrap(tiny(template="{{ messages[0]['content'] }}"), chat_template="chatml", date=DATE)
-    assert (found.name, found.template, found.hf.chat_template) == ("chatml", named("chatml"), named("chatml"))
+    found = wrap_tokenizer(tiny(template="{{ messages[0]['content'] }}"), chat_template="chatml", date=DATE)
+    assert (found.name, found.template, found.hf.chat_template) == (
+        "chatml",
+        bundled_template("chatml"),
+        bundled_template("chatml"),
+    )
 
 
 def test_a_file_wins_over_a_name() -> None:
     """The text of a Jinja file that the user gives decides alone."""
     text = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
-    found = wrap(tiny(), chat_template="chatml", template_text=text, date=DATE)
+    found = wrap_tokenizer(tiny(), chat_template="chatml", template_text=text, date=DATE)
     assert found.name == "file"
     assert found.render(ANSWERED, add_generation_prompt=False).endswith("assistant: Paris.</s>\n")
 
@@ -36,20 +40,20 @@ def test_a_file_wins_over_a_name() -> None:
 def test_an_unknown_template_is_refused_with_the_known_names() -> None:
     """A misspelt template name never falls back to another template."""
     with pytest.raises(ConfigError, match="chatlm") as caught:
-        wrap(tiny(), chat_template="chatlm", date=DATE)
+        wrap_tokenizer(tiny(), chat_template="chatlm", date=DATE)
     assert "chatml" in caught.value.remedy
 
 
 def test_a_template_that_cannot_render_an_answer_is_refused_at_once() -> None:
     """A broken template is reported when it is loaded, not row by row."""
     with pytest.raises(DataError, match="never"):
-        wrap(tiny(), template_text="{{ raise_exception('never') }}", date=DATE)
+        wrap_tokenizer(tiny(), template_text="{{ raise_exception('never') }}", date=DATE)
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name not in STRICT])
+@pytest.mark.parametrize("name", [name for name in bundled_names() if name not in STRICT])
 def test_templates_render_a_system_turn_before_the_conversation(name: str) -> None:
     """A template we bring writes the system text once, before the user's."""
-    found = wrap(tiny(bos="<s>"), chat_template=name, date=DATE)
+    found = wrap_tokenizer(tiny(bos="<s>"), chat_template=name, date=DATE)
     text = found.render((Turn(role="system", content="Be brief-ish."), *ANSWERED), add_generation_prompt=False)
     assert text.count("Be brief-ish.") == 1
     assert text.index("Be brief-ish.") < text.index("capital") < text.index("Paris.")
@@ -58,7 +62,7 @@ def test_templates_render_a_system_turn_before_the_conversation(name: str) -> No
 @pytest.mark.parametrize("name", STRICT)
 def test_strict_templates_say_which_rule_a_conversation_breaks(name: str) -> None:
     """Two answers in a row are refused in words, and a system turn goes into the first question."""
-    found = wrap(tiny(bos="<s>"), chat_template=name, date=DATE)
+    found = wrap_tokenizer(tiny(bos="<s>"), chat_template=name, date=DATE)
     with pytest.raises(RefusedError, match=f"{name} wants user and assistant turns to alternate"):
         found.render((*ANSWERED, ANSWERED[-1]), add_generation_prompt=False)
     text = found.render((Turn(role="system", content="Be brief-ish."), *ANSWERED), add_generation_prompt=False)
@@ -85,7 +89,7 @@ def test_strict_templates_say_which_rule_a_conversation_breaks(name: str) -> Non
 )
 def test_the_end_of_a_turn_is_found_by_rendering_one(name: str, ending: str) -> None:
     """What ends a turn is what the template puts there, whatever the tokenizer's EOS is."""
-    found = wrap(tiny(bos="<s>"), chat_template=name, date=DATE)
+    found = wrap_tokenizer(tiny(bos="<s>"), chat_template=name, date=DATE)
     assert found.end_of_turn_ids == (found.hf.convert_tokens_to_ids(ending),)
     assert set(found.stop_ids) == {found.eos_token_id, *found.end_of_turn_ids}
     assert found.notes == ()
@@ -93,7 +97,7 @@ def test_the_end_of_a_turn_is_found_by_rendering_one(name: str, ending: str) -> 
 
 def test_an_eos_that_opens_turns_is_corrected() -> None:
     """A tokenizer that calls the opening marker EOS gets the closing one, and a note says so."""
-    found = wrap(tiny(eos="<|im_start|>", template=named("chatml")), date=DATE)
+    found = wrap_tokenizer(tiny(eos="<|im_start|>", template=bundled_template("chatml")), date=DATE)
     assert found.hf.eos_token == "<|im_end|>"
     assert found.eos_token_id == found.hf.convert_tokens_to_ids("<|im_end|>")
     assert "<|im_start|>" in found.notes[0]
@@ -101,33 +105,35 @@ def test_an_eos_that_opens_turns_is_corrected() -> None:
 
 def test_markers_that_are_no_tokens_are_noted() -> None:
     """A template made for another model is noticed: its end marker falls apart."""
-    found = wrap(tiny(), template_text="{% for m in messages %}{{ m.content }}<|endofturn|>{% endfor %}", date=DATE)
+    found = wrap_tokenizer(
+        tiny(), template_text="{% for m in messages %}{{ m.content }}<|endofturn|>{% endfor %}", date=DATE
+    )
     assert "is it the right template" in found.notes[0]
 
 
 def test_a_template_without_an_end_is_noted() -> None:
     """A model that sees no end of turn does not learn to stop; the user is told."""
-    found = wrap(tiny(), template_text="{% for m in messages %}{{ m.content }}\n{% endfor %}", date=DATE)
+    found = wrap_tokenizer(tiny(), template_text="{% for m in messages %}{{ m.content }}\n{% endfor %}", date=DATE)
     assert "does not learn to stop" in found.notes[0]
 
 
 def test_dates_come_from_the_record() -> None:
     """A template that prints today's date prints the run's date, on every attempt."""
     text = "{{ strftime_now('%d %b %Y') }}|{{ date_string }}|{% for m in messages %}{{ m.content }}{% endfor %}"
-    found = wrap(tiny(), template_text=text, date=DATE)
+    found = wrap_tokenizer(tiny(), template_text=text, date=DATE)
     assert found.render(ASKED, add_generation_prompt=False).startswith("22 Nov 2026|22 Nov 2026|")
 
 
 def test_a_date_that_the_template_sets_itself_stays() -> None:
     """A template's own default date is what inference prints, so it is kept."""
-    found = wrap(tiny(bos="<s>"), chat_template="llama-3.1", date=DATE)
+    found = wrap_tokenizer(tiny(bos="<s>"), chat_template="llama-3.1", date=DATE)
     assert "Today Date: 26 Jul 2024" in found.render(ASKED, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("text", ["<s>hello", "hello"])
 def test_bos_stands_exactly_once(text: str) -> None:
     """BOS is added only where the text does not bring it."""
-    found = wrap(tiny(bos="<s>", adds_bos=True), date=DATE)
+    found = wrap_tokenizer(tiny(bos="<s>", adds_bos=True), date=DATE)
     bos = found.hf.bos_token_id
     encoded = found.encode(text)
     assert encoded.ids[0] == bos
@@ -137,25 +143,25 @@ def test_bos_stands_exactly_once(text: str) -> None:
 
 def test_no_bos_where_the_tokenizer_uses_none() -> None:
     """A BOS token that the tokenizer has but does not put before texts is not added."""
-    found = wrap(tiny(bos="<s>"), date=DATE)
+    found = wrap_tokenizer(tiny(bos="<s>"), date=DATE)
     assert found.hf.bos_token_id not in found.encode("hello").ids
 
 
 def test_disarmed_markers_are_plain_text() -> None:
     """A marker in a user's text is encoded as its characters, and decodes to them."""
-    found = wrap(tiny(), chat_template="chatml", date=DATE)
-    safe = found.disarm("stop <|im_end|> now")
-    encoded = found.encode_parts(f"<|im_start|>{safe}<|im_end|>", disarmed=True)
+    found = wrap_tokenizer(tiny(), chat_template="chatml", date=DATE)
+    safe = found.escape("stop <|im_end|> now")
+    encoded = found.encode_parts(f"<|im_start|>{safe}<|im_end|>", escaped=True)
     assert [encoded.ids.count(found.hf.convert_tokens_to_ids(t)) for t in ("<|im_start|>", "<|im_end|>")] == [1, 1]
     assert found.hf.decode(encoded.ids) == "<|im_start|>stop <|im_end|> now<|im_end|>"
-    assert found.rearm(safe) == "stop <|im_end|> now"
+    assert found.unescape(safe) == "stop <|im_end|> now"
 
 
 def test_a_saved_tokenizer_loads_with_its_template(tmp_path: Path) -> None:
     """What the job saves, the job loads, from local files and nothing else."""
-    tiny(template=named("chatml")).save_pretrained(tmp_path)
-    found = load(tmp_path, date=DATE)
-    assert (found.name, found.template) == ("tokenizer", named("chatml"))
+    tiny(template=bundled_template("chatml")).save_pretrained(tmp_path)
+    found = load_tokenizer(tmp_path, date=DATE)
+    assert (found.name, found.template) == ("tokenizer", bundled_template("chatml"))
 
 
 @pytest.mark.parametrize(
@@ -171,20 +177,20 @@ def test_generation_stops_where_the_model_says(
     tmp_path: Path, given: list[str] | str | None, others: list[str]
 ) -> None:
     """Every EOS of `generation_config.json` ends an answer too (Llama 3 has three), but none that opens one."""
-    hf = tiny(eos="<|im_end|>", template=named("chatml"))
+    hf = tiny(eos="<|im_end|>", template=bundled_template("chatml"))
     hf.save_pretrained(tmp_path)
     numbers = hf.convert_tokens_to_ids(given) if given else None
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": numbers}))
-    found = load(tmp_path, date=DATE)
+    found = load_tokenizer(tmp_path, date=DATE)
     assert found.stop_ids == tuple(hf.convert_tokens_to_ids(["<|im_end|>", *others]))
 
 
 def test_a_damaged_generation_config_is_refused_at_once(tmp_path: Path) -> None:
     """What would end the export of merged weights ends the run before it trains."""
-    tiny(template=named("chatml")).save_pretrained(tmp_path)
+    tiny(template=bundled_template("chatml")).save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(DataError, match=r"generation_config\.json"):
-        load(tmp_path, date=DATE)
+        load_tokenizer(tmp_path, date=DATE)
 
 
 def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
@@ -193,7 +199,7 @@ def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(DataError, match=tmp_path.name) as caught:
-        load(tmp_path, date=DATE)
+        load_tokenizer(tmp_path, date=DATE)
     assert "tokenizer.json" in caught.value.remedy
     assert not (tmp_path / "ran").exists()
 
@@ -205,12 +211,12 @@ def test_a_slow_tokenizer_is_refused_by_name() -> None:
         is_fast = False
 
     with pytest.raises(DataError, match="SlowTokenizer"):
-        wrap(SlowTokenizer(), date=DATE)
+        wrap_tokenizer(SlowTokenizer(), date=DATE)
 
 
 def test_without_a_template_each_format_without_roles_has_its_text_block() -> None:
     """A base model gets the classic blocks; a conversation needs a template, and the message says which variable."""
-    found = wrap(tiny(), date=DATE)
+    found = wrap_tokenizer(tiny(), date=DATE)
     assert found.template is None
     assert found.template_for("alpaca").name == "alpaca"
     with pytest.raises(DataError, match="messages") as caught:
@@ -220,7 +226,7 @@ def test_without_a_template_each_format_without_roles_has_its_text_block() -> No
 
 def test_the_blocks_are_the_usual_ones() -> None:
     """Alpaca's two prompts and the question-answer block are written as their tutorials write them."""
-    found = wrap(tiny(), date=DATE)
+    found = wrap_tokenizer(tiny(), date=DATE)
     asked = Turn(role="user", content="Add.", input="1 2")
     alpaca = found.blocks["alpaca"]
     assert alpaca.render([asked], add_generation_prompt=True).startswith(
@@ -237,7 +243,7 @@ def test_the_blocks_are_the_usual_ones() -> None:
 
 def test_the_real_smollm2_gets_its_real_eos() -> None:
     """SmolLM2's GGUF says EOS is <|im_start|>; the job uses <|im_end|>."""
-    found = wrap(real_smollm2(), date=DATE)
+    found = wrap_tokenizer(real_smollm2(), date=DATE)
     assert (found.hf.eos_token, found.end_of_turn_ids) == ("<|im_end|>", (found.eos_token_id,))
     assert len(found.notes) == 1
 

@@ -1,15 +1,15 @@
 """Rows -> findings: duplicates, leaks into the evaluation, answers that teach nothing, secrets, garbage.
 
-One pass; for each row some 350 bytes of hashes stay in memory, no text. What is learned from the rows that are alike
-also serves the split: rows of one group belong on one side. Nothing found is ever quoted: a finding tells rows by file
-and line, and the secret itself stays where it is.
+One pass; about 350 bytes of hashes stay in memory for each row, and no text. The groups of near duplicates also serve
+the split, which keeps each on one side. A finding names rows by file and line and never quotes them, so that no secret
+is repeated.
 """
 
 from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,34 +18,33 @@ import xxhash
 from numpy.typing import NDArray
 
 from job.data.examples import SHOWN, Example, Turn, content_key
-from job.data.findings import Finding
-from job.data.quality.garbage import garbage
+from job.data.findings import Finding, finding
+from job.data.quality.garbage import garbage_kind
 from job.data.quality.near_duplicates import Signatures, groups, spaced
-from job.data.quality.verdicts import WORDS
 from job.observability.masking import holds_email, holds_secret
 
 Flags = NDArray[np.bool_]
 Numbers = NDArray[np.int64]
-Level = Literal["all", "alike", "exact"]
+Scope = Literal["everything", "near_duplicates", "exact_duplicates"]
+"""What a scan looks for: findings of all kinds, only the groups that a split needs, or only rows that are equal."""
 
-MOST_ALIKE = 50
-"""A group of more contents is no group of near duplicates: its rows share a long text, as every row does that begins
-with the same instructions. Holding it together would empty a side of a small split. It is no share of the rows, so that
-no row that is unlike the group changes what becomes of it."""
-NOTED_SHARE = 0.01
-"""One-word answers are worth a word from this share of the rows on."""
+MAX_GROUP = 50
+"""Different contents in a group of near duplicates. The rows of a larger group share a long text, e.g. instructions at
+their start; to keep it on one side would empty the other side of a small split. The limit is a number and not a share,
+so that no row outside the group has an effect on it."""
+ONE_WORD_SHARE = 0.01
+"""One-word answers are a finding from this share of the rows on."""
 SHORT_ANSWERS = 5
-"""Words of the median answer up to which answers of one word are the dataset's way, as labels are."""
-
-LONG_ENOUGH = 1000
-"""Characters of an answer whose words are counted: all that is asked is whether it is short."""
+"""Words. Up to this median, short answers are normal for the dataset (labels, for example), and not a finding."""
+COUNTED_CHARACTERS = 1000
+"""Characters of an answer whose words are counted: only whether it is short matters."""
 
 EMPTY, REPEATS, ONE_WORD, SECRET, EMAIL, GARBAGE = (1 << bit for bit in range(6))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScanResult:
-    """What one pass over all rows gave."""
+    """The result of one pass over all rows."""
 
     rows: int
     """Training rows, or all rows where the split is still to be made."""
@@ -57,7 +56,7 @@ class ScanResult:
     shared: int
     """Rows of an evaluation file that also occur in training, exactly or nearly."""
     leaders: NDArray[np.uint64]
-    """For each of them, in order: the two halves of the smallest content key in its group."""
+    """For each of these rows, in order: the two halves of the smallest content key in its group."""
 
     def group_keys(self) -> Iterator[str]:
         """For each row, in order, the smallest content key of the rows that are nearly the same."""
@@ -65,24 +64,11 @@ class ScanResult:
             yield f"{high:016x}{low:016x}"
 
 
-def survey(examples: Iterable[Example], held_out: Iterable[Example] = (), *, level: Level = "all") -> ScanResult:
-    """Look at all rows once: those to train on (or to split), then those of an evaluation file.
-
-    `alike` looks for no more than the groups that a split needs, `exact` only for rows that are the same.
-    """
-    rows = QualityScan(level=level)
-    for example in examples:
-        rows.add(example)
-    for example in held_out:
-        rows.add(example, held_out=True)
-    return rows.result()
-
-
 @dataclass(kw_only=True)
 class QualityScan:
-    """What is kept of each row, while rows pass by."""
+    """Takes rows one by one and keeps hashes of them."""
 
-    level: Level
+    scope: Scope = "everything"
     held_out: int = 0
     """Rows of an evaluation file."""
     names: dict[str, int] = field(default_factory=dict)
@@ -91,7 +77,7 @@ class QualityScan:
     keys: bytearray = field(default_factory=bytearray)
     signatures: Signatures = field(default_factory=Signatures)
     prompts: array[int] = field(default_factory=lambda: array("Q"))
-    """Hashes of what stands before the last answer; 0 for a row that asks nothing."""
+    """Hashes of the conversation before the last answer; 0 for a row that asks nothing."""
     answers: array[int] = field(default_factory=lambda: array("Q"))
     words: array[int] = field(default_factory=lambda: array("I"))
     """Of the last answer."""
@@ -100,35 +86,35 @@ class QualityScan:
     """Rows by kind."""
 
     def add(self, example: Example, *, held_out: bool = False) -> None:
-        """One more row; those of an evaluation file (`held_out`) come last."""
+        """Add a row; rows of evaluation files (`held_out`) come last."""
         self.held_out += held_out
         self.sources.append(self.names.setdefault(example.source, len(self.names)))
         self.lines.append(example.line)
         self.keys += bytes.fromhex(content_key(example))
-        if self.level == "exact":
+        if self.scope == "exact_duplicates":
             return
         said = [_content(turn) for turn in example.turns]
         self.signatures.add(_compared(example, said))
-        if self.level == "all":
-            self._look(example, said)
+        if self.scope == "everything":
+            self._examine(example, said)
 
     def result(self) -> ScanResult:
-        """What was found in all rows."""
-        return _surveyed(self, len(self.lines) - self.held_out)
+        """The findings in all rows, and their groups."""
+        return _result(self)
 
-    def _look(self, example: Example, said: list[str]) -> None:
+    def _examine(self, example: Example, said: list[str]) -> None:
         trained = [at for at, turn in enumerate(example.turns) if turn.role == "assistant" and turn.trained]
         answer = said[trained[-1]] if trained else ""
         self.prompts.append(_prompt(example, said[: trained[-1]]) if trained else 0)
         self.answers.append(_hash(answer.strip().casefold()))
-        self.words.append(len(spaced(answer[:LONG_ENOUGH]).split()))
+        self.words.append(len(spaced(answer[:COUNTED_CHARACTERS]).split()))
         flags = EMPTY * any(not said[at].strip() for at in trained)
         flags |= ONE_WORD * (self.words[-1] == 1)
         flags |= REPEATS * any(at > 0 and _repeats(*example.turns[at - 1 : at + 1]) for at in trained)
-        self.flags.append(flags | self._suspect(_all(example, said)))
+        self.flags.append(flags | self._suspect(_all_text(example, said)))
 
     def _suspect(self, text: str) -> int:
-        kind = garbage(text)
+        kind = garbage_kind(text)
         if kind:
             self.garbage[kind] = self.garbage.get(kind, 0) + 1
         return GARBAGE * bool(kind) | SECRET * holds_secret(text) | EMAIL * holds_email(text)
@@ -149,14 +135,14 @@ def _content(turn: Turn) -> str:
 
 
 def _compared(example: Example, said: list[str]) -> str:
-    """The conversation without its system prompt, so that a shared one makes no rows alike."""
+    """The conversation without its system prompt, so that rows with the same system prompt are not alike for it."""
     if example.text is not None:
         return example.text
     turns = zip(example.turns, said, strict=True)
     return "\n".join(text for turn, text in turns if turn.role not in {"system", "developer"})
 
 
-def _all(example: Example, said: list[str]) -> str:
+def _all_text(example: Example, said: list[str]) -> str:
     """Every text of the row."""
     if example.text is not None:
         return example.text
@@ -164,7 +150,7 @@ def _all(example: Example, said: list[str]) -> str:
 
 
 def _prompt(example: Example, said: list[str]) -> int:
-    """A hash of what is said before an answer, and by whom; 0 if nothing is asked."""
+    """A hash of the turns before an answer, with their roles; 0 if nothing is asked."""
     before = list(zip(example.turns, said, strict=False))
     if not any(turn.role == "user" and text.strip() for turn, text in before):
         return 0
@@ -177,21 +163,21 @@ def _repeats(before: Turn, answer: Turn) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Alike:
-    """Which rows are the same, or nearly so. Contents are numbered by their key, so that no order of rows matters."""
+class _Groups:
+    """Which rows are equal, or nearly so. Contents are numbered by key, so that the order of rows does not matter."""
 
     content: Numbers
     """For each row the number of its content."""
     group: Numbers
     """For each row the smallest number of its group's contents."""
-    boilerplate: Flags
-    """For each row whether it is alike with so many that they share a text."""
+    too_large: Flags
+    """For each row whether its group was too large and was dissolved (`MAX_GROUP`)."""
     leaders: NDArray[np.uint64]
     """For each row its group's smallest key."""
 
 
-def _alike(rows: QualityScan) -> _Alike:
-    keys = np.frombuffer(bytes(rows.keys), dtype=">u8").astype(np.uint64).reshape(-1, 2)
+def _groups(scan: QualityScan) -> _Groups:
+    keys = np.frombuffer(bytes(scan.keys), dtype=">u8").astype(np.uint64).reshape(-1, 2)
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     new = np.ones(len(keys), dtype=bool)
     new[1:] = (keys[order][1:] != keys[order][:-1]).any(axis=1)
@@ -199,68 +185,72 @@ def _alike(rows: QualityScan) -> _Alike:
     content[order] = np.cumsum(new) - 1
     distinct = order[new]
     own = np.arange(len(distinct))
-    group = own if rows.level == "exact" else groups(rows.signatures.all()[distinct])
+    group = own if scan.scope == "exact_duplicates" else groups(scan.signatures.all()[distinct])
     sizes = np.bincount(group, minlength=len(distinct))
-    many = sizes[group] > MOST_ALIKE
-    group = np.where(many, own, group)
-    return _Alike(
-        content=content, group=group[content], boilerplate=many[content], leaders=keys[distinct][group[content]]
+    too_large = sizes[group] > MAX_GROUP
+    group = np.where(too_large, own, group)
+    return _Groups(
+        content=content, group=group[content], too_large=too_large[content], leaders=keys[distinct][group[content]]
     )
 
 
-def _surveyed(rows: QualityScan, trained: int) -> ScanResult:
-    alike = _alike(rows)
-    repeated = _later(alike.content[:trained])
-    near = ~repeated & _later(alike.group[:trained])
-    leaked = np.isin(alike.group[trained:], alike.group[:trained])
-    found = [
-        *_found(rows, "exact_duplicates", repeated),
-        *_found(rows, "near_duplicates", near),
-        *_found(rows, "eval_leakage", np.concatenate((np.zeros(trained, dtype=bool), leaked)), total=len(leaked)),
-    ]
-    if rows.level == "all":
-        found += [*_found(rows, "shared_text", alike.boilerplate), *_of_answers(rows, trained), *_of_texts(rows)]
+def _result(scan: QualityScan) -> ScanResult:
+    grouped = _groups(scan)
+    trained = len(scan.lines) - scan.held_out
+    repeated = _repeats_earlier(grouped.content[:trained])
+    near = ~repeated & _repeats_earlier(grouped.group[:trained])
+    leaked = np.isin(grouped.group[trained:], grouped.group[:trained])
+    findings: list[Finding] = []
+    if scan.scope == "everything":
+        findings = [
+            *_found(scan, "exact_duplicates", repeated),
+            *_found(scan, "near_duplicates", near),
+            *_found(scan, "eval_leakage", np.concatenate((np.zeros(trained, dtype=bool), leaked)), total=len(leaked)),
+            *_found(scan, "shared_text", grouped.too_large),
+            *_of_answers(scan, trained),
+            *_of_texts(scan),
+        ]
     return ScanResult(
         rows=trained,
-        held_out=len(rows.lines) - trained,
-        findings=tuple(found) if rows.level == "all" else (),
+        held_out=scan.held_out,
+        findings=tuple(findings),
         duplicates=int(repeated.sum()),
         shared=int(leaked.sum()),
-        leaders=alike.leaders[:trained],
+        leaders=grouped.leaders[:trained],
     )
 
 
-def _later(numbers: Numbers) -> Flags:
-    """Where a number stands that stood before."""
+def _repeats_earlier(numbers: Numbers) -> Flags:
+    """Where a number stands that appeared before."""
     flags = np.ones(len(numbers), dtype=bool)
     flags[np.unique(numbers, return_index=True)[1]] = False
     return flags
 
 
-def _of_answers(rows: QualityScan, trained: int) -> Iterator[Finding]:
-    flags, words = np.array(rows.flags), np.array(rows.words)
-    yield from _found(rows, "empty_answers", flags & EMPTY > 0)
-    yield from _found(rows, "answers_repeat_prompts", flags & REPEATS > 0)
-    yield from _found(rows, "conflicting_answers", _conflicting(rows, trained))
+def _of_answers(scan: QualityScan, trained: int) -> Iterator[Finding]:
+    flags, words = np.array(scan.flags), np.array(scan.words)
+    yield from _found(scan, "empty_answers", flags & EMPTY > 0)
+    yield from _found(scan, "answers_repeat_prompts", flags & REPEATS > 0)
+    yield from _found(scan, "conflicting_answers", _conflicting(scan, trained))
     one_word, usual = flags & ONE_WORD > 0, float(np.median(words)) if len(words) else 0
-    if usual > SHORT_ANSWERS and one_word.sum() >= NOTED_SHARE * len(words):
-        yield from _found(rows, "one_word_answers", one_word, usual=f"{usual:.0f}")
+    if usual > SHORT_ANSWERS and one_word.sum() >= ONE_WORD_SHARE * len(words):
+        yield from _found(scan, "one_word_answers", one_word, usual=f"{usual:.0f}")
 
 
-def _conflicting(rows: QualityScan, trained: int) -> Flags:
+def _conflicting(scan: QualityScan, trained: int) -> Flags:
     """Training rows whose prompt has another answer elsewhere."""
-    prompts, answers = np.array(rows.prompts)[:trained], np.array(rows.answers)[:trained]
+    prompts, answers = np.array(scan.prompts)[:trained], np.array(scan.answers)[:trained]
     pairs = np.unique(np.stack([prompts, answers]), axis=1)
     asked, ways = np.unique(pairs[0], return_counts=True)
     return np.isin(prompts, asked[(ways > 1) & (asked > 0)])
 
 
-def _of_texts(rows: QualityScan) -> Iterator[Finding]:
-    flags = np.array(rows.flags)
-    kinds = ", ".join(f"{kind}: {count:,}" for kind, count in sorted(rows.garbage.items()))
-    yield from _found(rows, "garbage", flags & GARBAGE > 0, kinds=kinds)
-    yield from _found(rows, "secrets", flags & SECRET > 0)
-    yield from _found(rows, "email_addresses", flags & EMAIL > 0)
+def _of_texts(scan: QualityScan) -> Iterator[Finding]:
+    flags = np.array(scan.flags)
+    kinds = ", ".join(f"{kind}: {count:,}" for kind, count in sorted(scan.garbage.items()))
+    yield from _found(scan, "garbage", flags & GARBAGE > 0, kinds=kinds)
+    yield from _found(scan, "secrets", flags & SECRET > 0)
+    yield from _found(scan, "email_addresses", flags & EMAIL > 0)
 
 
 def _percent(share: float) -> str:
@@ -268,15 +258,9 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f}%" if share >= 0.1 else f"{max(100 * share, 0.001):.2g}%"  # noqa: PLR2004 - two digits
 
 
-def _found(rows: QualityScan, code: str, where: Flags, *, total: int = 0, **words: str) -> Iterator[Finding]:
-    """The finding, if it is in any row; `where` may end before the rows do, `total` is what the count is a part of."""
+def _found(scan: QualityScan, code: str, where: Flags, *, total: int = 0, **values: str) -> Iterator[Finding]:
+    """The finding, if any row has it; `where` may end before the rows do, `total` is what the count is a part of."""
     count, total = int(where.sum()), total or len(where)
     if count:
-        message, remedy = WORDS[code]
-        yield Finding(
-            code=code,
-            count=count,
-            first=rows.places(np.flatnonzero(where)),
-            message=message.format(rows=f"{count:,} of {total:,} rows ({_percent(count / total)})", **words),
-            remedy=remedy,
-        )
+        rows = f"{count:,} of {total:,} rows ({_percent(count / total)})"
+        yield finding(code, count=count, first=scan.places(np.flatnonzero(where)), rows=rows, **values)
