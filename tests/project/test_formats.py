@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from job.config.schema import Config
-from job.runtime.gpus import Cards
+from job.runtime.gpus import Gpus
 from job.state.compile_cache import key as compile_key
 from job.tuning import checkpoint_files
 from tests import documents
@@ -228,7 +228,9 @@ def test_the_examples_are_as_described(record, ledger):
 def test_the_label_of_an_archive_is_as_described(tmp_path):
     """What an archive of compiled code says that it was made for is what the document says."""
     config = Config(model="/m", dataset=("/d",), output="/o")
-    facts = compile_key.facts(config, {"hidden_size": 64}, cards=Cards(driver="", kinds=()), scratch=tmp_path)
+    facts = compile_key.facts(
+        config.as_variables(), {"hidden_size": 64}, gpus=Gpus(driver="", cards=()), scratch=tmp_path
+    )
     described = fields(parts(CACHE)["label.json"])
     assert wrong({"key": compile_key.key(facts), "made_for": json.loads(json.dumps(facts))}, described) == []
     assert f"`format` {compile_key.FORMAT}." in CACHE.read_text()

@@ -258,7 +258,7 @@ SETTINGS = Config(**REQUIRED).as_variables()
         pytest.param({}, {**SHAPE, "_name_or_path": "other", "transformers_version": "0"}, HERE, True, id="a name"),
         pytest.param({"model": "/n", "epochs": 9.0, "seed": 1}, SHAPE, HERE, True, id="what is not compiled"),
         pytest.param({}, {**SHAPE, "hidden_size": 128}, HERE, False, id="the model's shape"),
-        pytest.param({}, SHAPE, Gpus(driver="580.2", gpus=HERE.cards), False, id="the driver"),
+        pytest.param({}, SHAPE, Gpus(driver="580.2", cards=HERE.cards), False, id="the driver"),
         pytest.param(
             {}, SHAPE, Gpus(driver="580.1", cards=(Card(name="NVIDIA A100", capability="8.0"),)), False, id="the card"
         ),
