@@ -16,6 +16,8 @@ from job.commands.demo.local_s3 import serve
 from tests.jobs import ROOT
 from tests.servers import ACCESS_KEY, SECRET_KEY, Rclone, serve_rclone
 
+pytest_plugins = ["tests.quick"]
+
 
 @pytest.fixture(scope="session")
 def moto() -> Iterator[str]:
