@@ -43,7 +43,7 @@ def facts(settings: Mapping[str, Any], shape: Mapping[str, Any], *, gpus: Gpus, 
     Args:
         settings: the run's settings by variable name.
         shape: the model's config.json.
-        cards: the GPUs and their driver.
+        gpus: the GPUs and their driver.
         scratch: the directory above the caches. Triton's entries hold absolute paths, so they are valid only there.
     """
     return {
