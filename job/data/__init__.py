@@ -1,4 +1,4 @@
-"""Rows to tokens: reading files, judging their quality, rendering conversations, masks, truncation, sets on disk.
+"""Rows to tokens: reading files, judging their quality, rendering conversations, masks, truncation, datasets on disk.
 
 Knows nothing of weights, GPUs, checkpoints or where files came from.
 """

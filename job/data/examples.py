@@ -1,4 +1,4 @@
-"""The values that the reading side (dataset) and the rendering side share: a turn, an example, a row that is invalid.
+"""The values that reading, quality and rendering share: a turn, an example, an invalid row.
 
 Knows nothing of files, formats, templates or tokens.
 """
@@ -16,10 +16,10 @@ from job.runtime.errors import DataError
 JsonObject = dict[str, Any]
 
 CORRECT = "Correct or remove these rows."
-LONGEST_REASON = 1500
-"""Characters; the words of a template may quote a whole turn."""
+MAX_REASON = 1500
+"""Characters; the error of a template may quote a whole turn."""
 SHOWN = 10
-"""How many invalid rows a message names; the total is always given."""
+"""How many invalid rows a message lists, besides their total."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,18 +29,18 @@ class Turn:
     role: str
     """`system`, `developer`, `user`, `assistant` or `tool`."""
     content: str
-    """The text; empty where an assistant only calls tools."""
+    """The text; empty if an assistant only calls tools."""
     input: str = ""
-    """Alpaca's second field: chat templates see it joined to the content, the `alpaca` block sees it alone."""
+    """Alpaca's second field: chat templates see it joined to the content, the `alpaca` block sees it separately."""
     tool_calls: tuple[JsonObject, ...] = ()
-    """As the row gave them (OpenAI's shape), for templates that print tool calls."""
+    """As in the row (OpenAI's shape), for templates that print tool calls."""
     tool_call_id: str | None = None
     name: str | None = None
     reasoning_content: str | None = None
     """An assistant's reasoning, for templates that print it."""
 
     trained: bool = True
-    """False for an assistant turn that is only context: the answers inside a conversational `prompt`."""
+    """False for an assistant turn that is context only, such as the answers inside a conversational `prompt`."""
 
     @property
     def text(self) -> str:
@@ -48,7 +48,7 @@ class Turn:
         return f"{self.content}\n\n{self.input}" if self.input else self.content
 
     def message(self) -> JsonObject:
-        """The turn as templates see it: `role` and `content`, and the other fields where they are set."""
+        """The turn as templates see it: `role` and `content`, and the other fields that are set."""
         message: JsonObject = {"role": self.role, "content": self.text}
         if self.input:
             message |= {"instruction": self.content, "input": self.input}
@@ -61,10 +61,10 @@ class Turn:
 
 
 def _with_arguments(call: JsonObject) -> JsonObject:
-    """A tool call whose arguments are an object, as templates want them, even where the row has them as JSON text.
+    """A tool call with its arguments as an object, as templates expect them, even if the row has JSON text.
 
-    OpenAI's API gives text, and most templates would print it as a JSON string, quoted twice. Servers (vLLM, for one)
-    decode it too before they apply the template.
+    OpenAI's API returns text, which most templates would print as a JSON string, quoted twice. Servers (vLLM, for
+    example) decode it too before they apply the template.
     """
     function = call.get("function")
     if isinstance(function, dict):
@@ -90,11 +90,11 @@ class Example:
     format: str
     """`messages`, `sharegpt`, `alpaca`, `prompt_completion`, `question_answer` or `text`."""
     turns: tuple[Turn, ...] = ()
-    """At least one assistant turn, except for `text`, which has none at all."""
+    """At least one assistant turn; empty for `text`."""
     text: str | None = None
     """Only for `text`."""
     tools: tuple[JsonObject, ...] = ()
-    """Tool schemas that the conversation may call, for templates that print them."""
+    """Tool schemas of the conversation, for templates that print them."""
 
 
 _canonical = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str).encode
@@ -106,44 +106,44 @@ def _is_plain(turn: Turn) -> bool:
 
 
 def content_key(example: Example) -> str:
-    """A hash of what the example says, not of where it stands: 32 hexadecimal digits (XXH3, 128 bits).
+    """A hash of the example's content: 32 hexadecimal digits (XXH3, 128 bits).
 
-    Two rows with the same turns, text and tools have the same key, whatever file, line or format they came from.
+    Two rows with the same turns, text and tools have the same key, whatever their file, line and format.
     """
     if example.text is None and not example.tools and all(map(_is_plain, example.turns)):
-        parts = [f"{turn.role} {len(turn.content)} {turn.content}" for turn in example.turns]  # quicker than JSON
+        parts = [f"{turn.role} {len(turn.content)} {turn.content}" for turn in example.turns]  # faster than JSON
         return str(xxhash.xxh3_128_hexdigest("".join(parts).encode("utf-8", "surrogatepass")))
     content = [[turn.message() for turn in example.turns], example.text, list(example.tools)]
     return str(xxhash.xxh3_128_hexdigest(_canonical(content).encode("utf-8", "surrogatepass")))
 
 
 class RowError(DataError):
-    """One row is invalid. Usually collected in `InvalidRows`, so that all are reported at once."""
+    """One row is invalid. Usually collected in `InvalidRows`, which reports all at once."""
 
     def __init__(self, *, source: str, line: int, reason: str, remedy: str = "") -> None:
-        reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}…"
+        reason = reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…"
         super().__init__(f"{source}:{line}: {reason}", remedy=remedy)
         self.reason = reason
 
 
 @dataclass(kw_only=True)
 class InvalidRows:
-    """Collects invalid rows: the first ten in words, all of them in number."""
+    """Collects invalid rows: the first ten in words, and the total."""
 
     total: int = 0
     shown: list[str] = field(default_factory=list)
     remedies: dict[str, None] = field(default_factory=dict)
-    """Of the rows shown, each once, in their order."""
+    """Of the rows shown, each once and in order."""
 
     def add(self, error: RowError) -> None:
-        """Count one more; later ones than the tenth are only counted."""
+        """Add a row; from the eleventh on they are only counted."""
         self.total += 1
         if len(self.shown) < SHOWN:
             self.shown.append(error.message)
             self.remedies[error.remedy or CORRECT] = None
 
     def raise_if_any(self, rows: int) -> None:
-        """Raise DataError if a row of `rows` was invalid."""
+        """Raise DataError if any of this many rows was invalid."""
         if not self.total:
             return
         head = f"{self.total:,} of {rows:,} rows are invalid" + (", the first ten:" if self.total > SHOWN else ":")

@@ -18,7 +18,7 @@ class EvaluationSplit:
     held_out: bytes
     """One byte for each row in order, 1 for the evaluation side; the rows of evaluation files come last."""
     note: str
-    """Why there is no evaluation side although one was asked for; else empty."""
+    """Why there is no evaluation side although a fraction was set; else empty."""
 
     @property
     def train(self) -> bytes:

@@ -24,10 +24,10 @@ import dataclasses
 from dataclasses import dataclass
 
 from job.config.schema import Config
-from job.model import shape as shapes
 from job.model.base_model import BaseModel
 from job.model.schedule import schedule
 from job.model.shape import Shape
+from job.model.shape import of as shape_of
 
 NF4 = 0.5 + 1 / 64 + 4 / 64 / 256
 WIDTHS = {"4bit": NF4, "8bit": 1.0, "16bit": 2.0}
@@ -179,7 +179,7 @@ def fits(needed: int) -> tuple[Fit, ...]:
 def estimate(config: Config, base: BaseModel, training_set: TrainingSet) -> Estimate:
     """What a run needs. Raises ConfigError if the warm-up is as long as the run."""
     planned = schedule(config, examples=training_set.sequences)
-    shape = shapes.of(base)
+    shape = shape_of(base)
     checkpointing = "unsloth" if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
     tokens = training_set.longest * (1 if config.micro_batch == "auto" else planned.micro_batch)
     peaks = {

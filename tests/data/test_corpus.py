@@ -42,7 +42,7 @@ def stream(verdict: dict[str, Any], directory: Path) -> ExampleStream:
 
 @pytest.mark.parametrize("verdict", corpus.VERDICTS, ids=title)
 def test_each_file_gets_its_verdict(verdict: dict[str, Any], tmp_path: Path) -> None:
-    """A file is accepted with the rows and turns that the table shows, or refused with its words and its remedy."""
+    """A file is accepted with the rows and turns of the table, or rejected with places, names and remedy."""
     if "refused" in verdict:
         with pytest.raises(JobError) as caught:
             list(stream(verdict, tmp_path))
@@ -84,7 +84,7 @@ def test_invalid_rows_of_several_kinds_keep_all_their_remedies(tmp_path: Path) -
 
 
 def test_unicode_is_kept_as_it_is(tmp_path: Path) -> None:
-    """Text is neither composed nor decomposed: what stands in the file is what is learned."""
+    """Text is neither composed nor decomposed: the file's characters are learned."""
     row = next(iter(stream({"file": "unicode.jsonl"}, tmp_path)))
     assert [turn.content for turn in row.turns] == ["cafe\u0301 \ufb01", "café 👩\u200d👩\u200d👧 \u2028 \x00 終"]
 
@@ -228,7 +228,7 @@ rows = st.dictionaries(
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(row=rows, format=st.sampled_from(["auto", *FORMATS]))
-def test_any_row_is_read_or_refused_with_a_remedy(file: Path, row: dict[str, Any], format: str) -> None:  # noqa: A002
+def test_any_row_is_read_or_rejected_with_a_remedy(file: Path, row: dict[str, Any], format: str) -> None:  # noqa: A002
     """Whatever JSON a row holds, it becomes an example that can be encoded and learned from, or an error of the job's
     own kind."""
     file.write_text(json.dumps(row) + "\n")

@@ -1,4 +1,4 @@
-"""One pass over the files gives what each side gives by itself, refuses what it should, and holds little in memory."""
+"""One pass over the files gives the same as each side alone, reports all errors, and needs little memory."""
 
 import json
 import tracemalloc
@@ -30,7 +30,7 @@ from tests.tiny_tokenizer import DATE, tiny
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a tokenizer and nothing else."""
+    """A directory with only a tokenizer."""
     directory = tmp_path_factory.mktemp("tokenizer")
     tiny().save_pretrained(directory)
     return directory
@@ -123,8 +123,8 @@ def test_the_digest_does_not_depend_on_chunks(model: Path, tmp_path: Path, monke
     assert prepare.prepare(config(eval_fraction=0), inputs[1], directory=tmp_path / "out").train.digest != found[0]
 
 
-def test_refused_rows_of_both_sides_are_told_together(model: Path, tmp_path: Path) -> None:
-    """Whichever side they would be on; and no draft and no set is left behind."""
+def test_rejected_rows_of_both_sides_are_reported_together(model: Path, tmp_path: Path) -> None:
+    """Whichever side they would be on; and no draft and no dataset is left."""
     bad = [[("assistant", f"{number}"), ("user", "a"), ("assistant", "b")] for number in range(12)]
     path = write(tmp_path / "a.jsonl", [[("user", "a"), ("assistant", "b")], *bad])
     with pytest.raises(DataError, match=r"12 of 13 rows are invalid, the first ten:\na\.jsonl:2: ") as caught:
@@ -136,7 +136,7 @@ def test_refused_rows_of_both_sides_are_told_together(model: Path, tmp_path: Pat
 
 
 def test_rows_that_cannot_be_read_end_the_pass(model: Path, tmp_path: Path) -> None:
-    """They are told as reading tells them, in either file, with nothing left behind."""
+    """They are reported as by reading, in either file, and no file is left."""
     path = write(tmp_path / "a.jsonl", [talk(number) for number in range(30)])
     broken = tmp_path / "b.jsonl"
     broken.write_text('{"messages": []}\n' + path.read_text() + "no\n")
@@ -154,8 +154,10 @@ def test_fail_ends_the_pass_before_a_set_is_made(model: Path, tmp_path: Path) ->
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_glance_tells_what_the_first_rows_show(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An invalid row among the first is told with all others of the file; a later one is left to the pass."""
+def test_validate_head_reports_mistakes_in_the_first_rows(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An invalid row among the first is reported with all others of the file; a later one is left to `prepare`."""
     monkeypatch.setattr(dataset, "HEAD_ROWS", 20)
     good = write(tmp_path / "good.jsonl", [talk(number) for number in range(40)])
     early, late = tmp_path / "early.jsonl", tmp_path / "late.jsonl"
@@ -171,7 +173,7 @@ def test_a_glance_tells_what_the_first_rows_show(model: Path, tmp_path: Path, mo
 
 
 def test_a_draft_holds_no_texts_in_memory(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the chunks in flight are there, however many rows pass by."""
+    """Only the chunks in flight are in memory, however many rows there are."""
     monkeypatch.setattr(draft, "CHUNK", 8)
     renderer = Renderer(tokenizer=load_tokenizer(model, chat_template="chatml", date=DATE))
     path = write(tmp_path / "a.jsonl", [[("user", "a " * 2000), ("assistant", f"{number}")] for number in range(400)])
@@ -195,7 +197,7 @@ def test_a_draft_holds_no_texts_in_memory(model: Path, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("overlong", ["truncate", "drop"])
 def test_an_evaluation_of_which_nothing_is_left(model: Path, tmp_path: Path, overlong: str) -> None:
-    """Files of its own are refused; of a split, the counts and a finding stay, and the log says that nothing is
+    """With evaluation files it is an error; with a split, counts and a finding remain, and the log says that nothing is
     evaluated."""
     short = [[("user", f"Count to {number}."), ("assistant", f"{number}")] for number in range(40)]
     long = [("user", "word " * 300), ("assistant", "ok")]
@@ -226,7 +228,7 @@ def test_an_evaluation_of_which_nothing_is_left(model: Path, tmp_path: Path, ove
 
 
 def test_log_lines_of_the_pass(model: Path, tmp_path: Path) -> None:
-    """What was found is warned of before `dataset_ready`, which counts both sides."""
+    """Findings are logged before `dataset_ready`, which counts both sides."""
     path = write(tmp_path / "a.jsonl", [*map(talk, range(30)), talk(3)])
     with structlog.testing.capture_logs() as lines:
         prepare.prepare(config(eval_fraction=0.3), given(model, path), directory=tmp_path / "out")

@@ -94,7 +94,7 @@ def test_facts(model):
         pytest.param({"architectures": None}, "no architecture", id="no architecture"),
     ],
 )
-def test_kinds_that_are_refused(model, values, part):
+def test_kinds_that_are_rejected(model, values, part):
     """The message names the model and the reason."""
     change(model, **values)
     with pytest.raises(DataError) as caught:
@@ -103,8 +103,8 @@ def test_kinds_that_are_refused(model, values, part):
     assert part in str(caught.value)
 
 
-def test_pickled_weights_are_refused(model):
-    """Pickled weights are refused by the file's name, since reading them can run code."""
+def test_pickled_weights_are_rejected(model):
+    """Pickled weights are rejected by the file's name, since reading them can run code."""
     for file in model.glob("*.safetensors*"):
         file.unlink()
     (model / "pytorch_model.bin").write_bytes(b"x")
@@ -136,13 +136,13 @@ def test_damage_is_found_before_loading(model):
 
 
 def test_a_damaged_index_is_named(model):
-    """An index that is no index is a data error that names it."""
+    """A damaged index is a data error that names it."""
     (model / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(DataError, match=r"model\.safetensors\.index\.json of m is damaged"):
         inspect(model, name="m")
 
 
-def test_files_beside_the_index_are_not_the_model(model):
+def test_files_outside_the_index_are_not_the_model(model):
     """An original in another layout, as some publishers add it, is not counted, loaded or merged."""
     before = inspect(model, name="m")
     shutil.copy(min(model.glob("*.safetensors")), model / "consolidated.safetensors")

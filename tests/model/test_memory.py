@@ -84,7 +84,7 @@ def test_steps():
     assert schedule(settings(batch_size=12, micro_batch="auto"), examples=24).micro_batch == 8
 
 
-def test_a_warm_up_as_long_as_the_run_is_refused():
+def test_a_warm_up_as_long_as_the_run_is_rejected():
     """The learning rate would never reach its value."""
     with pytest.raises(ConfigError, match="TUNE_WARMUP=50 is 50 steps"):
         schedule(settings(warmup=50.0), examples=8)

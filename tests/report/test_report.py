@@ -118,7 +118,7 @@ def full(tmp_path, texts) -> Page:
 
 
 def test_hostile_data_stays_text(tmp_path):
-    """Whatever stands in the data is shown as text: a page of hostile rows has the same elements as one of harmless
+    """Whatever the data contains is shown as text: a page of hostile rows has the same elements as one of harmless
     rows, and no more."""
     harmless = Parsed(full(tmp_path / "a", ["plain"] * len(HOSTILE)).html())
     page = Parsed(full(tmp_path / "b", list(HOSTILE)).html())
@@ -229,7 +229,7 @@ def test_real_tokenizer(tmp_path):
 
 
 def test_a_long_sequence_shows_its_beginning_and_its_end():
-    """What is left out of a long sequence is counted, and stands where it is missing."""
+    """The tokens left out of a long sequence are counted, and the count is shown in their place."""
     made = tokenizer()
     ids = made.encode("word " * 3000).ids
     row = {"input_ids": ids, "labels": [IGNORED] * (len(ids) - 1) + [ids[-1]]}
@@ -292,7 +292,7 @@ def test_axes_hold_their_values(values):
 
 
 def test_a_page_that_cannot_be_written_ends_nothing(tmp_path, tiny_model):
-    """A store that refuses the page, or a page that cannot be made, is logged, and the run goes on."""
+    """A store that rejects the page, or a page that cannot be made, is logged, and the run continues."""
     data, base = rendered(tmp_path, [chat("a", "b")]), inspect(tiny_model, name="m")
     for uri, given in (("/proc/nowhere", data), (str(tmp_path / "out"), None)):
         record = Record(store=open_store(uri), run_id="r")
@@ -302,7 +302,7 @@ def test_a_page_that_cannot_be_written_ends_nothing(tmp_path, tiny_model):
 
 
 def test_an_empty_page_is_a_page():
-    """What is not known is left out."""
+    """Unknown values are not shown."""
     text = Page(title="t", state="check", summary=()).html()
     assert Parsed(text).text.strip().startswith("t")
     assert html.unescape(text).count("<section") == 0

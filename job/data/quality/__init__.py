@@ -1,4 +1,4 @@
-"""What is wrong with rows: duplicates, leaks into the evaluation, secrets, garbage; and how grave it is.
+"""Defects of rows: duplicates, leaks into the evaluation, secrets, garbage.
 
 Knows texts only; nothing of tokens.
 """

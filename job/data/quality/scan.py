@@ -93,25 +93,25 @@ class QualityScan:
         self.keys += bytes.fromhex(content_key(example))
         if self.scope == "exact_duplicates":
             return
-        said = [_content(turn) for turn in example.turns]
-        self.signatures.add(_compared(example, said))
+        contents = [_content(turn) for turn in example.turns]
+        self.signatures.add(_compared(example, contents))
         if self.scope == "everything":
-            self._examine(example, said)
+            self._examine(example, contents)
 
     def result(self) -> ScanResult:
         """The findings in all rows, and their groups."""
         return _result(self)
 
-    def _examine(self, example: Example, said: list[str]) -> None:
+    def _examine(self, example: Example, contents: list[str]) -> None:
         trained = [at for at, turn in enumerate(example.turns) if turn.role == "assistant" and turn.trained]
-        answer = said[trained[-1]] if trained else ""
-        self.prompts.append(_prompt(example, said[: trained[-1]]) if trained else 0)
+        answer = contents[trained[-1]] if trained else ""
+        self.prompts.append(_prompt(example, contents[: trained[-1]]) if trained else 0)
         self.answers.append(_hash(answer.strip().casefold()))
         self.words.append(len(spaced(answer[:COUNTED_CHARACTERS]).split()))
-        flags = EMPTY * any(not said[at].strip() for at in trained)
+        flags = EMPTY * any(not contents[at].strip() for at in trained)
         flags |= ONE_WORD * (self.words[-1] == 1)
         flags |= REPEATS * any(at > 0 and _repeats(*example.turns[at - 1 : at + 1]) for at in trained)
-        self.flags.append(flags | self._suspect(_all_text(example, said)))
+        self.flags.append(flags | self._suspect(_all_text(example, contents)))
 
     def _suspect(self, text: str) -> int:
         kind = garbage_kind(text)
@@ -134,24 +134,24 @@ def _content(turn: Turn) -> str:
     return f"{turn.text}\n{calls}" if calls else turn.text
 
 
-def _compared(example: Example, said: list[str]) -> str:
+def _compared(example: Example, contents: list[str]) -> str:
     """The conversation without its system prompt, so that rows with the same system prompt are not alike for it."""
     if example.text is not None:
         return example.text
-    turns = zip(example.turns, said, strict=True)
+    turns = zip(example.turns, contents, strict=True)
     return "\n".join(text for turn, text in turns if turn.role not in {"system", "developer"})
 
 
-def _all_text(example: Example, said: list[str]) -> str:
+def _all_text(example: Example, contents: list[str]) -> str:
     """Every text of the row."""
     if example.text is not None:
         return example.text
-    return "\n".join([*said, *(turn.reasoning_content for turn in example.turns if turn.reasoning_content)])
+    return "\n".join([*contents, *(turn.reasoning_content for turn in example.turns if turn.reasoning_content)])
 
 
-def _prompt(example: Example, said: list[str]) -> int:
+def _prompt(example: Example, contents: list[str]) -> int:
     """A hash of the turns before an answer, with their roles; 0 if nothing is asked."""
-    before = list(zip(example.turns, said, strict=False))
+    before = list(zip(example.turns, contents, strict=False))
     if not any(turn.role == "user" and text.strip() for turn, text in before):
         return 0
     tools = json.dumps(example.tools, sort_keys=True, default=str) if example.tools else ""
@@ -221,7 +221,7 @@ def _result(scan: QualityScan) -> ScanResult:
 
 
 def _repeats_earlier(numbers: Numbers) -> Flags:
-    """Where a number stands that appeared before."""
+    """For each number whether it appeared before."""
     flags = np.ones(len(numbers), dtype=bool)
     flags[np.unique(numbers, return_index=True)[1]] = False
     return flags

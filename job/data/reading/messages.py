@@ -185,10 +185,10 @@ def _others(message: JsonObject, where: str) -> dict[str, Any]:
         for key in ("tool_call_id", "name")
         if value_of(message, key) is not None
     }
-    said = {key: text_at(message, key, where=where) for key in REASONING if value_of(message, key) is not None}
-    if len(set(said.values())) > 1:
-        raise InvalidError(f"{where}{quoted(list(said))} have different texts", remedy="Keep one of them.")
-    return found | {"reasoning_content": next(iter(said.values()))} if said else found
+    reasoning = {key: text_at(message, key, where=where) for key in REASONING if value_of(message, key) is not None}
+    if len(set(reasoning.values())) > 1:
+        raise InvalidError(f"{where}{quoted(list(reasoning))} have different texts", remedy="Keep one of them.")
+    return found | {"reasoning_content": next(iter(reasoning.values()))} if reasoning else found
 
 
 def _content(message: JsonObject, key: str, where: str) -> str:

@@ -1,4 +1,4 @@
 """Which tokens are learned: spans of answers in the rendered text, labels, weights, truncation.
 
-Knows one conversation at a time; nothing of files or sets.
+Knows one conversation at a time; nothing of files or datasets.
 """

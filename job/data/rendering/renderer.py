@@ -180,8 +180,8 @@ class Renderer:
             raise RowError(
                 source=example.source,
                 line=example.line,
-                reason="it contains a special token and also a private-use character of plane 16, which the job uses "
-                "as a placeholder for such tokens",
+                reason="it contains a special token and a private-use character of plane 16, the job's placeholder for "
+                "such tokens",
                 remedy="Remove the private-use character, or the row.",
             )
         return replace(example, turns=turns, tools=tools)

@@ -1,4 +1,4 @@
-"""All sequences of a run on disk: the draft, the sets made of it, and what is counted on the way.
+"""All sequences of a run on disk: the draft, the datasets made from it, and their counts.
 
 Knows token ids and labels; nothing of templates.
 """

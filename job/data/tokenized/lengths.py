@@ -51,7 +51,7 @@ class Lengths:
     limits: tuple[Limit, ...]
     suggested_max_length: int
     """The least of 256, 512, 1024, ... that is too short for at most 1 % of the sequences. Memory grows with the
-    longest sequence, so a few long sequences make every step dear; kernels are optimised for powers of two."""
+    longest sequence, so a few long sequences cost memory in every step; kernels are optimised for powers of two."""
 
     tokens_per_epoch: int
     """Trained on: after truncation, without dropped sequences and padding."""

@@ -38,7 +38,7 @@ def pairs(words: list[str]) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("length", [30, 100, 400])
 def test_what_is_found_is_what_is_alike(length: int) -> None:
-    """Against the likeness counted exactly: from 0.9 on nearly every pair is found, below 0.65 hardly one."""
+    """Against the exact similarity: from 0.9 on nearly every pair is found, below 0.65 hardly any."""
     rng = random.Random(length)
     truths, texts = [], []
     for _ in range(300):
@@ -57,7 +57,7 @@ def test_what_is_found_is_what_is_alike(length: int) -> None:
 @settings(deadline=None, max_examples=40)
 @forall(texts=st.lists(WORDS.map(" ".join), max_size=20), batch=st.sampled_from([1, 40]))
 def test_a_signature_is_the_texts_own(texts: list[str], batch: int) -> None:
-    """It does not depend on the texts beside it, nor on where a batch ends."""
+    """It depends neither on the other texts nor on where a batch ends."""
     alone = [signed([text])[0] for text in texts]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(near_duplicates, "BATCH", batch)
@@ -131,7 +131,7 @@ def test_every_character_is_of_a_word_or_between_words() -> None:
 
 @pytest.mark.parametrize("longest", [8, 9])
 def test_a_text_cut_within_a_character_leaves_the_next_alone(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
-    """What is left of the character takes nothing of the text behind it."""
+    """The rest of the character consumes nothing of the next text."""
     monkeypatch.setattr(near_duplicates, "LONGEST", longest)
     assert signed(["word é…", "xyz"])[1].tolist() == signed(["xyz"])[0].tolist()
 
@@ -159,7 +159,7 @@ def test_short_texts_are_alike_if_their_words_are() -> None:
     assert groups(signed(texts)).tolist() == [0, 0, 2, 3, 4, 5, 6, 7, 8, 8, 10, 11]
 
 
-def test_likeness_carries_over() -> None:
+def test_similarity_is_transitive() -> None:
     """A chain of texts, each like the next, is one group named by its first."""
     rng = random.Random(3)
     chain = [rng.choices(VOCABULARY, k=100)]

@@ -33,7 +33,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 
 def drawn(length: int, seed: int = 1, letters: str = LETTERS) -> str:
-    """What looks like a secret, made here so that none stands in this file."""
+    """An apparent secret, generated so that this file contains none."""
     return "".join(random.Random(seed).choices(letters, k=length))
 
 
@@ -136,7 +136,7 @@ TABLE = "| a | b |\n|---|---|\n" + "=" * 200 + "\n" + "-" * 120
     ],
 )
 def test_each_kind_is_found_where_it_is(code: str, planted: list[Example], places: list[int]) -> None:
-    """What is planted among normal rows is found, with its rows' places and under its own code alone."""
+    """A defect planted among normal rows is found, with its rows' places and under its own code only."""
     one = found([*planted, *normal()])
     assert one.pop(code) == (len(places), tuple(f"a.jsonl:{line}" for line in places))
     assert one.keys() <= {"one_word_answers"}  # a short planted answer may be one as well
@@ -201,12 +201,12 @@ def read_file(name: str) -> Iterator[Example]:
 
 
 def test_the_orders_are_clean() -> None:
-    """The example dataset, which is generated from phrases, has no duplicate, no leak and nothing else."""
+    """The example dataset, which is generated from phrases, has no findings at all."""
     assert found(read_file("train.jsonl"), read_file("eval.jsonl")) == {}
 
 
 def test_a_leak_is_a_row_of_the_evaluation_that_is_in_training() -> None:
-    """Exact and near copies are told by their place in the evaluation file; duplicates inside it are not."""
+    """Exact and near copies are reported by their place in the evaluation file; duplicates inside it are not."""
     train = [*normal(), talk(LONG, "yes, it is so, I think")]
     held_out = [
         talk(sentence(1000), sentence(1001), line=1, source="e"),
@@ -273,7 +273,7 @@ def test_short_rows_of_the_same_words_are_on_one_side() -> None:
     order=st.randoms(use_true_random=False),
 )
 def test_no_order_and_no_unlike_row_moves_another(seeds: list[int], others: list[int], order: random.Random) -> None:
-    """A row's side depends on the rows that are like it, and on nothing else."""
+    """A row's side depends only on the rows that are nearly the same."""
     rows = [row for seed in seeds for row in family(3 * seed, 1 + seed % 3)]
     before = sides(rows)
     more = [*rows, *(row for seed in others for row in family(3 * seed, 1))]
@@ -283,11 +283,12 @@ def test_no_order_and_no_unlike_row_moves_another(seeds: list[int], others: list
 
 
 @pytest.mark.parametrize(
-    ("share", "told"), [(1, "100%"), (0.5, "50%"), (1 / 3, "33%"), (0.012, "1.2%"), (0.0005, "0.05%"), (1e-9, "0.001%")]
+    ("share", "percent"),
+    [(1, "100%"), (0.5, "50%"), (1 / 3, "33%"), (0.012, "1.2%"), (0.0005, "0.05%"), (1e-9, "0.001%")],
 )
-def test_shares_as_a_person_writes_them(share: float, told: str) -> None:
-    """No share is told in powers of ten, and none as nothing."""
-    assert _percent(share) == told
+def test_shares_as_a_person_writes_them(share: float, percent: str) -> None:
+    """No share is written in powers of ten, and none as zero."""
+    assert _percent(share) == percent
 
 
 @pytest.mark.parametrize("size", [30, 60])
@@ -302,7 +303,7 @@ def test_a_large_group_is_judged_by_its_own_size(size: int) -> None:
 
 
 def test_off_does_not_change_the_split() -> None:
-    """What is not looked for has no say in who is trained on: the setting is not part of the fingerprint."""
+    """TUNE_QUALITY=off does not change the training rows: the setting is not part of the fingerprint."""
     rows = [*normal(), *family(0, 5), *family(50, 5)]
     assert sides(rows) == sides(rows, scope="near_duplicates")
     assert scanned(rows, scope="near_duplicates").findings == ()
@@ -340,7 +341,7 @@ def test_no_secret_is_ever_shown(before: str, secret: str, after: str) -> None:
 
 @forall(text=st.text(max_size=200))
 def test_a_text_without_secrets_is_shown_as_it_is(text: str) -> None:
-    """Masking changes nothing else."""
+    """Masking leaves all other texts unchanged."""
     assert masking.masked(text) == text or masking.holds_secret(text) or masking.holds_email(text)
 
 
@@ -419,7 +420,7 @@ def test_some_duplicates_are_not_grave() -> None:
 
 
 def test_too_few_rows_for_an_evaluation_are_a_warning(tmp_path: Path) -> None:
-    """An evaluation that was asked for and cannot be made is told in the log."""
+    """The log says that a requested evaluation is not possible."""
     path = write(tmp_path / "a.jsonl", normal(3))
     with capture_logs() as logs:
         facts = prepare.read(config(eval_fraction=0.0001), pulled(path))
@@ -436,7 +437,7 @@ def test_the_users_own_evaluation_is_compared(tmp_path: Path) -> None:
     assert prepare.read(config(quality="off"), pulled(train, held_out)).scan.shared == 2
 
 
-def test_a_run_on_bad_data_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_on_bad_data_ends(tiny_model: Path, tmp_path: Path) -> None:
     """With TUNE_QUALITY=fail the run ends with 65 before the weights are loaded, and its log holds no secret."""
     secret = SECRETS["github"]
     path = write(tmp_path / "a.jsonl", [*normal(), talk("How?", f"With {secret} of course")])

@@ -253,7 +253,7 @@ def test_answers_inside_a_prompt_are_context(tmp_path: Path) -> None:
     ],
 )
 def test_an_unclear_format_is_never_guessed(tmp_path: Path, row: Any, words: list[str]) -> None:
-    """Columns of two formats, or of none, end the run with what was found, what is wanted, and the remedy."""
+    """Columns of two formats, or of none, end the run with the columns found, those needed, and the remedy."""
     with pytest.raises(DataError, match=r"s3://bucket/data/a\.jsonl") as caught:
         one(tmp_path, row)
     assert [word for word in words if word not in caught.value.message] == []
@@ -341,7 +341,7 @@ def test_a_compressed_file_that_was_cut_off_is_noticed(tmp_path: Path, suffix: s
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.json.gz"])
-def test_a_bomb_is_refused_before_it_fills_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_bomb_is_rejected_before_it_fills_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """No line or element is read beyond the bound, however small it was packed."""
     monkeypatch.setattr(files, "MAX_LINE", 1 << 20)
     content = (b'[{"text": "' if ".jsonl" not in name else b'{"text": "') + b"a" * (8 << 20)
@@ -350,14 +350,14 @@ def test_a_bomb_is_refused_before_it_fills_memory(tmp_path: Path, monkeypatch: p
         list(ExampleStream([store(tmp_path, name, packed)]))
 
 
-def test_a_json_file_that_is_one_object_is_refused(tmp_path: Path) -> None:
+def test_a_json_file_that_is_one_object_is_rejected(tmp_path: Path) -> None:
     """A `.json` file that is neither rows by line nor an array is not guessed at."""
     with pytest.raises(DataError, match="neither an array of rows nor one row per line"):
         list(ExampleStream([store(tmp_path, "a.json", b'{\n  "data": []\n}')]))
 
 
-def test_what_is_no_data_under_a_prefix_is_skipped_and_named(tmp_path: Path) -> None:
-    """A README beside the data is left out and reported; the same file named by the user is an error."""
+def test_other_files_under_a_prefix_are_skipped_and_named(tmp_path: Path) -> None:
+    """A README next to the data is skipped and reported; the same file named by the user is an error."""
     data = store(tmp_path, "a.jsonl", jsonl([{"text": "x"}]))
     others = [store(tmp_path, name, b"{}") for name in ("README.md", "dataset_infos.json", ".part.jsonl")]
     stream = ExampleStream([data, *(Source(name=other.name, path=other.path, named=False) for other in others)])

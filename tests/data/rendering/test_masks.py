@@ -46,7 +46,7 @@ def renderer(name: str, **options: Any) -> Renderer:
 
 
 def marked(found: Tokenizer, sequence: Rendered) -> str:
-    """The sequence decoded, with what is learned between ⟦ and ⟧."""
+    """The decoded sequence, with its learned parts between ⟦ and ⟧."""
     pairs = zip(sequence.input_ids, sequence.labels, strict=True)
     runs = [(learned, [token for token, _ in run]) for learned, run in groupby(pairs, lambda pair: pair[1] != IGNORED)]
     return "".join(f"⟦{decoded(found, ids)}⟧" if learned else decoded(found, ids) for learned, ids in runs)
@@ -95,7 +95,7 @@ def test_the_labelled_tokens_decode_to_the_answers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bos_stands_once(name: str) -> None:
+def test_bos_occurs_once(name: str) -> None:
     """A sequence begins with BOS where the model has one, and has no second; Llama 2 writes one for each question.
     SmolLM2's is what opens its turns."""
     found = real.tokenizer(name)
@@ -127,7 +127,7 @@ def test_all_of_the_text(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_generation_starts_where_learning_starts(name: str) -> None:
-    """The prompt of the last answer is, token by token, what stands before its first labelled token."""
+    """The prompt of the last answer is, token by token, the sequence before its first labelled token."""
     prompt = renderer(name).prompt(fixed(name))
     sequence = renderer(name, train_on="last_response").render(fixed(name))[-1]
     start = next(at for at, label in enumerate(sequence.labels) if label != IGNORED)
@@ -277,7 +277,7 @@ def test_tool_calls_are_learned_as_the_template_prints_them(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in CALLS])
 def test_a_template_without_tool_calls_refuses_them(name: str) -> None:
-    """A template that leaves a call out would teach an empty answer: the row is refused instead."""
+    """A template that leaves out a call would teach an empty answer: the row is rejected instead."""
     assert not MODELS[name].tools
     for mode in ("responses", "last_response", "all"):
         with pytest.raises(RowError, match=r"a\.jsonl:7: the template `tokenizer` refuses") as caught:
@@ -335,7 +335,7 @@ def test_reasoning_is_a_channel_of_its_own() -> None:
         assert all(sequence.not_rendered == () for sequence in sequences)
 
 
-def test_a_call_behind_reasoning_is_one_answer() -> None:
+def test_a_call_after_reasoning_is_one_answer() -> None:
     """gpt-oss thinks before it calls, and its template forgets that once it has answered: both are learned as they are
     generated, the answer with the thoughts in sight."""
     call = {"id": "a", "type": "function", "function": CALL}
@@ -356,8 +356,8 @@ def test_a_call_behind_reasoning_is_one_answer() -> None:
         assert sequence.labels[len(prompt.input_ids)] != IGNORED
 
 
-def test_calls_that_are_printed_in_part_are_refused() -> None:
-    """gpt-oss's template prints the first call of an answer alone: to learn that would be to forget the others."""
+def test_calls_that_are_printed_in_part_are_rejected() -> None:
+    """gpt-oss's template prints only the first call of an answer: the model would learn to omit the others."""
     calls = tuple({"type": "function", "function": CALL | {"arguments": {"city": city}}} for city in ("Oslo", "Rome"))
     said = (Turn(role="user", content="Weather?"), Turn(role="assistant", content="", tool_calls=calls))
     with pytest.raises(RowError, match=r"some of the 2 tool calls of turn 2; .*one tool call") as caught:
@@ -369,8 +369,8 @@ def test_calls_that_are_printed_in_part_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tools_that_no_call_uses_are_shown_or_told(name: str) -> None:
-    """Where a template prints no tools, the row says so, also if a tool's name happens to stand in its text."""
+def test_tools_that_no_call_uses_are_shown_or_noted(name: str) -> None:
+    """If a template does not print tools, the row says so, even if a tool's name occurs in its text by chance."""
     for mode in ("responses", "all"):
         said = turns((("user", "Is it bad weather?"), ("assistant", "No.")))
         sequences = renderer(name, train_on=mode).render(row(*said, tools=(TOOL,)))
@@ -380,15 +380,15 @@ def test_tools_that_no_call_uses_are_shown_or_told(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "not_rendered"), [("qwen-3", ()), ("gemma-4-first", ("reasoning",)), ("phi-4", ("reasoning",))]
 )
-def test_reasoning_that_is_not_printed_is_told(name: str, not_rendered: tuple[str, ...]) -> None:
+def test_reasoning_that_is_not_printed_is_noted(name: str, not_rendered: tuple[str, ...]) -> None:
     """Where a template leaves reasoning out of the answer that it leads to, the row says so."""
     said = (Turn(role="user", content="Hi"), Turn(role="assistant", content="So.", reasoning_content="hm, hm"))
     (sequence,) = renderer(name).render(row(*said))
     assert sequence.not_rendered == not_rendered
 
 
-def test_an_empty_channel_in_the_generation_prompt_alone_is_told() -> None:
-    """The large Gemma 4 opens what is to be generated with an empty thought that it writes before no answer."""
+def test_an_empty_channel_only_in_the_generation_prompt_is_noted() -> None:
+    """The large Gemma 4's generation prompt has an empty thought, which its template puts before no answer."""
     found = real.wrapped(real.GEMMA_4_FAMILY, real.text("gemma-4-31b"))
     (sequence,) = Renderer(tokenizer=found).render(fixed("gemma-4"))
     assert found.chat
@@ -436,10 +436,10 @@ USER, ANSWER, SYSTEM = ("user", "Hi"), ("assistant", "Hello."), ("system", "Be b
                      "Keep one system turn", id="late system"),
     ],
 )  # fmt: skip
-def test_a_refused_row_names_place_rule_and_remedy(
+def test_a_rejected_row_names_place_rule_and_remedy(
     name: str, talk: tuple[tuple[str, str], ...], rule: str, remedy: str
 ) -> None:
-    """File, line, the template's own words, the rule that was broken as found by trying, and what to do."""
+    """File, line, the template's own error, the broken rule as found by trial, and what to do."""
     where = r"a\.jsonl:7: the template `tokenizer` refuses the conversation: "
     with pytest.raises(RowError, match=f"(?s){where}.*{rule}") as caught:
         renderer(name).render(row(*turns(talk)))
@@ -455,7 +455,7 @@ def test_answers_in_a_row_are_each_learned(name: str) -> None:
 
 
 def test_a_switch_that_a_template_takes_out_is_no_lost_turn() -> None:
-    """Templates of hybrid reasoning models take `/no_think` out of what is said; that is no reason to refuse a row."""
+    """Templates of hybrid reasoning models remove `/no_think` from a turn; this does not make the row invalid."""
     text = bundled_template("chatml").replace("message['content']", "message['content'] | replace('/no_think', '')")
     found = real.wrapped(real.QWEN_FAMILY, text)
     said = turns(
@@ -514,13 +514,13 @@ def test_the_jobs_templates_for_mistral_show_the_system_turn_once() -> None:
 
 @pytest.mark.parametrize("name", [*MODELS])
 def test_a_template_of_the_tokenizer_is_kept(name: str) -> None:
-    """What is saved beside the adapter is the model's template, byte for byte."""
+    """The template saved with the adapter is the model's, byte for byte."""
     assert real.tokenizer(name).hf.chat_template == real.text(name)
 
 
 @pytest.mark.parametrize("name", ["llama-2", "mistral-v3", "phi-3", "gemma-3", "llama-3", "zephyr"])
 def test_a_marker_inside_a_word_leaves_the_word_whole(name: str) -> None:
-    """A marker that is text puts no space into what is said, also where a tokenizer marks the start of each text."""
+    """A marker that is text adds no space to a turn, even if a tokenizer marks the start of each text."""
     model, found = MODELS[name], real.tokenizer(name)
     one, two = model.family.bos, model.family.special[1]
     said = (("user", f"a{one}b{two}c"), ("assistant", f"d{one}e{two}f"))

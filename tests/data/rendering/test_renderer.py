@@ -127,7 +127,7 @@ def test_exactly_the_answers_are_learned(name: str, pairs: list[tuple[str, str]]
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
-def test_a_prompt_is_what_stands_before_the_answer(name: str) -> None:
+def test_a_prompt_is_the_text_before_the_answer(name: str) -> None:
     """Generation starts from the very tokens that stand before the last answer in training."""
     found = tokenizer(name)
     renderer = Renderer(tokenizer=found, train_on="last_response")
@@ -229,7 +229,7 @@ def test_answers_that_are_context_are_not_learned() -> None:
 
 
 def test_a_question_without_an_answer_is_left_out() -> None:
-    """Turns behind the last answer teach nothing and are not rendered."""
+    """Turns after the last answer teach nothing and are not rendered."""
     found = tokenizer("chatml")
     (sequence,) = Renderer(tokenizer=found).render(conversation(*TALK, ("user", "And 3?")))
     assert whole(found, sequence).endswith("It is two.<|im_end|>\n")
@@ -273,7 +273,7 @@ def test_an_answer_may_come_first() -> None:
 
 
 def test_a_first_answer_whose_start_is_unknown_is_an_invalid_row() -> None:
-    """Without a generation prompt nothing tells where an answer begins that nothing stands before."""
+    """Without a generation prompt, nothing shows where a first answer begins."""
     text = "{% if messages[0]['role'] == 'system' %}{% endif %}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     with pytest.raises(RowError, match=r"refuses the conversation: .*undefined|no element|list object has no element"):
         Renderer(tokenizer=of_text(text)).render(conversation(("assistant", "Hello."), *TALK))
@@ -294,7 +294,7 @@ def test_a_conversation_that_the_template_refuses_is_an_invalid_row(turns: list[
 
 
 def test_no_token_lies_across_the_start_of_an_answer() -> None:
-    """An answer is tokenised as it is generated: behind the tokens of its prompt, however the two would merge."""
+    """An answer is tokenised as it is generated: after the tokens of its prompt, however the two would merge."""
     found = tokenizer("prompt_completion")
     row = conversation(("user", "The capital of Fra"), ("assistant", "nce is"))
     (sequence,) = Renderer(tokenizer=found).render(row)
@@ -304,14 +304,14 @@ def test_no_token_lies_across_the_start_of_an_answer() -> None:
 
 
 def test_a_token_across_the_end_of_an_answer_is_not_learned() -> None:
-    """A token that holds characters of the next turn is no token of the answer."""
+    """A token with characters of the next turn does not belong to the answer."""
     found = of_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     row = conversation(("user", "What? "), ("assistant", "The capital of Fra"), ("user", "nce."), ("assistant", "Yes."))
     first, *_ = learned(found, Renderer(tokenizer=found).render(row)[0])
     assert first == "The capital of"
 
 
-def test_white_space_behind_the_end_is_learned_only_where_nothing_else_ends_a_turn() -> None:
+def test_white_space_after_the_end_is_learned_only_if_it_alone_ends_a_turn() -> None:
     """Without an end marker the separator is the only sign of an end."""
     found = of_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
                     "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
@@ -375,7 +375,7 @@ def test_overlong_rows_fail_the_run_when_asked_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ready", [False, True], ids=["conversation", "ready text"])
-def test_a_text_too_large_to_tokenise_is_refused(ready: bool) -> None:
+def test_a_text_too_large_to_tokenise_is_rejected(ready: bool) -> None:
     """It would take gigabytes of memory, and all but its beginning would be cut off."""
     large = "word " * (MAX_CHARACTERS // 5) + "!"
     row = conversation(("user", "a"), ("assistant", large), line=7)

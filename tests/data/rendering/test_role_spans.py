@@ -91,8 +91,8 @@ def test_weights_are_read(text: str, weights: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     "text", ["assistant", "robot=1", "assistant=-1", "assistant=nan", "assistant=1e9999", "user:1"]
 )
-def test_other_words_are_refused(text: str) -> None:
-    """Unknown roles and what is no number, at least 0, break the rule."""
+def test_other_words_are_rejected(text: str) -> None:
+    """Unknown roles, and weights other than numbers from 0 on, are rejected."""
     kind = next(setting.kind for setting in SETTINGS if setting.name == "role_weights")
     with pytest.raises(Exception, match="does not match"):
         kind.field.deserialize(text)
@@ -109,14 +109,14 @@ def test_other_words_are_refused(text: str) -> None:
         pytest.param({"role_weights": ("assistant=1",), "format": "text"}, "TUNE_FORMAT=text", id="text"),
     ],
 )
-def test_contradictions_are_refused(values: dict[str, Any], says: str) -> None:
+def test_contradictions_are_rejected(values: dict[str, Any], says: str) -> None:
     """Weights that leave something open, or that another variable contradicts, are one problem that says which."""
     (problem,) = rules.problems(config(**values))
     assert says in problem
 
 
 def test_equal_weights_are_a_mask() -> None:
-    """Only ratios count: where all that is learned weighs the same, there are no weights, and each token counts 1."""
+    """Only ratios count: if all learned roles weigh the same, there are no weights, and each token counts 1."""
     assert role_weights.learned(("assistant=0.3", "user=0.3", "tool=0")) == {"assistant": 1.0, "user": 1.0}
     assert role_weights.learned(("assistant=1", "user=0.5")) == {"assistant": 1.0, "user": 0.5}
     assert role_weights.held_out({"assistant": 0.2, "user": 1.0}) == {"assistant": 1.0}
@@ -125,7 +125,7 @@ def test_equal_weights_are_a_mask() -> None:
 
 @pytest.mark.parametrize("name", ENDS)
 def test_each_role_weighs_what_it_should(name: str) -> None:
-    """In every template each turn's text has its role's weight, with its end marker, and nothing else has."""
+    """In every template exactly the text of each turn, with its end marker, has its role's weight."""
     sequences = render(name, ("system", "Be brief."), *TALK)
     end = ENDS[name]
     system = end if name not in {"gemma", "mistral", "llama-2"} else ""  # they write it into the first question

@@ -33,7 +33,7 @@ def tokens_of(*turns: tuple[str, str]) -> int:
 
 
 @pytest.mark.parametrize("train_on", ["responses", "all"])
-def test_a_conversation_that_is_too_long_ends_behind_an_answer(train_on: Any) -> None:
+def test_a_conversation_that_is_too_long_ends_after_an_answer(train_on: Any) -> None:
     """Whole turns go until the rest fits, and what stays is, token for token, how the whole begins."""
     found = tokenizer("chatml")
     (complete,) = Renderer(tokenizer=found, train_on=train_on, max_length=10**6).render(conversation(*LONG))
@@ -47,13 +47,13 @@ def test_a_conversation_that_is_too_long_ends_behind_an_answer(train_on: Any) ->
 
 
 def test_white_space_that_does_not_fit_is_no_loss() -> None:
-    """A conversation of which only the line end behind the last end marker is too much was not truncated."""
+    """A conversation that exceeds the limit only by the line end after its last end marker is not truncated."""
     (sequence,) = Renderer(tokenizer=tokenizer("chatml"), max_length=tokens_of(*TALK) - 1).render(conversation(*TALK))
     assert (sequence.outcome, len(sequence.input_ids)) == ("kept", tokens_of(*TALK) - 1)
 
 
 def test_no_answer_is_learned_without_its_end_while_another_is_whole() -> None:
-    """Whatever the limit: what is learned is whole answers, or a part of the first, or nothing."""
+    """Whatever the limit: whole answers are learned, or a part of the first, or nothing."""
     found = tokenizer("chatml")
     said = [f"{text}<|im_end|>" for role, text in LONG if role == "assistant"]
     outcomes = []

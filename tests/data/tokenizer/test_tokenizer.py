@@ -20,7 +20,7 @@ ANSWERED = (*ASKED, Turn(role="assistant", content="Paris."))
 
 
 def test_the_template_asked_for_is_in_force_and_saved() -> None:
-    """A named template replaces the tokenizer's, also in the tokenizer that is saved beside the adapter."""
+    """A named template replaces the tokenizer's, also in the tokenizer that is saved with the adapter."""
     found = wrap_tokenizer(tiny(template="{{ messages[0]['content'] }}"), chat_template="chatml", date=DATE)
     assert (found.name, found.template, found.hf.chat_template) == (
         "chatml",
@@ -37,14 +37,14 @@ def test_a_file_wins_over_a_name() -> None:
     assert found.render(ANSWERED, add_generation_prompt=False).endswith("assistant: Paris.</s>\n")
 
 
-def test_an_unknown_template_is_refused_with_the_known_names() -> None:
+def test_an_unknown_template_is_rejected_with_the_known_names() -> None:
     """A misspelt template name never falls back to another template."""
     with pytest.raises(ConfigError, match="chatlm") as caught:
         wrap_tokenizer(tiny(), chat_template="chatlm", date=DATE)
     assert "chatml" in caught.value.remedy
 
 
-def test_a_template_that_cannot_render_an_answer_is_refused_at_once() -> None:
+def test_a_template_that_cannot_render_an_answer_is_rejected_at_once() -> None:
     """A broken template is reported when it is loaded, not row by row."""
     with pytest.raises(DataError, match="never"):
         wrap_tokenizer(tiny(), template_text="{{ raise_exception('never') }}", date=DATE)
@@ -61,7 +61,7 @@ def test_templates_render_a_system_turn_before_the_conversation(name: str) -> No
 
 @pytest.mark.parametrize("name", STRICT)
 def test_strict_templates_say_which_rule_a_conversation_breaks(name: str) -> None:
-    """Two answers in a row are refused in words, and a system turn goes into the first question."""
+    """Two answers in a row are an error with a reason, and a system turn goes into the first question."""
     found = wrap_tokenizer(tiny(bos="<s>"), chat_template=name, date=DATE)
     with pytest.raises(RefusedError, match=f"{name} wants user and assistant turns to alternate"):
         found.render((*ANSWERED, ANSWERED[-1]), add_generation_prompt=False)
@@ -112,7 +112,7 @@ def test_markers_that_are_no_tokens_are_noted() -> None:
 
 
 def test_a_template_without_an_end_is_noted() -> None:
-    """A model that sees no end of turn does not learn to stop; the user is told."""
+    """A model that sees no end of turn does not learn to stop; a note says so."""
     found = wrap_tokenizer(tiny(), template_text="{% for m in messages %}{{ m.content }}\n{% endfor %}", date=DATE)
     assert "does not learn to stop" in found.notes[0]
 
@@ -131,7 +131,7 @@ def test_a_date_that_the_template_sets_itself_stays() -> None:
 
 
 @pytest.mark.parametrize("text", ["<s>hello", "hello"])
-def test_bos_stands_exactly_once(text: str) -> None:
+def test_bos_occurs_exactly_once(text: str) -> None:
     """BOS is added only where the text does not bring it."""
     found = wrap_tokenizer(tiny(bos="<s>", adds_bos=True), date=DATE)
     bos = found.hf.bos_token_id
@@ -147,7 +147,7 @@ def test_no_bos_where_the_tokenizer_uses_none() -> None:
     assert found.hf.bos_token_id not in found.encode("hello").ids
 
 
-def test_disarmed_markers_are_plain_text() -> None:
+def test_escaped_markers_are_plain_text() -> None:
     """A marker in a user's text is encoded as its characters, and decodes to them."""
     found = wrap_tokenizer(tiny(), chat_template="chatml", date=DATE)
     safe = found.escape("stop <|im_end|> now")
@@ -158,7 +158,7 @@ def test_disarmed_markers_are_plain_text() -> None:
 
 
 def test_a_saved_tokenizer_loads_with_its_template(tmp_path: Path) -> None:
-    """What the job saves, the job loads, from local files and nothing else."""
+    """A saved tokenizer is loaded again, from local files only."""
     tiny(template=bundled_template("chatml")).save_pretrained(tmp_path)
     found = load_tokenizer(tmp_path, date=DATE)
     assert (found.name, found.template) == ("tokenizer", bundled_template("chatml"))
@@ -185,7 +185,7 @@ def test_generation_stops_where_the_model_says(
     assert found.stop_ids == tuple(hf.convert_tokens_to_ids(["<|im_end|>", *others]))
 
 
-def test_a_damaged_generation_config_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_damaged_generation_config_is_rejected_at_once(tmp_path: Path) -> None:
     """What would end the export of merged weights ends the run before it trains."""
     tiny(template=bundled_template("chatml")).save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text("[]")
@@ -193,7 +193,7 @@ def test_a_damaged_generation_config_is_refused_at_once(tmp_path: Path) -> None:
         load_tokenizer(tmp_path, date=DATE)
 
 
-def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_with_custom_code_is_rejected(tmp_path: Path) -> None:
     """Code from a model's directory never runs, whatever its configuration asks for."""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Slow", None]}}))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}))
@@ -204,7 +204,7 @@ def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_slow_tokenizer_is_refused_by_name() -> None:
+def test_a_slow_tokenizer_is_rejected_by_name() -> None:
     """Without offsets the answers cannot be found, so nothing is guessed."""
 
     class SlowTokenizer:
