@@ -17,6 +17,8 @@ import pytest
 from job.runtime.errors import KINDS
 from tests.jobs import ROOT, Ended, run, start, stop_at
 
+pytestmark = pytest.mark.process
+
 SECRET = "planted-secret-value"
 SHORT = {"max_steps": 4, "max_length": 128, "samples": 2, "batch_size": 4, "lora_r": 4, "learning_rate": 1e-2}
 PROGRESS = {

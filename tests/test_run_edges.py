@@ -18,6 +18,8 @@ from huggingface_hub import ModelCard
 from tests.hub_server import COMMIT, serve_hub
 from tests.jobs import ROOT, run
 
+pytestmark = pytest.mark.process
+
 SHORT = {"max_steps": 2, "max_length": 128, "samples": 1, "batch_size": 4, "lora_r": 4, "eval_fraction": 0.1}
 
 

@@ -16,6 +16,8 @@ from job.inputs.pull import Sources, listing
 from tests.hub_server import serve_hub
 from tests.jobs import ROOT
 
+pytestmark = pytest.mark.process
+
 HEAVY = ("torch", "unsloth", "trl", "peft", "bitsandbytes", "triton", "accelerate")
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.jobs import ROOT
 
+pytestmark = pytest.mark.process
+
 PLAIN = """
 import json, sys, torch
 from peft import PeftModel

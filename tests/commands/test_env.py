@@ -11,6 +11,8 @@ import pytest
 
 from tests.jobs import ROOT
 
+pytestmark = pytest.mark.process
+
 SECRET = "hunter2-hunter2"
 PLANTED = {
     "HF_TOKEN": SECRET,

@@ -7,6 +7,8 @@ import pytest
 
 from tests.jobs import ROOT
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize(
     ("argument", "status", "told"),

@@ -138,6 +138,7 @@ def test_identity_depends_on_the_result_only(load):
     assert load(TUNE_RUN_ID="mine").identity() == "mine"
 
 
+@pytest.mark.process
 def test_variables_command_shows_the_table():
     """`python -m job variables --json` is the table that the parser uses."""
     shown = json.loads(subprocess.check_output([sys.executable, "-m", "job", "variables", "--json"]))
@@ -147,6 +148,7 @@ def test_variables_command_shows_the_table():
         assert all(s.variable in variables.render(form) for s in SETTINGS)
 
 
+@pytest.mark.process
 def test_bad_environment_exits_78_quickly_and_without_secrets():
     """A bad environment ends with 78 within two seconds, as JSON, and shows no secret, not even inside a value."""
     secret = "hunter2-hunter2"
@@ -161,6 +163,7 @@ def test_bad_environment_exits_78_quickly_and_without_secrets():
     assert secret not in line
 
 
+@pytest.mark.process
 def test_bad_command_line_exits_78():
     """A mistake on the command line is a configuration error too."""
     done = subprocess.run([sys.executable, "-m", "job", "bogus"], capture_output=True, text=True, check=False)

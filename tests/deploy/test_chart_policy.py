@@ -70,6 +70,7 @@ def context(pod):
     return only_container(pod)["securityContext"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("rule", RULES)
 def test_every_pod_keeps_the_rule(rule):
     """No pod that the chart or `k8s/` can make breaks a rule of the "restricted" standard or the usual policies."""

@@ -12,6 +12,8 @@ import pytest
 from job.runtime.errors import KINDS, JobError
 from tests.jobs import ROOT
 
+pytestmark = pytest.mark.process
+
 SCRIPTS = sorted((ROOT / "cloud" / "docker").glob("*.sh"))
 AGAIN, RUN = ROOT / "cloud" / "docker" / "again.sh", ROOT / "cloud" / "docker" / "run.sh"
 TRIES = 3

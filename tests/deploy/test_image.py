@@ -19,7 +19,7 @@ from job.commands.demo.demo import BUCKET, DATA, LEAST_RIGHT_AFTER, MODEL, ORDER
 from tests import image
 from tests.jobs import ROOT
 
-pytestmark = [pytest.mark.image, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.image, pytest.mark.process, pytest.mark.timeout(3000)]
 DEMO = {**SETTINGS_OF_THE_RUN, "TUNE_DEVICE": "cpu", "TUNE_CHECKPOINT_STEPS": "8"}
 STOPPED_AFTER = 12
 NOT_COMPILED = """

@@ -19,6 +19,8 @@ from job.inputs.hub_files import data_files, model_files
 from job.runtime.errors import AccessDeniedError, ConfigError, DataError, StorageError
 from tests.hub_server import COMMIT, Hub, serve_hub
 
+pytestmark = pytest.mark.process
+
 MODEL = {
     "config.json": b"{}",
     "model.safetensors": b"weights" * 1000,

@@ -7,10 +7,13 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from job.observability.prometheus import EVENTS, Metrics, name
 from tests.jobs import finish, run, start
+
+pytestmark = pytest.mark.process
 
 SHORT = {"max_length": 128, "samples": 0, "batch_size": 4, "lora_r": 4, "eval_fraction": 0.1, "precision": "16bit"}
 

@@ -14,6 +14,8 @@ from job.tuning import checkpoint_files
 from tests import documents
 from tests.jobs import ROOT, run, start, stop_at
 
+pytestmark = pytest.mark.process
+
 FORMATS = ROOT / "docs/formats"
 INDEX, RECORD, LEDGER, CACHE = (FORMATS / f"{name}.md" for name in ("README", "record", "ledger", "compile-cache"))
 TYPES = {

@@ -16,6 +16,8 @@ from job.runtime.errors import KINDS, JobError, StorageError
 from tests.jobs import ROOT
 from tests.runtime.child_program import Answer, Ask
 
+pytestmark = pytest.mark.process
+
 PARENT = """
 import os, sys, time
 from job.runtime.child import Child

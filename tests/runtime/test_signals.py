@@ -12,6 +12,8 @@ import pytest
 from job.runtime.errors import InterruptedError  # noqa: A004 - the domain's word
 from tests.jobs import ROOT
 
+pytestmark = pytest.mark.process
+
 PROLOGUE = """
 import os, signal, sys, time
 from job.runtime import signals

@@ -14,6 +14,8 @@ from job.runtime.errors import ConfigError
 from job.runtime.workspace import workspace
 from tests.jobs import ROOT
 
+pytestmark = pytest.mark.process
+
 HOLD = """
 import sys
 from pathlib import Path

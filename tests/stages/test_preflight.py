@@ -15,6 +15,8 @@ from job.stages import preflight
 from tests.jobs import ROOT
 from tests.servers import serve_proxy
 
+pytestmark = pytest.mark.process
+
 NEEDED = {"TUNE_MODEL": "org/model", "TUNE_DATASET": "/data.jsonl", "TUNE_DEVICE": "cpu", "TUNE_LOG_FORMAT": "json"}
 NOEXEC = shutil.which("unshare") and subprocess.call(["unshare", "-m", "true"], stderr=subprocess.DEVNULL) == 0
 

@@ -14,6 +14,8 @@ import pytest
 from job.state.compile_cache import bytecode
 from tests.jobs import ROOT, run
 
+pytestmark = pytest.mark.process
+
 SHORT = {"max_steps": 1, "max_length": 128, "samples": 0, "batch_size": 4, "lora_r": 4, "precision": "16bit"}
 IMPORTS = """
 import json, subprocess, sys

@@ -13,6 +13,8 @@ from job.state.ledger import Ledger
 from job.state.uploader import Saved, Setup, Uploader
 from job.storage.open import open_store
 
+pytestmark = pytest.mark.process
+
 
 class Run:
     """An attempt that has fenced, and its uploader; the output is a directory."""

@@ -15,6 +15,8 @@ import pytest
 
 from tests.servers import serve_rclone
 
+pytestmark = pytest.mark.process
+
 GIB = 1 << 30
 CLIENT = """
 import json, resource, sys

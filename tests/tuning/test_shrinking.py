@@ -8,6 +8,8 @@ import pytest
 
 from tests.jobs import ROOT
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def found(tiny_model, rows):

@@ -8,6 +8,8 @@ import pytest
 
 from tests.jobs import ROOT
 
+pytestmark = pytest.mark.process
+
 REWRITES = """
 import json, sys
 from pathlib import Path
