@@ -109,9 +109,10 @@ def settings(place) -> dict:
 
 @pytest.fixture(scope="module")
 def finished(settings, tmp_path_factory) -> Ended:
-    """One run with everything on."""
+    """One run with everything on, in an interpreter of its own."""
     return run(
         tmp_path_factory.mktemp("first"),
+        fresh=True,
         **settings,
         run_id="first",
         checkpoint_steps=2,

@@ -4,9 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import threading
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -16,7 +13,8 @@ from typing import Any
 import boto3
 import psutil
 
-from tests.jobs import KEPT, ROOT
+from tests.jobs import KEPT
+from tests.zygote import Zygote
 
 SETTINGS = {
     "max_steps": 12,
@@ -33,66 +31,6 @@ SETTINGS = {
     "storage_patience_minutes": 0.5,
 }
 INTERRUPTED, FENCED, STORAGE, PERMANENT, DENIED, CONFIG, KILLED = 75, 76, 74, 70, 77, 78, -signal.SIGKILL
-
-
-class Zygote:
-    """The process that forks jobs."""
-
-    def __init__(self, scratch: Path) -> None:
-        kept = {name: value for name, value in os.environ.items() if name.startswith(KEPT)}
-        self._errors = (scratch / "zygote.log").open("wb")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.zygote", str(scratch)],
-            cwd=ROOT,
-            env={**kept, "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-        self.pid = self._process.pid
-        self._lock = threading.Condition()
-        self._started: list[int] = []
-        self.codes: dict[int, int] = {}
-        assert json.loads(self._process.stdout.readline()) == {"ready": True}
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        for line in self._process.stdout:
-            message = json.loads(line)
-            with self._lock:
-                if "started" in message:
-                    self.codes.pop(message["started"], None)  # the kernel uses numbers again
-                    self._started.append(message["started"])
-                else:
-                    self.codes[message["ended"]] = message["code"]
-                self._lock.notify_all()
-
-    def fork(self, request: dict[str, Any]) -> int:
-        """Start a job; returns its pid."""
-        with self._lock:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            while not self._started:
-                self._lock.wait(1)
-                assert self._process.poll() is None, "the zygote died"
-            return self._started.pop()
-
-    def wait(self, pid: int, seconds: float) -> int | None:
-        """The exit code, negative for a signal; None if it still runs."""
-        end = time.monotonic() + seconds
-        with self._lock:
-            while pid not in self.codes and time.monotonic() < end:
-                self._lock.wait(max(0.0, min(0.5, end - time.monotonic())))
-            return self.codes.get(pid)
-
-    def close(self) -> None:
-        """End it, and every job that it still has."""
-        for child in psutil.Process(self._process.pid).children(recursive=True):
-            child.kill()
-        self._process.stdin.close()
-        self._process.wait(10)
-        self._errors.close()
 
 
 @dataclass(kw_only=True)
