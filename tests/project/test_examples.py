@@ -214,10 +214,10 @@ def test_rows_are_read(block):
     """Every example of rows is valid, and its format is detected; together they show all formats."""
     for line in block.text.splitlines():
         row = json.loads(line)
-        found = formats.detect(block.where, formats.columns_of(row))
-        formats.example(row, format=found, source=block.where, line=1)
+        found = formats.detect_format(block.where, formats.columns_of(row))
+        formats.parse_row(row, format=found, source=block.where, line=1)
     shown = {
-        formats.detect("", set(json.loads(line)))
+        formats.detect_format("", set(json.loads(line)))
         for b in documents.every_block("jsonl")
         for line in b.text.splitlines()
     }
