@@ -119,6 +119,13 @@ def test_paths_in_the_source_exist(path):
     assert {name for name in modules if not ((ROOT / name).is_dir() or (ROOT / f"{name}.py").exists())} == set()
 
 
+@pytest.mark.parametrize("path", PUBLIC, ids=[path.relative_to(ROOT).as_posix() for path in PUBLIC])
+def test_subcommands_exist(path):
+    """Every `python -m job ...` in a public document, form or workflow names a subcommand."""
+    known = set(re.findall(r'add_parser\(\s*"(\w+)"', (ROOT / "job/__main__.py").read_text()))
+    assert set(re.findall(r"python -m job ([a-z]+)", path.read_text())) - known == set()
+
+
 @pytest.mark.parametrize("path", [CONTRIBUTING, ARCHITECTURE], ids=lambda path: path.name)
 def test_names_in_the_source_exist(path):
     """Every single name in code, such as a class, a function, an event or a field, is a word of the source."""
