@@ -15,7 +15,6 @@ import yaml
 from tests import documents, tree
 from tests.jobs import ROOT
 
-pytestmark = pytest.mark.process
 
 APACHE_2_0 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 """SHA-256 of the licence's text as the Apache Software Foundation publishes it."""
@@ -62,6 +61,7 @@ def test_there_is_one_version():
     assert {found for text in texts for found in re.findall(r"finetune-job:(\d+\.\d+\.\d+)", text)} == {version}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", [path.relative_to(GITHUB).as_posix() for path in GITHUB.rglob("*.yml")])
 def test_github_understands_its_files(name):
     """Issue forms and workflows follow the schemas for them."""
@@ -119,6 +119,13 @@ def test_paths_in_the_source_exist(path):
     assert {name for name in modules if not ((ROOT / name).is_dir() or (ROOT / f"{name}.py").exists())} == set()
 
 
+@pytest.mark.parametrize("path", PUBLIC, ids=[path.relative_to(ROOT).as_posix() for path in PUBLIC])
+def test_subcommands_exist(path):
+    """Every `python -m job ...` in a public document, form or workflow names a subcommand."""
+    known = set(re.findall(r'add_parser\(\s*"(\w+)"', (ROOT / "job/__main__.py").read_text()))
+    assert set(re.findall(r"python -m job ([a-z]+)", path.read_text())) - known == set()
+
+
 @pytest.mark.parametrize("path", [CONTRIBUTING, ARCHITECTURE], ids=lambda path: path.name)
 def test_names_in_the_source_exist(path):
     """Every single name in code, such as a class, a function, an event or a field, is a word of the source."""
@@ -126,6 +133,7 @@ def test_names_in_the_source_exist(path):
     assert {name for name in named if not re.search(rf"\b{name}\b", SOURCE)} == set()
 
 
+@pytest.mark.process
 def test_the_first_run_of_a_contributor_works(tmp_path):
     """The commands of "Your first change" make a model, check it and train it; only the folder differs here."""
     section = documents.section(CONTRIBUTING.read_text(), "Your first change in ten minutes")
