@@ -9,7 +9,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-h
 STAMP := $(VENV)/installed-$(shell sha256sum requirements-dev.lock | cut -c1-16)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults soak image-test lint format lock readme chart-schema chart-test bench-data bench-storage bench-resume-control bench-gpu bench-gpu-run bench-gpu-resume clean $(VENV)
+.PHONY: help demo test quick full coverage faults soak image-test lint format lock readme chart-schema chart-test bench-data bench-storage bench-resume-control bench-gpu bench-gpu-run bench-gpu-resume clean $(VENV)
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$][^:]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -17,11 +17,27 @@ help:  ## list the targets
 demo: $(STAMP)  ## train a small real model on a local S3 server and show what it learned
 	@$(BIN)/python -m job demo
 
+# Work is stolen from the worker with more of it left, so that none idles while the other has the longest file.
+WORKERS ?= $(shell nproc)
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 test: $(STAMP)  ## run the whole suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
+
+quick: $(STAMP)  ## the tests that start no process and import no torch
+	$(PYTEST) --quick
+
+full: $(STAMP)  ## everything that needs no GPU and no container engine: the suite with all rows of the fault matrix
+	$(PYTEST) -m "not gpu and not image"
+
+coverage: $(STAMP)  ## how much of job/ the suite runs, also in child processes; prints the ten least covered modules
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report --sort=cover | sed -n -e 1,12p -e '$$p'
 
 faults: $(STAMP)  ## the whole fault matrix, also the rows that take long
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" tests/faults
+	$(PYTEST) -m "not gpu" tests/faults
 
 RUNS ?= 20
 soak: $(STAMP)  ## random faults for RUNS runs; prints its seed, SEED=... repeats it
@@ -54,7 +70,7 @@ chart-schema: $(STAMP)  ## write what is generated of helm/ and k8s/
 	$(BIN)/python -m tests.chart
 
 chart-test: $(STAMP)  ## the chart and k8s/ with the real Helm and kustomize
-	$(BIN)/python -m pytest -n 2 tests/deploy/test_chart*.py tests/deploy/test_k8s.py tests/deploy/test_exit_codes.py
+	$(PYTEST) tests/deploy/test_chart*.py tests/deploy/test_k8s.py tests/deploy/test_exit_codes.py
 
 bench-resume-control: $(STAMP)  ## the same kills against stock resume_from_checkpoint=True
 	$(BIN)/python benchmarks/resume_control.py
@@ -77,7 +93,7 @@ bench-gpu: $(STAMP)  ## the job beside Unsloth's tutorial and plain TRL on this 
 	$(BIN)/python benchmarks/gpu.py run benchmarks/results --size $(SIZE) --parts $(PARTS)
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) .demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis .coverage .coverage.*
 
 $(VENV): $(STAMP)  ## install the locked packages
 

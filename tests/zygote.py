@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ("AWS_", "PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA", "HOME", "LANG", "HF_ENDPOINT", "SSL_CERT")
+KEPT = ("AWS_", "PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA", "HOME", "LANG", "HF_ENDPOINT", "SSL_CERT", "COVERAGE_")
 """Beginnings of the names of variables that a job in a test inherits."""
 
 
@@ -98,6 +98,7 @@ def main() -> None:
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    sys.stdout.flush()  # what the libraries printed is no job's output
     _say(answers, {"ready": True})
     pids = set()
     buffer = b""
