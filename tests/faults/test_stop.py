@@ -157,6 +157,7 @@ def test_a_signal_during_c_code(bench):
     run_id = bench.name("c-code")
     job = bench.start(run_id, hooks=[["block", "job.tuning.model:load", 20]], grace_seconds=6)
     job.until("library_output", message="the test blocks")
+    time.sleep(0.5)  # on a busy machine the line arrives before the C code has begun
     job.send(signal.SIGTERM)
     asked = time.monotonic()
     job.ends(INTERRUPTED)
