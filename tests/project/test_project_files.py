@@ -15,7 +15,6 @@ import yaml
 from tests import documents, tree
 from tests.jobs import ROOT
 
-
 APACHE_2_0 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 """SHA-256 of the licence's text as the Apache Software Foundation publishes it."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
