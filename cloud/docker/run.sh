@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The job on this machine's GPU with Docker, started again as its exit codes ask (again.sh, beside this file).
+# The job on this machine's GPU with Docker, started again as its exit codes ask (restart.sh, beside this file).
 #
 #   cp cloud/job.env.example job.env    # fill it in
 #   cloud/docker/run.sh job.env
@@ -16,7 +16,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # down, the Docker daemon gives 15 seconds unless its shutdown-timeout says otherwise: then leave this at 15.
 stop=${STOP_SECONDS:-15}
 
-exec "$here/again.sh" docker run --rm \
+exec "$here/restart.sh" docker run --rm \
   --gpus all \
   --read-only \
   --cap-drop ALL \

@@ -15,7 +15,7 @@ from tests.jobs import ROOT
 pytestmark = pytest.mark.process
 
 SCRIPTS = sorted((ROOT / "cloud" / "docker").glob("*.sh"))
-AGAIN, RUN = ROOT / "cloud" / "docker" / "again.sh", ROOT / "cloud" / "docker" / "run.sh"
+AGAIN, RUN = ROOT / "cloud" / "docker" / "restart.sh", ROOT / "cloud" / "docker" / "run.sh"
 TRIES = 3
 ENDS = {kind.exit_code: not kind.retry for kind in (*KINDS, JobError)} | {0: True, 137: False}
 

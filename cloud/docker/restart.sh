@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs a command that ends like the job, and runs it again where the exit code says that this may help.
 #
-#   again.sh docker run ... finetune-job:0.1.0
-#   again.sh docker compose -f compose.yaml run --rm train
+#   restart.sh docker run ... finetune-job:0.1.0
+#   restart.sh docker compose -f compose.yaml run --rm train
 #
 # 75 (interrupted) is run again after a second and never counts. 74 (storage) and codes that nobody foresaw (1, 137, Docker's
 # own 125 to 127) count: at most TRIES of them, PAUSE_SECONDS apart. All other codes end the loop: the job would end
