@@ -29,12 +29,14 @@ def parent(spec: Any, path: str) -> tuple[Any, Any]:
     return spec, last
 
 
+@pytest.mark.process
 @each_platform
 def test_the_platform_accepts_the_spec(platform: Platform) -> None:
     """The platform's own library or schema finds nothing wrong."""
     platform.check(read(platform.spec))
 
 
+@pytest.mark.process
 @each_platform
 def test_the_platform_rejects_a_wrong_name(platform: Platform) -> None:
     """One letter too many in a name is an error, so a setting cannot be lost in silence."""
@@ -45,6 +47,7 @@ def test_the_platform_rejects_a_wrong_name(platform: Platform) -> None:
         platform.check(spec)
 
 
+@pytest.mark.process
 @each_platform
 def test_the_platform_rejects_a_wrong_value(platform: Platform) -> None:
     """A value of another type, or outside its list, is an error."""

@@ -10,6 +10,8 @@ from job.runtime.errors import KINDS, JobError
 from tests import manifests
 from tests.manifests import ROOT, job_spec, render, values
 
+pytestmark = pytest.mark.process
+
 FAIL, IGNORE, COUNT = "give up", "try again, uncounted", "try again, counted"
 UNCOUNTED = {"interrupted"}  # preemptions are no failures of the run
 CODES = {

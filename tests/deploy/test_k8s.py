@@ -9,6 +9,8 @@ from tests import kustomize, manifests
 from tests.kustomize import CRON, K8S, comparable
 from tests.manifests import render, values
 
+pytestmark = pytest.mark.process
+
 OVERLAYS = ("base", "overlays/single-gpu", "overlays/cron")
 ENDPOINT = {"s3": {"endpoint": "https://minio.example:9000", "region": "us-east-1"}, "existingSecrets": ["finetune-s3"]}
 ROLE = {"eks.amazonaws.com/role-arn": "arn:aws:iam::111122223333:role/finetune"}

@@ -10,6 +10,8 @@ import pytest
 from job.observability import termination
 from job.runtime.errors import DataError
 
+pytestmark = pytest.mark.process
+
 PROLOGUE = """
 import ctypes, logging, os, sys, threading, warnings
 import structlog, tqdm

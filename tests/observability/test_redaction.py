@@ -163,6 +163,7 @@ logs.close()
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("form", ["json", "text"])
 def test_log_lines_stay_json_with_their_numbers(form):
     """`MAX_TOKENS=133333` and a numeric token leave the numbers of the log alone; a real token vanishes from it."""
@@ -181,6 +182,7 @@ def test_log_lines_stay_json_with_their_numbers(form):
         assert all(isinstance(json.loads(line), dict) for line in done.stdout.splitlines())
 
 
+@pytest.mark.process
 def test_what_observers_see_holds_no_secret():
     """What is passed on to other services is redacted as the log is."""
     code = f"""

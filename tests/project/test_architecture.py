@@ -15,6 +15,7 @@ from tests.jobs import ROOT
 MODULES = sorted((ROOT / "job").rglob("*.py"))
 
 
+@pytest.mark.process
 def test_import_contracts():
     """Imports point down, heavy libraries stay in job.tuning, boto3 in job.storage."""
     subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, check=True, capture_output=True)
@@ -114,6 +115,7 @@ def test_unsloth_comes_before_what_it_patches(path):
     assert names.count(UNSLOTH) == patched
 
 
+@pytest.mark.process
 def test_parts_of_tuning_need_no_torch():
     """The seam to the stages and the arithmetic of a plan load without the training stack."""
     modules = ("hooks", "fit.plan", "fit.candidates", "fit.micro_batches")

@@ -230,6 +230,7 @@ class CallbackHandler:
 """
 
 
+@pytest.mark.process
 def test_a_process_is_changed_from_outside(tmp_path):
     """The fraction waits for the card's first use, what is told of memory is less, and trainers get a callback more.
 
@@ -299,6 +300,7 @@ def test_parts_and_sides_are_chosen_by_name():
         gpu.chosen("fast", gpu.PARTS)
 
 
+@pytest.mark.process
 def test_the_machine_is_described():
     """Beside every figure: versions, also that a package is missing."""
     found = describe(["pytest", "no-such-package"])

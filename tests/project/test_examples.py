@@ -45,6 +45,7 @@ def test_ini_parses(block):
     assert parser.sections()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "text",
     [pytest.param(block.text, id=block.where) for block in documents.every_block("env")]
@@ -71,6 +72,7 @@ def _load(given: dict[str, str]) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("block", documents.every_block("yaml"), ids=lambda block: block.where)
 def test_configuration_in_yaml_is_valid(block):
     """Each `config` map of chart values holds variables with values that the job's schema allows."""

@@ -15,6 +15,8 @@ from job.runtime import gpus
 from job.runtime.gpus import Card, Gpus
 from tests.jobs import ROOT
 
+pytestmark = pytest.mark.process
+
 NVML = """
 #include <string.h>
 int nvmlInitWithFlags(unsigned flags) { return %(init)d; }
