@@ -192,7 +192,6 @@ def test_what_a_command_needs_is_one_of_a_few_things():
     assert vague == []
 
 
-@pytest.mark.process
 def test_the_readme_is_the_front_door():
     """The README is short, and its first screen has the demo and Docker."""
     lines = README.read_text().splitlines()
