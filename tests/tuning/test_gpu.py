@@ -34,7 +34,7 @@ def train(small_model, rows, tmp_path_factory):
     def _train(**variables):
         place = tmp_path_factory.mktemp("run")
         settings = {**SHORT, "model": small_model, "dataset": rows, "output": place / "out", "run_id": "gpu"}
-        return run(place, **{**settings, "device": "cuda", **variables})
+        return run(place, fresh=True, **{**settings, "device": "cuda", **variables})
 
     return _train
 
