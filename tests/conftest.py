@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import uuid
@@ -17,6 +18,11 @@ from tests.jobs import ROOT
 from tests.servers import ACCESS_KEY, SECRET_KEY, Rclone, serve_rclone
 
 pytest_plugins = ["tests.quick"]
+
+# Test processes share the cores: with a thread for each core in each of them, all threads would wait for each other,
+# spinning, and a training step would take 13 s instead of 2.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")
