@@ -1,4 +1,5 @@
-"""What a person runs besides a training: `check`, `variables`, `demo`.
+"""What a person runs besides a training: `check`, `env`, `variables`, `demo`.
 
-Knows the stages of a run and words for a terminal; a run needs nothing of it.
+`checks` looks and decides the order, `check` is its command line, `check_text` its words. Knows the stages of a run;
+a run needs nothing of it.
 """

@@ -1,4 +1,5 @@
-"""What a run keeps in its output: attempts, ledger, checkpoints, record, fingerprint, published files, compile caches.
+"""What a run keeps in its output: attempts, ledger, checkpoints, record, fingerprint, published files, caches.
 
-Knows the formats on the store and who may write when; nothing of models in memory, of rows or of the training loop.
+The ledger decides which attempt may still commit and publish (fencing); `record` writes `run.json`, `inputs.json` and
+`done.json`. Knows formats on the store; nothing of models in memory, of rows or of the training loop.
 """
