@@ -1,4 +1,5 @@
-"""What others see of a run: log lines, metrics, the termination message, where the time went; and what is masked.
+"""What others see of a run: log lines, metrics, the termination message, where the time went.
 
-Knows nothing of what a run does.
+`redaction` removes credentials from whatever is written; `masking` finds what looks like a secret in the data. Knows
+nothing of what a run does.
 """

@@ -1,4 +1,5 @@
-"""Files to examples: JSON, CSV and Parquet, the formats of rows, messages, renamed columns.
+"""Files to examples: JSON, CSV and Parquet, the formats of rows, messages.
 
-Knows nothing of templates or tokens.
+`columns` gives a user's columns the names of the format, `fields` reads their values. Knows nothing of templates or
+tokens.
 """

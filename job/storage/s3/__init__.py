@@ -1,4 +1,5 @@
-"""S3 and compatible stores: connection, failures and retries, uploads and downloads in parts, checksums.
+"""S3 and what speaks like it: connection, uploads and downloads in parts, checksums.
 
-The only place that imports boto3.
+`bucket` sends every request and retries it, `failures` decides which failures may be retried. The only place that
+imports boto3.
 """
