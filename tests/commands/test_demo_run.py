@@ -48,13 +48,14 @@ def test_the_demo_and_its_adapter():
     assert max(stalls) < 1
     assert sum(stalls) < trained / 100
     model, adapter = ROOT / ".demo/model", ROOT / ".demo/adapter"
+    compared = after[::4]  # one by one in plain peft: a quarter of them takes a minute
     shown = subprocess.check_output(
         [sys.executable, "-c", PLAIN, model, adapter],
-        input=json.dumps([line["prompt"] for line in after]),
+        input=json.dumps([line["prompt"] for line in compared]),
         text=True,
         cwd="/",
         env=os.environ | {"HF_HUB_OFFLINE": "1", "GOMP_SPINCOUNT": "10000"},
     )
     answers = [json.loads(line) for line in shown.splitlines() if line.startswith('"')]
-    # One by one here, padded to a batch there: an answer or two may part where two tokens are equally likely.
-    assert sum(mine == line["answer"] for mine, line in zip(answers, after, strict=True)) >= 18
+    # One by one here, padded to a batch there: an answer may part where two tokens are equally likely.
+    assert sum(mine == line["answer"] for mine, line in zip(answers, compared, strict=True)) >= len(compared) - 1

@@ -127,6 +127,7 @@ def test_what_is_there_is_used(tmp_path, monkeypatch):
     assert not bytecode.missing()
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_a_stack_without_compiled_modules_starts_faster_from_the_cache(tiny_model, rows, tmp_path):
     """The first run compiles the whole training stack, since one package of it came without; the next at most what
@@ -136,7 +137,7 @@ def test_a_stack_without_compiled_modules_starts_faster_from_the_cache(tiny_mode
     place = {"model": tiny_model, "dataset": rows, "cache": tmp_path / "kept", "PYTHONPATH": tmp_path / "site"}
     seconds = []
     for output in ("first", "second"):
-        ended = run(tmp_path, **SHORT, **place, output=tmp_path / output)
+        ended = run(tmp_path, fresh=True, **SHORT, **place, output=tmp_path / output)
         assert ended.code == 0, ended.lines[-1]
         seconds.append(ended.event("run_complete")["timeline_seconds"]["import"])
         shutil.rmtree(tmp_path / "scratch")
