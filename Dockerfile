@@ -14,7 +14,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends binutils ca-certificates python3 python3-venv \
     && apt-get clean && rm -rf /var/lib/apt/lists/*
 COPY requirements.lock /build/
-# --no-deps: the lock is complete and hashed, and one of its packages asks for a version that is not always to be had.
+# --no-deps: the lock is complete and hashed, and one of its packages asks for a version that is not always available.
 # What no text model on this CUDA needs goes in the same layer: bitsandbytes for other CUDAs, for AMD and Intel; Unsloth's
 # web studio; static libraries; Triton's debug symbols; pip itself. Modules that a run imports are compiled here, since
 # a read-only root cannot keep them: on a CPU, and (UNSLOTH_ALLOW_CPU) as if there were a GPU.

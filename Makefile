@@ -58,7 +58,7 @@ format: $(STAMP)  ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: $(STAMP)  ## resolve both lock files anew
+lock: $(STAMP)  ## resolve both lock files again
 	$(COMPILE) --output-file requirements.lock
 	$(COMPILE) --extra dev --constraint requirements.lock --output-file requirements-dev.lock
 
@@ -75,10 +75,10 @@ chart-test: $(STAMP)  ## the chart and k8s/ with the real Helm and kustomize
 bench-resume-control: $(STAMP)  ## the same kills against stock resume_from_checkpoint=True
 	$(BIN)/python benchmarks/resume_control.py
 
-bench-data: $(STAMP)  ## 100,000 conversations to tokens and labels beside TRL's own way (after make demo)
+bench-data: $(STAMP)  ## 100,000 conversations to tokens and labels compared with TRL's own way (after make demo)
 	$(BIN)/python benchmarks/data.py
 
-bench-storage: $(STAMP)  ## object transfers beside aws s3 cp and s5cmd
+bench-storage: $(STAMP)  ## object transfers compared with aws s3 cp and s5cmd
 	$(BIN)/python benchmarks/storage.py
 
 bench-gpu-resume: $(STAMP)  ## kill and resume a 1B model on this machine's GPU
@@ -89,7 +89,7 @@ bench-gpu-run: $(STAMP)  ## a 1B model through the job on this machine's GPU
 
 SIZE ?= 1b
 PARTS ?= speed
-bench-gpu: $(STAMP)  ## the job beside Unsloth's tutorial and plain TRL on this GPU; SIZE=8b, PARTS=speed,adapter,batch32,tight
+bench-gpu: $(STAMP)  ## the job compared with Unsloth's tutorial and plain TRL on this GPU; SIZE=8b, PARTS=speed,adapter,batch32,tight
 	$(BIN)/python benchmarks/gpu.py run benchmarks/results --size $(SIZE) --parts $(PARTS)
 
 clean:  ## remove the environment and all caches
@@ -97,7 +97,7 @@ clean:  ## remove the environment and all caches
 
 $(VENV): $(STAMP)  ## install the locked packages
 
-# --no-deps: the lock is complete, and one of its packages asks for a version that is not always to be had.
+# --no-deps: the lock is complete, and one of its packages asks for a version that is not always available.
 # --no-compile: modules are compiled when they are first imported, most of 6 GB never.
 $(STAMP):
 	@echo "Installing the locked packages into $(VENV) (about two minutes, 7 GB) ..."

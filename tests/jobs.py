@@ -39,10 +39,10 @@ class Ended:
 class Forked:
     """A job that the zygote started, used like a `subprocess.Popen` whose standard error is its standard output."""
 
-    def __init__(self, zygote: Zygote, environment: dict[str, str], output: Path) -> None:
-        self._zygote = zygote
+    def __init__(self, parent: Zygote, environment: dict[str, str], output: Path) -> None:
+        self._zygote = parent
         os.mkfifo(output)
-        self.pid = zygote.fork({"env": environment, "log": str(output), "hooks": []})
+        self.pid = parent.fork({"env": environment, "log": str(output), "hooks": []})
         self.stdout = output.open("rb")  # both sides wait here for each other
 
     @property
@@ -77,13 +77,13 @@ class Forked:
 
 
 @functools.cache
-def _zygote() -> Zygote:
+def zygote() -> Zygote:
     """One for each test process, started when it is first needed."""
     directory = tempfile.TemporaryDirectory(prefix="zygote-")
-    zygote = Zygote(Path(directory.name))
+    started = Zygote(Path(directory.name))
     atexit.register(directory.cleanup)
-    atexit.register(zygote.close)
-    return zygote
+    atexit.register(started.close)
+    return started
 
 
 def start(tmp_path: Path, *, fresh: bool = False, **variables: object) -> subprocess.Popen | Forked:
@@ -99,7 +99,7 @@ def start(tmp_path: Path, *, fresh: bool = False, **variables: object) -> subpro
     threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     environment = {**kept, "TMPDIR": str(tmp_path / "scratch"), **threads, **named}
     if not fresh:
-        return Forked(_zygote(), environment, tmp_path / f"output-{uuid.uuid4().hex[:8]}")
+        return Forked(zygote(), environment, tmp_path / f"output-{uuid.uuid4().hex[:8]}")
     return subprocess.Popen(
         [sys.executable, "-m", "job"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -429,7 +429,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=q, device_
     assert not [key for key in place.names() if "prequantised/merged_16bit" in key and "absmax" in key]
 
 
-def test_divergence_is_hopeless():
+def test_divergence_is_permanent():
     """A loss that is no number ends the run with 70, whatever the trainer would make of it."""
     code = """
 from types import SimpleNamespace as N

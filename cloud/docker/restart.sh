@@ -4,7 +4,7 @@
 #   restart.sh docker run ... finetune-job:0.1.0
 #   restart.sh docker compose -f compose.yaml run --rm train
 #
-# 75 (interrupted) is run again after a second and never counts. 74 (storage) and codes that nobody foresaw (1, 137, Docker's
+# 75 (interrupted) is run again after a second and never counts. 74 (storage) and unexpected codes (1, 137, Docker's
 # own 125 to 127) count: at most TRIES of them, PAUSE_SECONDS apart. All other codes end the loop: the job would end
 # the same way again. SIGTERM and SIGINT are passed on, and then nothing is started any more.
 set -uo pipefail

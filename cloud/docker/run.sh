@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The job on this machine's GPU with Docker, started again as its exit codes ask (restart.sh, beside this file).
+# The job on this machine's GPU with Docker, started again as its exit codes ask (restart.sh, in this directory).
 #
 #   cp cloud/job.env.example job.env    # fill it in
 #   cloud/docker/run.sh job.env
@@ -12,7 +12,7 @@ variables=${1:?usage: $0 job.env [argument of the job ...]}
 shift
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-# Docker ends the container STOP_SECONDS after `docker stop`; the job is told to be done by then. When the machine shuts
+# Docker ends the container STOP_SECONDS after `docker stop`; the job has to end before that. When the machine shuts
 # down, the Docker daemon gives 15 seconds unless its shutdown-timeout says otherwise: then leave this at 15.
 stop=${STOP_SECONDS:-15}
 

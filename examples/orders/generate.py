@@ -69,7 +69,7 @@ ASIDES = (
     "",
     "",
     "",
-    "The last parcel await_model safely.",
+    "The last parcel arrived safely.",
     "Invoice as usual.",
     "We spoke at the fair.",
     "Nice new website!",

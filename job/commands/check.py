@@ -73,7 +73,7 @@ def _write(checked: Checked, path: Path | None) -> Path | None:
     except OSError as error:
         raise ConfigError(
             f"The report cannot be written to {path}: {error.strerror}.",
-            remedy="Give --report a file in a directory that is there and may be written.",
+            remedy="Give --report a file in an existing, writable directory.",
         ) from None
     return path
 

@@ -16,7 +16,7 @@ VERDICTS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 SKIPPED = 5
 """Files left out that are named."""
 WIDTH = 110
-"""Where the output is no terminal."""
+"""Where the output is not a terminal."""
 
 
 def show(facts: Facts, stdout: TextIO) -> None:

@@ -41,7 +41,7 @@ from job.storage.open import open_store
 log = structlog.get_logger()
 PATIENCE_SECONDS = 10.0
 PATIENCE_SPENT_SECONDS = 1.0
-"""Once the output was refused or not reached for all the patience, the inputs will hardly be an exception."""
+"""Once the output was denied or not reached for all the patience, the inputs will hardly be different."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Rendered:
     """What would be learned, and what that would take."""
 
     data: Data
-    expected: Estimate
+    expected: Estimate | None = None
 
 
 @dataclass(kw_only=True)
@@ -165,6 +165,7 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
     with checked.collecting("rendering"):
         import_without_torch()
         data = render(config, inputs, checked.rows, directory=work)
+        checked.rendered = Rendered(data=data)
         checked.rendered = Rendered(data=data, expected=build.expect(config, checked.base, data))
 
 

@@ -12,6 +12,7 @@ import faulthandler
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -27,8 +28,10 @@ from job.observability import capture, terminal
 from job.observability.redaction import Redactor
 
 FIRST_KEYS = ("timestamp", "level", "event", "run_id", "attempt", "rank")
-CONSTANTS = frozenset(("timestamp", "level", "event"))
+CONSTANTS = frozenset(("timestamp", "level"))
 """Fields that hold words of this program, which are never a secret."""
+EVENT = re.compile(r"[a-z0-9_]+")
+"""The name of an event, which is not searched for secrets either; anything else in its place is."""
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 DRAIN_SECONDS = 5.0
 # Verbose at info.
@@ -159,7 +162,11 @@ def _observe(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 
 def _redact(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    return {key: value if key in CONSTANTS else redact(value) for key, value in event.items()}
+    return {key: value if _is_constant(key, value) else redact(value) for key, value in event.items()}
+
+
+def _is_constant(key: str, value: Any) -> bool:
+    return key in CONSTANTS or (key == "event" and isinstance(value, str) and EVENT.fullmatch(value) is not None)
 
 
 def _exceptions(*, as_json: bool) -> Processor:

@@ -30,16 +30,26 @@ CREDENTIALS = frozenset(
 )
 """Variables that hold a credential although their names do not end like one."""
 ENDINGS = (
-    *("TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIALS"),
-    *("API_KEY", "APIKEY", "ACCESS_KEY", "SECRET_KEY", "PRIVATE_KEY"),
+    *("TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "SIGNATURE"),
+    *("KEY", "APIKEY"),
 )
-"""Last words of the names of variables that hold a credential (AWS_SECRET_ACCESS_KEY, HF_TOKEN, WANDB_API_KEY)."""
-HARMLESS = frozenset(("BOS_TOKEN", "EOS_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS", "PAD_TOKEN", "UNK_TOKEN"))
-"""Variables whose names end like a credential's: tokens of a vocabulary, the path of a file."""
+"""Last words of the names of variables that hold a credential (AWS_SECRET_ACCESS_KEY, HF_TOKEN, WANDB_API_KEY); behind
+them may stand which of several it is (HF_TOKEN_WRITE, DB_PASSWORD_2)."""
+HARMLESS = frozenset(
+    (
+        *("BOS_TOKEN", "EOS_TOKEN", "PAD_TOKEN", "UNK_TOKEN"),
+        *("CACHE_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "PARTITION_KEY", "PRIMARY_KEY", "PUBLIC_KEY", "SORT_KEY"),
+    )
+)
+"""Names that end like a credential's: tokens of a vocabulary, the path of a file, keys that open nothing."""
 SHORTEST_SECRET = 6
-_CREDENTIAL = re.compile(rf"(?:.*_)?(?:{'|'.join(ENDINGS)})")
+SHORTEST_NUMBER = 8
+"""A shorter number is not a secret: it would turn up in any text."""
+_CREDENTIAL = re.compile(rf"(?:.*_)?(?:{'|'.join(ENDINGS)})(?:_(?:\d+|READ|WRITE|VALUE))?")
 _PLAIN_NUMBER = re.compile(r"[+-]?[\d.,_]+(?:e[+-]?\d+)?", re.IGNORECASE)
 _AUTHORITY = re.compile(r"(?=://([^/?#\s]+))")  # a value may hold several URLs
+_UNQUOTED = re.compile(r"://([^/?#\s:@]+:(?!//|\d+[/?#])[^\s@]*[/?#][^\s@]*)@")
+"""A user and a password with a character that a URL should quote."""
 
 
 def is_credential(name: str) -> bool:
@@ -51,17 +61,22 @@ def is_credential(name: str) -> bool:
 def secret_values(environment: Mapping[str, str]) -> frozenset[str]:
     """The credentials in an environment: values of variables that hold one, and passwords inside URLs.
 
-    A plain number, or what is shorter than `SHORTEST_SECRET`, is not a secret: it would turn up in any text.
+    What is shorter than `SHORTEST_SECRET` is left out, and so is a number, unless it is `SHORTEST_NUMBER` digits or more.
     """
     values = {value.strip() for name, value in environment.items() if is_credential(name)}
     values.update(part for value in environment.values() for part in _passwords(value))
-    return frozenset(value for value in values if len(value) >= SHORTEST_SECRET and not _PLAIN_NUMBER.fullmatch(value))
+    return frozenset(filter(_is_secret, values))
+
+
+def _is_secret(value: str) -> bool:
+    if _PLAIN_NUMBER.fullmatch(value):
+        return value.isdecimal() and len(value) >= SHORTEST_NUMBER
+    return len(value) >= SHORTEST_SECRET
 
 
 def _passwords(url: str) -> Iterator[str]:
     """`user:password` of each URL in a value, and the password alone, as written and decoded."""
-    for authority in _AUTHORITY.findall(url):
-        user_info = authority.rpartition("@")[0]
+    for user_info in (*(part.rpartition("@")[0] for part in _AUTHORITY.findall(url)), *_UNQUOTED.findall(url)):
         for part in (user_info, user_info.partition(":")[2]):
             yield from {part, unquote(part)}
 

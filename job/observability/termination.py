@@ -33,5 +33,5 @@ def write(error: JobError) -> None:
     for place in places:
         try:
             place.write_bytes(line)
-        except OSError as refused:
-            structlog.get_logger().warning("termination_log_not_written", path=str(place), reason=refused.strerror)
+        except OSError as failed:
+            structlog.get_logger().warning("termination_log_not_written", path=str(place), reason=failed.strerror)

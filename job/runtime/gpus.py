@@ -91,7 +91,8 @@ def _asked_of_nvml() -> Gpus | None:
     except pynvml.NVMLError:
         return None
     finally:
-        pynvml.nvmlShutdown()
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
 
 
 def _card(handle: object) -> Card:
@@ -99,7 +100,7 @@ def _card(handle: object) -> Card:
 
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
     memory = None
-    with contextlib.suppress(pynvml.NVMLError):  # refused for a card that is partitioned (MIG)
+    with contextlib.suppress(pynvml.NVMLError):  # not permitted for a card that is partitioned (MIG)
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
     return Card(name=pynvml.nvmlDeviceGetName(handle), capability=f"{major}.{minor}", memory_bytes=memory)
 

@@ -38,7 +38,7 @@ class LibrarySettings:
     cpu_only: bool = False
     deterministic: bool = False
     linear_attention: bool = True
-    """Whether the model has any; Unsloth brings kernels for it, which take a second to import."""
+    """Whether the model has any; Unsloth has kernels for it, which take a second to import."""
     quiet: bool = False
 
 

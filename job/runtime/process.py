@@ -87,7 +87,7 @@ def scratch() -> Path:
     It lies under `TMPDIR` and is private to the user, since `/tmp` may be shared.
     """
     try:
-        # gettempdir alone would take another directory in silence where TMPDIR is not writable.
+        # gettempdir alone would silently take another directory where TMPDIR is not writable.
         parent = os.environ.get("TMPDIR") or tempfile.gettempdir()
         path = Path(parent) / f"finetune-job-{os.getuid()}"
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ class _Request:
         self.raised = False
         """Whether the main thread was given `StopRequested`."""
         self.acknowledged = False
-        """Whether it arrived where it belongs."""
+        """Whether it was caught where it belongs."""
         self.deferring = 1
         """How many want a signal to set the flag only. The first is the start of the program, until `enable`."""
         self.listeners: list[Callable[[], None]] = []
@@ -78,7 +78,7 @@ def install() -> None:
 
 
 def enable() -> None:
-    """From here on somebody catches `StopRequested`; raises it if a signal came meanwhile."""
+    """From here on somebody catches `StopRequested`; raises it if a signal came in the meantime."""
     _request.deferring -= 1
     _request.raise_if_asked()
 
@@ -111,7 +111,7 @@ def last_words(say: Callable[[], None]) -> None:
 
 
 def acknowledge() -> None:
-    """`StopRequested` has arrived where it belongs: it is not raised again."""
+    """`StopRequested` was caught where it belongs: it is not raised again."""
     _request.acknowledged = True
 
 

@@ -139,6 +139,10 @@ def _end_recorded(output: RunOutput) -> Iterator[None]:
         signals.acknowledge()
         quietly(lambda: attempts.end("interrupted"))
         raise
+    except GeneratorExit:  # the signal came between two lines of contextlib
+        if signals.asked():
+            quietly(lambda: attempts.end("interrupted"))
+        raise
     except Exception as error:
         if (name := signals.asked()) and not isinstance(error, FencedError):
             signals.acknowledge()  # a library caught `StopRequested` and made an error of it

@@ -1,5 +1,5 @@
 """The inputs, downloaded: the small files first, which show most mistakes within a second, and the weights in the
-background while other work goes on."""
+background while other work continues."""
 
 from __future__ import annotations
 

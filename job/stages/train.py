@@ -26,7 +26,7 @@ log = structlog.get_logger()
 SAVES = 4
 """Checkpoints over a run, at least."""
 SAVE_SAFETY = 1.5
-"""A checkpoint on a signal is begun where the grace is so many times what the last one took."""
+"""A checkpoint on a signal is begun if what is left of the grace is this many times what the last one took."""
 
 
 def train(

@@ -26,7 +26,7 @@ def parse(uri: str) -> S3Address | Path:
     """The address that a URI names: `s3://bucket/key`, `file:///path` or an absolute path.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: it is something else.
     """
     if uri.startswith("s3://"):
         return _s3(uri)

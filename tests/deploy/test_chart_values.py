@@ -138,7 +138,7 @@ REFUSED_BY_A_RULE = [
         "config.TUNE_LOG_LEVEL=warning drops them",
     ),
     (values({"TUNE_PRECISION": "8bit"}, gpu={"count": 0}), "config.TUNE_PRECISION=8bit needs a GPU"),
-    (values({"TUNE_RESUME": "fresh"}, **CRON), "config.TUNE_RESUME=fresh begins anew at every start"),
+    (values({"TUNE_RESUME": "fresh"}, **CRON), "config.TUNE_RESUME=fresh starts over at every start"),
     (values({"TUNE_METRICS_PORT_FILE": "/etc/port"}), "config.TUNE_METRICS_PORT is set by the chart"),
     ({}, "config.TUNE_MODEL is not set. It is required: org/name[@revision]"),
     (values({"TUNE_MODEL_FILE": "/m"}), "config.TUNE_MODEL and config.TUNE_MODEL_FILE are both set. Keep one"),

@@ -1,4 +1,4 @@
-"""What is stored rots: a damaged checkpoint is never used, the one before is, and nothing begins anew in silence."""
+"""What is stored rots: a damaged checkpoint is never used, the one before is, and nothing starts over silently."""
 
 import hashlib
 import json

@@ -139,7 +139,7 @@ def test_the_same_step_failing_three_times(bench):
     bench.check_whole(run_id)
 
 
-def test_errors_at_different_steps_are_not_hopeless(bench):
+def test_errors_at_different_steps_are_not_permanent(bench):
     """Three errors that got further each time are three tries."""
     run_id = bench.name("flaky")
     assert [bench.start(run_id, hooks=[["fail_at_step", step]]).wait() for step in (3, 6, 9)] == [1, 1, 1]

@@ -40,7 +40,7 @@ def test_every_end_leaves_its_message(bench, message, code, kind, variables, hoo
     assert told["remedy"]
 
 
-def test_the_third_failure_says_that_it_is_hopeless(bench, message):
+def test_the_third_failure_says_that_it_is_permanent(bench, message):
     """The message is of the end that is reported, not of the error beneath."""
     run_id, hooks = bench.name("message"), [["termination_log", str(message)], BREAK]
     assert [bench.start(run_id, hooks=hooks).wait() for _ in range(3)][-1] == PERMANENT

@@ -47,6 +47,12 @@ def secrets(monkeypatch):
         ("PASSWORD", True),
         ("http_proxy_password", True),
         ("PGPASSWORD", True),
+        ("SSH_KEY", True),
+        ("HF_TOKEN_WRITE", True),
+        ("DB_PASSWORD_2", True),
+        ("AZURE_CREDENTIAL", True),
+        ("WEBHOOK_SIGNATURE", True),
+        ("PUBLIC_KEY", False),
         ("MAX_TOKENS", False),
         ("TOKENIZERS_PARALLELISM", False),
         ("AWS_ACCESS_KEY_ID", False),
@@ -70,6 +76,11 @@ def test_credentials_are_named(name, credential):
         pytest.param({"HF_TOKEN": f" {SECRET}\n"}, {SECRET}, id="without white space"),
         pytest.param({"A_TOKEN": "133333", "B_TOKEN": "-1.5e-07", "C_TOKEN": "1,000,000"}, set(), id="numbers"),
         pytest.param({"A_TOKEN": "", "B_TOKEN": "true", "C_TOKEN": "short"}, set(), id="too short"),
+        pytest.param({"DB_PASSWORD": "20261128"}, {"20261128"}, id="a password of digits"),
+        pytest.param(
+            {"DB": "postgresql://user:pa/ssw0rd@host/db"}, {"user:pa/ssw0rd", "pa/ssw0rd"}, id="not quoted in a URL"
+        ),
+        pytest.param({"PLACE": "https://host:8443/a?mail=b@example.com"}, set(), id="a port and an @"),
         pytest.param({"MAX_TOKENS": "some-text"}, set(), id="not a credential"),
         pytest.param(
             {"PROXY": "http://user:pass%40word@proxy:3128/a"},

@@ -474,7 +474,7 @@ def test_a_run_saves_and_the_next_restores(tiny_model, rows, tmp_path):
     left = scratch / "compiled" / key / "triton/ab/kernel.cubin"  # as on a volume that outlived a run
     left.parent.mkdir(parents=True)
     left.write_bytes(b"compiled")
-    first = run(tmp_path, **SHORT, **place)
+    first = run(tmp_path, fresh=True, **SHORT, **place)
     assert first.code == 0
     assert first.event("compile_cache_empty")["key"] == key
     assert first.event("compile_cache_saved")["files"] >= 1

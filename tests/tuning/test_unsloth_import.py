@@ -28,7 +28,7 @@ print(sft_trainer.SFTTrainer.__module__, grpo_trainer.GRPOTrainer.__module__)
 """
 
 
-@pytest.mark.parametrize("which", ["one", "all"])
+@pytest.mark.parametrize("which", ["one", pytest.param("all", marks=pytest.mark.full)])
 def test_only_the_trainer_in_use_is_rewritten(tmp_path, which):
     """Without the finder Unsloth rewrites GRPO's trainer and a dozen others; SFT's it rewrites either way."""
     done = subprocess.run(

@@ -49,13 +49,13 @@
 {{- $found = append $found (printf "config.TUNE_MICRO_BATCH=%s is more than TUNE_BATCH_SIZE=%s. Lower it." $micro $batch) -}}
 {{- end -}}
 {{- if and .Values.metrics.enabled (has (get $settings "TUNE_LOG_LEVEL") (list "warning" "error")) -}}
-{{- $found = append $found (printf "metrics.enabled shows what the log's events say, and config.TUNE_LOG_LEVEL=%s drops them. Set TUNE_LOG_LEVEL to info." (get $settings "TUNE_LOG_LEVEL")) -}}
+{{- $found = append $found (printf "metrics.enabled takes its numbers from log events of level info, and config.TUNE_LOG_LEVEL=%s drops them. Set TUNE_LOG_LEVEL to info." (get $settings "TUNE_LOG_LEVEL")) -}}
 {{- end -}}
 {{- if and (eq (int .Values.gpu.count) 0) (eq (get $settings "TUNE_PRECISION") "8bit") -}}
 {{- $found = append $found "config.TUNE_PRECISION=8bit needs a GPU and gpu.count is 0. Use 4bit or 16bit." -}}
 {{- end -}}
 {{- if and (eq (get $settings "TUNE_RESUME") "fresh") (or .Values.spot.enabled (eq .Values.mode "cronjob")) -}}
-{{- $found = append $found "config.TUNE_RESUME=fresh begins anew at every start of a pod, so that a preempted run never gets on. Set another TUNE_RUN_ID to begin anew." -}}
+{{- $found = append $found "config.TUNE_RESUME=fresh starts over at every start of a pod, so that a preempted run never makes progress. Set another TUNE_RUN_ID to start over." -}}
 {{- end -}}
 {{- if or (hasKey $settings "TUNE_METRICS_PORT") (hasKey $settings "TUNE_METRICS_PORT_FILE") -}}
 {{- $found = append $found "config.TUNE_METRICS_PORT is set by the chart. Set metrics.enabled and metrics.port instead." -}}

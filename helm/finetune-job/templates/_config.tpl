@@ -35,7 +35,7 @@ no whole number to the job.
 {{/*
 A hash of the settings that decide the result, so that more memory, another image pull policy or TUNE_ALLOW_CHANGE resume
 the run and another learning rate begins another one. Those at their defaults are left out: a later chart with a variable
-more goes on with the same run. `2e-4` and 0.0002 are one value.
+more continues the same run. `2e-4` and 0.0002 are one value.
 */}}
 {{- define "finetune-job.fingerprint" -}}
 {{- $settings := include "finetune-job.settings" . | fromJson -}}

@@ -23,7 +23,7 @@ podFailurePolicy:
       onPodConditions:
         - type: DisruptionTarget
           status: "True"
-    # interrupted: told to stop before Kubernetes says why.
+    # interrupted: asked to stop before Kubernetes says why.
     - action: Ignore
       onExitCodes:
         containerName: finetune-job

@@ -21,7 +21,7 @@ spec:
   # The job never talks to the Kubernetes API. IRSA, EKS Pod Identity and Azure add a token of their own, and GKE's
   # metadata server asks for one on the pod's behalf: none of them needs this one.
   automountServiceAccountToken: false
-  # No variables that describe other services: they tell much and are never read.
+  # No variables that describe other services: they reveal much and are never read.
   enableServiceLinks: false
   terminationGracePeriodSeconds: {{ int .Values.terminationGracePeriodSeconds }}
   securityContext:

@@ -65,7 +65,7 @@ def demo(*, directory: Path = ROOT / ".demo") -> int:
         0 if the job succeeded and the model learned the task; otherwise the job's exit code, or 1.
 
     Raises:
-        ConfigError: this is no checkout.
+        ConfigError: this is not a checkout.
         JobError: the model could not be converted, or the run left no record.
     """
     signals.grace(STOP_SECONDS + 10)  # the job that it starts has its own

@@ -13,7 +13,7 @@ from rich.table import Table
 
 SHOWN_ROWS = 4
 SHOWN_CHARACTERS = 220
-PLAIN_STEPS = 10  # without a terminal, one line every so many steps
+PLAIN_STEPS = 10  # without a terminal, one line every few steps
 
 
 @dataclass(frozen=True, kw_only=True)

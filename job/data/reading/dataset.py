@@ -24,7 +24,7 @@ from job.runtime.hashing import sha256
 LOOK_AHEAD = 100
 """Rows whose columns decide a file's format."""
 UNREADABLE = 1000
-"""Rows without a single object after which the file is given up."""
+"""Rows without a single object after which reading the file stops."""
 HEAD_ROWS, HEAD_SECONDS = 5000, 1.0
 """Valid rows, and seconds, after which `validate_head` ends."""
 

@@ -273,7 +273,7 @@ class CompileCache:
         if self.directory is None:
             return
         newest = time.time() - older_than_seconds
-        for folder, folders, names in os.walk(self.directory):  # ignores directories that are deleted meanwhile
+        for folder, folders, names in os.walk(self.directory):  # ignores directories that are deleted at the same time
             if not Path(folder).is_relative_to(self.directory / bytecode.FOLDER):  # there, any name may be a package's
                 folders[:] = [name for name in folders if not _TEMPORARY.fullmatch(name)]
             for path in (Path(folder, name) for name in names if not _TEMPORARY.fullmatch(name)):
