@@ -61,7 +61,7 @@ def is_credential(name: str) -> bool:
 def secret_values(environment: Mapping[str, str]) -> frozenset[str]:
     """The credentials in an environment: values of variables that hold one, and passwords inside URLs.
 
-    What is shorter than `SHORTEST_SECRET` is left out, and so is a number, unless it is `SHORTEST_NUMBER` digits or more.
+    What is shorter than `SHORTEST_SECRET` is left out, and so is a number of less than `SHORTEST_NUMBER` digits.
     """
     values = {value.strip() for name, value in environment.items() if is_credential(name)}
     values.update(part for value in environment.values() for part in _passwords(value))
