@@ -144,7 +144,7 @@ def _fork(request) -> int:
         for name, *arguments in request["hooks"]:
             getattr(importlib.import_module("tests.faults.points"), name)(*arguments)
         runpy.run_module("job", run_name="__main__", alter_sys=True)
-    except BaseException:  # noqa: BLE001 - the fork must not go on as a second zygote
+    except BaseException:  # noqa: BLE001 - the fork must not continue as a second zygote
         import traceback
 
         traceback.print_exc()

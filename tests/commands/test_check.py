@@ -195,7 +195,7 @@ def test_each_mistake_has_its_code(place, rclone, tmp_path, changed, code, kind,
     first = checked.found["problems"][0]
     assert (first["check"], first["exit_code"]) == (kind, code)
     assert part in json.dumps(first)
-    if "warmup" in changed:  # found after rendering: what would be learned is known all the same
+    if "warmup" in changed:  # found after rendering: what would be learned is known anyway
         assert checked.found["train"]
         assert checked.found["lengths"]
 
@@ -300,7 +300,7 @@ def test_bad_arguments(tmp_path):
 
 
 def test_a_page_that_cannot_be_written(rows, tmp_path):
-    """A page that cannot be written is told, and the object on stdout is whole all the same."""
+    """A page that cannot be written is told, and the object on stdout is whole anyway."""
     nowhere = tmp_path / "nowhere"
     checked = check(tmp_path, "--report", str(nowhere / "r"), model=nowhere, dataset=rows, output=tmp_path / "o")
     assert checked.code == 65

@@ -231,7 +231,7 @@ def test_names_that_look_like_numbers(release, namespace, given, mode):
 
 
 def test_a_variable_more_changes_no_run_id(tmp_path):
-    """A later chart whose table has one variable more goes on with the runs of this one."""
+    """A later chart whose table has one variable more continues with the runs of this one."""
     later = shutil.copytree(CHART, tmp_path / "finetune-job")
     table = json.loads((later / "files" / "variables.json").read_text())
     new = {**next(row for row in table if not row["required"] and row["fingerprint"]), "name": "TUNE_NEW"}

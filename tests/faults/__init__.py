@@ -1,1 +1,1 @@
-"""The fault matrix: what may happen to a run, and that it ends with the same adapter all the same."""
+"""The fault matrix: what may happen to a run, and that it ends with the same adapter anyway."""

@@ -133,7 +133,7 @@ def test_remedy_of_a_variable_that_cannot_be_allowed(bench, killed, variable):
 
 
 def test_refused_attempts_do_no_harm(bench, run_id):
-    """However often a changed run was refused, with its own settings it goes on and ends whole."""
+    """However often a changed run was refused, with its own settings it continues and ends whole."""
     for _ in range(4):
         _refused(bench.start(run_id, seed=1), "TUNE_SEED")
     assert bench.start(run_id).ends(0).event("resumed")["resumed_step"] == 8
@@ -146,7 +146,7 @@ def test_refused_attempts_do_no_harm(bench, run_id):
 )
 def test_changed_model_on_disk(bench, own_model, name, says):
     """A model that changed on the disk, under its old name and with its old size, is refused, and says what changed;
-    with the old file back, the run goes on."""
+    with the old file back, the run continues."""
     run_id = killed_run(bench, "model", model=own_model)
     path = next(path for path in sorted(own_model.iterdir()) if path.name.startswith(name))
     old = path.read_bytes()
@@ -203,7 +203,7 @@ def test_removed_data(bench, own_data, left):
 
 
 def test_added_data(bench, own_data):
-    """Data added to the prefix: the run in progress goes on with what it began with; the finished run, started again,
+    """Data added to the prefix: the run in progress continues with what it began with; the finished run, started again,
     refuses and says how to train on the new data."""
     dataset = f"s3://faults/{own_data}"
     run_id = killed_run(bench, "added", dataset=dataset)
@@ -323,7 +323,7 @@ def test_variable_changed_in_a_finished_run_on_purpose(bench, finished):
 
 
 def test_change_does_not_outlive_its_permission(bench, run_id):
-    """A run that went on with an allowed change and was killed again goes on with the new value and, without the
+    """A run that continued with an allowed change and was killed again continues with the new value and, without the
     permission, refuses the old one."""
     hooks = [["commit_every_save"], ["kill_at_step", 11]]
     allowed = {"learning_rate": 5e-3, "allow_change": "TUNE_LEARNING_RATE"}
@@ -350,7 +350,7 @@ def test_names_that_cannot_be_allowed(bench, killed, name):
 
 @pytest.mark.parametrize("attempted", [False, True])
 def test_require_without_a_checkpoint(bench, attempted):
-    """TUNE_RESUME=require refuses to begin anew, whether nobody or somebody without a checkpoint was there before."""
+    """TUNE_RESUME=require refuses to begin again, whether nobody or somebody without a checkpoint was there before."""
     run_id = killed_run(bench, "require", step=1) if attempted else bench.name("require")
     _refused(bench.start(run_id, resume="require"), "TUNE_RESUME=require", "TUNE_OUTPUT")
     bench.start(run_id).ends(0)
@@ -358,7 +358,7 @@ def test_require_without_a_checkpoint(bench, attempted):
 
 
 def test_require_with_a_checkpoint(bench, run_id):
-    """TUNE_RESUME=require goes on where there is a checkpoint."""
+    """TUNE_RESUME=require continues where there is a checkpoint."""
     assert bench.start(run_id, resume="require").ends(0).event("resumed")["resumed_step"] == 8
     bench.check_whole(run_id)
 
@@ -424,7 +424,7 @@ def test_already_complete_with_another_setting(bench, finished):
 
 
 def test_micro_batch_auto_takes_the_recorded_one(bench, run_id):
-    """TUNE_MICRO_BATCH=auto goes on with the cut of the checkpoint's attempt, for the same bits."""
+    """TUNE_MICRO_BATCH=auto continues with the cut of the checkpoint's attempt, for the same bits."""
     job = bench.start(run_id, micro_batch=None).ends(0)
     assert job.event("plan_made")["plan"]["micro_batch"] == 2
     assert not job.events("resume_not_bitwise")
@@ -432,7 +432,7 @@ def test_micro_batch_auto_takes_the_recorded_one(bench, run_id):
 
 
 def test_another_micro_batch(bench, run_id):
-    """Another TUNE_MICRO_BATCH is no other run: it goes on, and says that the bits may differ."""
+    """Another TUNE_MICRO_BATCH is no other run: it continues, and says that the bits may differ."""
     job = bench.start(run_id, micro_batch=4).ends(0)
     assert job.event("resume_not_bitwise")["plan"]["is"]["micro_batch"] == 4
     assert job.event("resumed")["resumed_step"] == 8
@@ -454,7 +454,7 @@ def test_deterministic(bench, run_id):
 
 
 def test_more_steps_after_the_right_to_publish(bench):
-    """A run that was lost after its final record, and goes on with more steps on purpose, publishes what it trained,
+    """A run that was lost after its final record, and continues with more steps on purpose, publishes what it trained,
     not what the lost attempt would have."""
     run_id = bench.name("more")
     bench.start(run_id, hooks=[["call_before", "job.state.record:Record.finish", 1, "SIGKILL"]]).ends(KILLED)

@@ -96,7 +96,7 @@ def finished(bench):
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", [*FILES, "history.jsonl"])
 def test_damaged_file(bench, run_id, name, how):
-    """Whatever becomes of any file of the newest checkpoint, the run goes on from the one before and ends whole."""
+    """Whatever becomes of any file of the newest checkpoint, the run continues from the one before and ends whole."""
     key = f"out/{bench.place.json(commits(bench, run_id)[NEWEST])['data']}/{name}"
     if how == "missing":
         bench.place.delete(key)
@@ -108,7 +108,7 @@ def test_damaged_file(bench, run_id, name, how):
 
 @pytest.mark.parametrize("how", RECORDS)
 def test_damaged_record(bench, run_id, how):
-    """Whatever becomes of the newest commit record, the run goes on from the one before, ends whole, and leaves the
+    """Whatever becomes of the newest commit record, the run continues from the one before, ends whole, and leaves the
     record as it found it."""
     key = commits(bench, run_id)[NEWEST]
     wrong = RECORDS[how](bench.place.json(key))

@@ -129,7 +129,7 @@ def race_once(stores: list, run_id: str) -> None:
 
 def test_the_same_step_failing_three_times(bench):
     """An error of the program's own at the same step is tried three times, the third end is 70, and whoever starts the
-    run again after mending the cause goes on."""
+    run again after mending the cause continues."""
     run_id, hooks = bench.name("broken"), [["fail_at_step", 7]]
     assert [bench.start(run_id, hooks=hooks).wait() for _ in range(3)] == [1, 1, PERMANENT]
     failure = bench.place.json(bench.key(run_id, "failure.json"))
@@ -158,7 +158,7 @@ def test_three_deaths_without_a_word(bench):
 
 
 def test_three_preemptions_at_the_same_step(bench):
-    """Being preempted is nobody's fault: any number of times at the same step, the run goes on."""
+    """Being preempted is nobody's fault: any number of times at the same step, the run continues."""
     run_id = bench.name("preempted")
     for _ in range(4):
         bench.start(run_id, hooks=[["call_before", "job.tuning.model:load", 1, "SIGTERM"]]).ends(INTERRUPTED)

@@ -15,7 +15,7 @@ FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state
 @pytest.mark.parametrize("seed", SEEDS)
 def test_kill_at_a_random_step(bench, seed):
     """A machine lost at any step: the next attempt ends with the adapter of a run that was never disturbed, and
-    goes on from the last commit at least."""
+    continues from the last commit at least."""
     chance = random.Random(seed)
     run_id, step = bench.name(f"kill-{seed}"), chance.randrange(1, 12)
     first = bench.start(run_id, hooks=[["slow_steps", 0.1], ["stop_at_step", step]])
@@ -41,7 +41,7 @@ def test_kill_inside_a_save(bench, name):
 
 
 def test_kill_of_the_uploader_alone(bench):
-    """The uploading process dies: another one takes its place, and the run goes on."""
+    """The uploading process dies: another one takes its place, and the run continues."""
     run_id = bench.name("uploader")
     job = bench.start(run_id, hooks=[["slow_steps", 0.2]])
     job.until("checkpoint_committed")

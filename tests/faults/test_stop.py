@@ -50,7 +50,7 @@ def test_a_signal_in_training(bench, number):
 
 
 def test_a_signal_with_a_slow_link(bench):
-    """Where the commit does not fit into the grace, the process ends within it all the same, and says 75."""
+    """Where the commit does not fit into the grace, the process ends within it anyway, and says 75."""
     run_id = bench.name("slow-link")
 
     def rule(seen):
@@ -135,7 +135,7 @@ def test_a_signal_during_the_first_imports(tmp_path):
 
 
 def test_a_signal_while_a_server_is_silent(bench):
-    """Waiting for a server is broken off at once."""
+    """Waiting for a server is cancelled at once."""
 
     def rule(seen):
         if seen.method == "GET" and "rows.jsonl" in seen.path:

@@ -35,7 +35,7 @@ def test_a_directory_as_output(bench, tmp_path):
 
 @pytest.mark.skipif(not may_mount(), reason="needs the right to mount a file system")
 def test_the_disk_is_full_for_a_while(bench):
-    """A checkpoint that does not fit on the disk is left out, with a warning; training goes on."""
+    """A checkpoint that does not fit on the disk is left out, with a warning; training continues."""
     run_id = bench.name("full")
     job = bench.start(run_id, hooks=[["full_disk", 4, 5], ["commit_every_save"], *SLOW]).ends(0)
     assert [line["step"] for line in job.events("checkpoint_skipped")] == [4]
@@ -47,7 +47,7 @@ def test_the_disk_is_full_for_a_while(bench):
 
 @pytest.mark.skipif(not may_mount(), reason="needs the right to mount a file system")
 def test_lost_while_the_disk_is_full(bench):
-    """The checkpoint before the one that did not fit is the one to go on from."""
+    """The checkpoint before the one that did not fit is the one to continue from."""
     run_id = bench.name("full")
     bench.start(run_id, hooks=[["full_disk", 3, 12], ["kill_at_step", 7], ["slow_steps", 0.3]]).ends(KILLED)
     second = bench.start(run_id).ends(0)

@@ -54,7 +54,7 @@ def test_down_at_the_start(bench, how):
 
 @pytest.mark.parametrize("act", [DOWN, to(reset=True), NO_ENTRY], ids=["unavailable", "reset", "denied"])
 def test_down_in_mid_run(bench, act):
-    """Training goes on while the store is down, or refuses for a while as it does when roles are edited, and
+    """Training continues while the store is down, or refuses for a while as it does when roles are edited, and
     checkpoints are committed afterwards."""
     run_id, down = bench.name("mid"), threading.Event()
     with through(bench, Fault(on="PUT" if act is NO_ENTRY else ".", act=act, during=down)) as url:
@@ -74,8 +74,8 @@ def test_down_in_mid_run(bench, act):
 
 @pytest.mark.parametrize("code", [STORAGE, DENIED])
 def test_down_past_the_patience(bench, code):
-    """A store that stays down, or goes on refusing, ends the run when the patience is over, once: with a message that
-    names the operation, and the next attempt goes on from the last commit."""
+    """A store that stays down, or continues refusing, ends the run when the patience is over, once: with a message that
+    names the operation, and the next attempt continues from the last commit."""
     run_id, down = bench.name("past"), threading.Event()
     fault = Fault(on="." if code == STORAGE else "PUT", act=DOWN if code == STORAGE else NO_ENTRY, during=down)
     with through(bench, fault) as url:
@@ -139,7 +139,7 @@ def test_throttled(bench, seed):
     ids=["truncated", "reset", "cut", "dripping"],
 )
 def test_a_bad_line(bench, act):
-    """One reply in four is broken off, lost or slow, while a run is resumed and finished: what arrives is whole."""
+    """One reply in four is cut, lost or slow, while a run is resumed and finished: what arrives is whole."""
     run_id, count, lock = bench.name("line"), [0], threading.Lock()
     bench.start(run_id, hooks=[["kill_at_step", 8], *SLOW]).wait()
 
@@ -170,7 +170,7 @@ def test_a_hanging_server(bench):
 
 
 def test_a_token_expires(bench):
-    """Expired credentials are asked for anew, whichever request meets it first."""
+    """Expired credentials are asked for again, whichever request meets it first."""
     run_id = bench.name("token")
     places = [
         "GET .*/data/rows",

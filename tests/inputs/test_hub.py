@@ -130,7 +130,7 @@ def test_offline(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_child_ends_with_its_parent(hub: Hub, tmp_path: Path) -> None:
-    """When the parent is killed in the middle of a download, nothing of it goes on."""
+    """When the parent is killed in the middle of a download, nothing of it continues."""
     hub.hang = True
     program = (
         "import sys, pathlib; from job.inputs.hub import fetch_model; "

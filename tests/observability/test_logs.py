@@ -129,7 +129,7 @@ def test_threads_log_whole_lines():
 
 
 def test_a_reader_that_leaves_does_not_end_the_run():
-    """When nobody reads the log any more, the job goes on and ends with its own exit code, in silence."""
+    """When nobody reads the log any more, the job continues and ends with its own exit code, in silence."""
     code = "\nimport time\nfor i in range(200):\n    log.info('tick', i=i); print('x' * 1000); time.sleep(0.002)\n"
     program = PROLOGUE + code + "logs.close(); os._exit(7)"
     child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -68,7 +68,7 @@ def test_an_exception_comes_out_where_the_result_is_asked_for():
 
 
 def test_a_signal_ends_the_wait():
-    """Waiting for a result is broken off by an exception out of a signal handler, though the work goes on."""
+    """Waiting for a result is cancelled by an exception out of a signal handler, though the work continues."""
 
     class _AskedError(Exception):
         pass

@@ -81,13 +81,13 @@ def test_deferred_and_immediate():
                     time.sleep(10)
             except StopRequested:
                 say("interrupted")
-            say("goes on")
+            say("continues")
         say("never")
     except StopRequested:
         signals.acknowledge()
         say("raised at the end")
     """)
-    assert said == ["interrupted", "goes on", "raised at the end"]
+    assert said == ["interrupted", "continues", "raised at the end"]
 
 
 def test_a_swallowed_request_is_raised_again():

@@ -61,7 +61,7 @@ def test_refused_credentials(rclone, s3_env):
 
 
 def test_deletes_denied(moto, s3_env):
-    """Credentials that may not delete are warned of, as a run warns: it goes on and keeps every checkpoint."""
+    """Credentials that may not delete are warned of, as a run warns: it continues and keeps every checkpoint."""
 
     def rule(seen):
         if seen.method == "DELETE":

@@ -63,7 +63,7 @@ def imported(package: Path, kept: Path) -> tuple[bool, int, Path, list[int]]:
 
 
 def test_modules_are_compiled_once(package, tmp_path):
-    """What was compiled is loaded again, also if the same source was installed anew since; nothing is written beside
+    """What was compiled is loaded again, also if the same source was installed again since; nothing is written beside
     the source, and child processes go by it."""
     kept = tmp_path / "kept"
     missing, value, module, _ = imported(package, kept)

@@ -175,7 +175,7 @@ def test_what_vanishes_while_it_is_listed(machine, tmp_path, logged):
 
 
 def test_a_damaged_archive_is_passed_over_and_made_whole(uri, machine, logged):
-    """One flipped bit costs the archive: the run compiles anew, and what it saves takes the damaged one's place."""
+    """One flipped bit costs the archive: the run compiles again, and what it saves takes the damaged one's place."""
     cold = machine.cache(uri)
     restored(cold)
     compiled(cold, a=b"1" * 1000)
@@ -433,7 +433,7 @@ def silent():
 
 @pytest.mark.parametrize("answers", ["refused", "silent", "no bucket"])
 def test_a_store_that_is_down_costs_seconds(answers, silent, s3_env, machine, monkeypatch, logged):
-    """Unreachable, silent or no bucket: the run goes on within the patience, and is told so at both ends."""
+    """Unreachable, silent or no bucket: the run continues within the patience, and is told so at both ends."""
     for name in ("PATIENCE_SECONDS", "STORE_PATIENCE_SECONDS", "SAVING_PATIENCE_SECONDS", "LAST_SECONDS"):
         monkeypatch.setattr(compile_cache, name, 0.4)
     uri = f"s3://{s3_env}/kept"

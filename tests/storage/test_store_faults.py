@@ -236,7 +236,7 @@ def test_no_credentials(s3_env: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_credentials_that_appear(s3_env: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Credentials that become readable while they are waited for are used: the chain is asked anew."""
+    """Credentials that become readable while they are waited for are used: the chain is asked again."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     file = tmp_path / "credentials"
