@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
+from job.runtime.errors import words
+
 REPLACEMENT = "***"
+CIRCULAR = "(circular)"
 CREDENTIALS = frozenset(
     (
         "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
@@ -107,23 +110,33 @@ class Redactor:
     def __call__(self, value: Any) -> Any:
         """The value without secrets: texts, in lists and as values of dictionaries at any depth.
 
-        Numbers, booleans, None and keys stay; anything else becomes its text, as in the JSON that is made of it.
+        Numbers, booleans, None and keys that JSON has stay; anything else becomes its text.
         """
+        return self._inside(value, ())
+
+    def _inside(self, value: Any, around: tuple[int, ...]) -> Any:
+        """Args: around: the ids of the containers that hold the value."""
         if value is None or isinstance(value, bool | int | float):
             return value
+        if not isinstance(value, dict | list | tuple):
+            return self.text(value if isinstance(value, str) else words(value))
+        if id(value) in around:
+            return CIRCULAR
+        around = (*around, id(value))
         if isinstance(value, dict):
-            return {name: self(inner) for name, inner in value.items()}
-        if isinstance(value, list):
-            return [self(inner) for inner in value]
-        if isinstance(value, tuple):
-            return tuple(self(inner) for inner in value)
-        return self.text(value if isinstance(value, str) else str(value))
+            return {_key(name): self._inside(inner, around) for name, inner in value.items()}
+        items = (self._inside(item, around) for item in value)
+        return list(items) if isinstance(value, list) else tuple(items)
 
     def text(self, text: str) -> str:
         """The text without secrets."""
         for form in self.forms:
             text = text.replace(form, REPLACEMENT)
         return text
+
+
+def _key(name: Any) -> Any:
+    return name if name is None or isinstance(name, str | bool | int | float) else words(name)
 
 
 def _quoted(text: str, *, ascii_only: bool = False) -> str:

@@ -23,7 +23,8 @@ from typing import IO, Any, NoReturn, Self, TypeVar, cast
 
 import structlog
 
-from job.runtime.errors import KINDS, JobError
+from job.runtime import streams
+from job.runtime.errors import KINDS, JobError, words
 
 ABORT_SECONDS = 3.0
 """How long a child may take to abort what it is doing once its parent is gone."""
@@ -70,7 +71,7 @@ class LogLine(Message):
 
 
 def _encode(message: Message) -> str:
-    return json.dumps({type(message).__name__: vars(message)}, default=str) + "\n"
+    return json.dumps({type(message).__name__: vars(message)}, default=words) + "\n"
 
 
 def _decode(line: str, kinds: Mapping[str, type[M]]) -> M | None:
@@ -184,7 +185,11 @@ class Parent:
 
     def log(self, _: Any, level: str, event: MutableMapping[str, Any]) -> NoReturn:
         """A processor for structlog that ends its chain: the parent logs the line."""
-        self.send(LogLine(level=level, event=event.pop("event"), fields=dict(event)))
+        name = event.pop("event")
+        try:
+            self.send(LogLine(level=level, event=name, fields=dict(event)))
+        except (TypeError, ValueError, RecursionError) as error:  # a value that JSON does not have
+            self.send(LogLine(level=level, event=name, fields={"not_logged": type(error).__name__}))
         raise structlog.DropEvent
 
     def _listen(self) -> None:
@@ -212,6 +217,7 @@ def serve(program: Callable[[Parent], None]) -> NoReturn:
     status = 0
     try:
         parent = Parent()
+        streams.tolerate()
         structlog.configure(processors=[structlog.processors.format_exc_info, parent.log])
         program(parent)
     except ParentGone:

@@ -118,13 +118,21 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+def words(value: object) -> str:
+    """The text of an error or of any other value, also where its `__str__` raises."""
+    try:
+        return str(value)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the value has no text
+        return f"({type(value).__name__} without a text: {type(error).__name__})"
+
+
 def known(error: BaseException) -> JobError | None:
     """The kind of failure that an operating-system error or a lack of memory is; None for an unexpected error."""
     if isinstance(error, JobError):
         return error
     number = error.errno if isinstance(error, OSError) else None
     # safetensors reports the system's error in words only.
-    if number in NO_SPACE or any(f"os error {code}" in str(error) for code in NO_SPACE):
+    if number in NO_SPACE or any(f"os error {code}" in words(error) for code in NO_SPACE):
         return StorageError(f"The disk is full: {error}.", remedy="Give the scratch directory (TMPDIR) more room.")
     if number in NO_ACCESS:
         return AccessDeniedError(f"A file is not accessible: {error}.", remedy="Fix its owner or mode.")
@@ -135,7 +143,7 @@ def known(error: BaseException) -> JobError | None:
 
 def as_job_error(error: BaseException) -> JobError:
     """What to report of an error: of a known kind, or an unexpected one of kind `unknown`."""
-    return known(error) or JobError(f"{type(error).__name__}: {error}", remedy="The log has the traceback.")
+    return known(error) or JobError(f"{type(error).__name__}: {words(error)}", remedy="The log has the traceback.")
 
 
 class StopRequested(BaseException):

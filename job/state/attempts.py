@@ -149,7 +149,7 @@ class Attempts:
         if not expected and self._failures_before(step) + 1 >= MOST_FAILURES:
             final = PermanentError(
                 f"{MOST_FAILURES} attempts in a row ended at the same step ({step or 'before training'}), the last by "
-                f"{type(error).__name__}: {error}",
+                f"{as_job_error(error).message}",
                 remedy="The log has the traceback. Fix the cause, then start the run again: it resumes.",
             )
         reported = final or as_job_error(error)
