@@ -227,3 +227,36 @@ def sagemaker(path: str) -> None:
     import job.observability.termination
 
     job.observability.termination.SAGEMAKER = Path(path)
+
+
+def break_the_log(step: int) -> None:
+    """At a step, everything about logging fails: its process is killed, an observer raises, a value has no text; then
+    a library prints."""
+
+    class WithoutText:
+        def __str__(self):
+            raise RuntimeError("no text")
+
+        __repr__ = __str__
+
+    def observe(_):
+        raise RuntimeError("the test's observer")
+
+    def act():
+        import structlog
+
+        from job.observability import logs
+
+        for pid in logs.processes():
+            os.kill(pid, signal.SIGKILL)
+        logs.observe(observe)
+        structlog.get_logger().info("value_without_text", value=WithoutText())
+        print("x" * 200_000, flush=True)  # noqa: T201 - as a library does
+
+    _at_step(step, act)
+
+
+def close_streams() -> None:
+    """The job starts without standard input, output and error."""
+    for descriptor in (0, 1, 2):
+        os.close(descriptor)
