@@ -16,7 +16,7 @@ def run(config: Config) -> None:
 
     Raises:
         JobError: of the kind that says why it could not.
-        StopRequested: SIGTERM or SIGINT; the attempt's end is recorded.
+        StopRequested: SIGTERM, SIGINT or SIGHUP; the attempt's end is recorded.
     """
     output = claim.open_output(config)
     if claim.already_complete(config, output):

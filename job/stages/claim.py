@@ -87,7 +87,7 @@ def attempt(config: Config, output: RunOutput) -> Iterator[RunContext]:
 
     Raises:
         JobError: why the attempt ended; one of its own errors may be the last of too many.
-        StopRequested: SIGTERM or SIGINT.
+        StopRequested: SIGTERM, SIGINT or SIGHUP.
     """
     signals.listen(lambda: output.attempts.end("interrupted"))
     with _end_recorded(output):
