@@ -22,8 +22,9 @@ import psutil
 from job.config import environment
 from job.config.field import PREFIX
 from job.observability.masking import masked
-from job.observability.redaction import REPLACEMENT, Redactor, is_credential, secret_values
+from job.observability.redaction import Redactor, secret_values
 from job.runtime import gpus, libraries, process
+from job.runtime.credentials import REPLACEMENT, is_credential
 from job.runtime.errors import ConfigError, JobError
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"

@@ -12,7 +12,6 @@ import faulthandler
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -28,10 +27,6 @@ from job.observability import capture, terminal
 from job.observability.redaction import Redactor
 
 FIRST_KEYS = ("timestamp", "level", "event", "run_id", "attempt", "rank")
-CONSTANTS = frozenset(("timestamp", "level"))
-"""Fields that hold words of this program, which are never a secret."""
-EVENT = re.compile(r"[a-z0-9_]+")
-"""The name of an event, which is not searched for secrets either; anything else in its place is."""
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 DRAIN_SECONDS = 5.0
 # Verbose at info.
@@ -123,8 +118,14 @@ def observe(observer: Callable[[EventDict], None]) -> None:
 
 
 def redact(value: Any) -> Any:
-    """A JSON-like value without the secrets that `configure` was given; numbers and keys stay (`Redactor`)."""
+    """A JSON-like value without the secrets that `configure` was given, and without credentials in addresses; numbers
+    and keys stay (`Redactor`)."""
     return _state.redactor(value)
+
+
+def redact_data(value: Any) -> Any:
+    """The same for what a run keeps of its data: only the secrets that `configure` was given are replaced."""
+    return _state.redactor.known(value)
 
 
 def processes() -> set[int]:
@@ -162,11 +163,8 @@ def _observe(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 
 def _redact(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    return {key: value if _is_constant(key, value) else redact(value) for key, value in event.items()}
-
-
-def _is_constant(key: str, value: Any) -> bool:
-    return key in CONSTANTS or (key == "event" and isinstance(value, str) and EVENT.fullmatch(value) is not None)
+    redacted: EventDict = redact(event)
+    return redacted
 
 
 def _exceptions(*, as_json: bool) -> Processor:

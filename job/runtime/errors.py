@@ -9,9 +9,11 @@ import errno
 from collections.abc import Sequence
 from typing import ClassVar
 
+from job.runtime.credentials import shown
+
 
 class JobError(Exception):
-    """A failure that the user can act on.
+    """A failure that the user can act on. It quotes addresses without passwords and signatures (`credentials.shown`).
 
     Args:
         message: what happened, naming the value and the rule.
@@ -26,9 +28,9 @@ class JobError(Exception):
     For an unexpected error, as for a storage outage, a bounded number of times."""
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.remedy = remedy
+        self.message = shown(message)
+        self.remedy = shown(remedy)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}".strip()
@@ -45,7 +47,7 @@ class ConfigError(JobError):
     def __init__(self, message: str, *, remedy: str = "", problems: Sequence[str] = ()) -> None:
         """Args: problems: each problem in words, when there may be several."""
         super().__init__(message, remedy=remedy)
-        self.problems = tuple(problems)
+        self.problems = tuple(shown(problem) for problem in problems)
 
     def __str__(self) -> str:
         return "\n".join((super().__str__(), *(f"- {problem}" for problem in self.problems)))
@@ -96,11 +98,11 @@ class StorageError(JobError):
 
 
 class InterruptedError(JobError):  # noqa: A001 - the domain's word; the builtin is for retried system calls
-    """SIGTERM or SIGINT asked the process to stop."""
+    """SIGTERM, SIGINT or SIGHUP asked the process to stop."""
 
     kind = "interrupted"
     exit_code = 75
-    meaning = "SIGTERM or SIGINT"
+    meaning = "SIGTERM, SIGINT or SIGHUP"
 
 
 KINDS: tuple[type[JobError], ...] = (
@@ -139,7 +141,7 @@ def as_job_error(error: BaseException) -> JobError:
 
 
 class StopRequested(BaseException):
-    """Raised in the main thread by SIGTERM or SIGINT. Not an Exception, so that few libraries swallow it."""
+    """Raised in the main thread by a signal of `signals.ASKING`. Not an Exception, so that few libraries swallow it."""
 
     def __init__(self, signal_name: str) -> None:
         super().__init__(signal_name)

@@ -96,7 +96,7 @@ class Record:
         """
         body = {
             "run_id": self.run_id,
-            "config": settings,
+            "config": logs.redact(settings),
             "fingerprint": fingerprint,
             "versions": versions(),
             **reproducibility_facts,
@@ -128,7 +128,7 @@ class Record:
         """Add a line to the history that becomes `metrics.jsonl`."""
         entry = {**entry, "attempt": self.attempt}
         self._history.append(entry)
-        self._lines.append(json.dumps(logs.redact(entry), ensure_ascii=False, default=str).encode() + b"\n")
+        self._lines.append(json.dumps(logs.redact_data(entry), ensure_ascii=False, default=str).encode() + b"\n")
 
     def resume(self, history: bytes) -> None:
         """Continue the history of a checkpoint."""

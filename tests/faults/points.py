@@ -36,8 +36,14 @@ def kill_at_step(step: int) -> None:
 def fail_at_step(step: int) -> None:
     """An error of the program's own at a step."""
 
+    fail_with(step, f"the test broke step {step}")
+
+
+def fail_with(step: int, text: str) -> None:
+    """The same, with other words."""
+
     def fail():
-        raise RuntimeError(f"the test broke step {step}")
+        raise RuntimeError(text)
 
     _at_step(step, fail)
 
