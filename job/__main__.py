@@ -1,8 +1,10 @@
 """The process edge: subcommand, signals, exit code, termination message. The only place that ends the process."""
 
-from __future__ import annotations
+from job.runtime import hardening  # no import from __future__: it could be a file of the working directory
 
-from job.runtime import signals
+hardening.protect()
+
+from job.runtime import signals  # noqa: E402
 
 signals.install()
 

@@ -29,11 +29,18 @@ def serve(*, log: Path | None = None) -> Iterator[str]:
     Raises:
         OSError: the server ended before it could listen.
     """
+    from job.runtime import credentials, process  # noqa: PLC0415 - the child runs this file without the package
+
     with contextlib.ExitStack() as stack:
         output: IO[bytes] | int = stack.enter_context(log.open("ab")) if log else subprocess.DEVNULL
         # -P: this file runs as a script, and its neighbours must not shadow top-level packages.
         child = subprocess.Popen(
-            [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True
+            [sys.executable, "-P", __file__],
+            env=credentials.without(process.variables()),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            text=True,
         )
         stack.callback(_stop, child)
         yield f"http://127.0.0.1:{_port(child, log)}"
