@@ -74,7 +74,7 @@ def test_no_record_suffers(bench):
         assert not [secret for secret in FORBIDDEN if secret in json.dumps(line, ensure_ascii=False)]
 
 
-@pytest.mark.parametrize("secret", ['boom "quoted" \\ 133333', "unknown", "pl\nän-ted-secret"])
+@pytest.mark.parametrize("secret", ['boom "quoted"\n\\ 133333 plän', "unknown"])
 def test_a_failure_is_told_without_secrets(bench, tmp_path, secret):
     """What an error quotes is removed from its log line, its record and its message, which stay JSON with codes."""
     run_id, message = bench.name("failing"), tmp_path / "termination-log"
