@@ -147,8 +147,8 @@ def may_mount() -> bool:
     return bool(shutil.which("unshare")) and subprocess.call(["unshare", "-m", "true"], stderr=subprocess.DEVNULL) == 0
 
 
-def full_disk(from_step: int, to_step: int) -> None:
-    """Work on a small disk that nobody else sees, and have it full between the ends of two steps."""
+def full_disk(from_step: int, to_step: int, left_bytes: int = 0) -> None:
+    """Work on a small disk that nobody else sees; between the ends of two steps only some bytes are left on it."""
     import contextlib
     import ctypes
     from pathlib import Path
@@ -165,6 +165,7 @@ def full_disk(from_step: int, to_step: int) -> None:
         with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
+        os.truncate(ballast, ballast.stat().st_size - left_bytes)
 
     for step in range(from_step, to_step):  # again and again: an upload that ends gives room back
         _at_step(step, fill)
@@ -227,3 +228,10 @@ def sagemaker(path: str) -> None:
     import job.observability.termination
 
     job.observability.termination.SAGEMAKER = Path(path)
+
+
+def control_group(path: str) -> None:
+    """What the kernel shows of this container's memory lies in this directory."""
+    import job.runtime.memory
+
+    job.runtime.memory.CGROUP = Path(path)
