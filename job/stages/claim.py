@@ -13,7 +13,7 @@ from job.inputs import pull
 from job.inputs.pull import Sources
 from job.observability import logs
 from job.observability.timeline import Timeline
-from job.runtime import process, signals
+from job.runtime import memory, process, signals
 from job.runtime.errors import FencedError, JobError, StopRequested, known
 from job.runtime.process import Process
 from job.runtime.workspace import workspace
@@ -97,7 +97,7 @@ def attempt(config: Config, output: RunOutput) -> Iterator[RunContext]:
             output.ledger.start_over()
             log.warning("run_archived", uri=output.record.archive())
         scratch = process.scratch()
-        with workspace(scratch, output.record.run_id) as work:
+        with workspace(scratch, output.record.run_id) as work, memory.watched(output.attempts.note_memory):
             log.info("run_started", uri=output.record.uri, config=config.as_variables(), versions=versions())
             yield RunContext(
                 config=config,

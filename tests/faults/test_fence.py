@@ -10,7 +10,7 @@ import pytest
 from job.runtime.errors import FencedError
 from job.state.ledger import Ledger
 from job.storage.open import open_store
-from tests.faults.harness import FENCED, INTERRUPTED, KILLED, PERMANENT
+from tests.faults.harness import FENCED, INTERRUPTED, PERMANENT
 
 CONTENT = {"data": "", "files": [], "fingerprint": {}, "plan": {}}  # of a record that is no checkpoint
 
@@ -143,18 +143,6 @@ def test_errors_at_different_steps_are_not_permanent(bench):
     """Three errors that got further each time are three tries."""
     run_id = bench.name("flaky")
     assert [bench.start(run_id, hooks=[["fail_at_step", step]]).wait() for step in (3, 6, 9)] == [1, 1, 1]
-
-
-def test_three_deaths_without_a_word(bench):
-    """Attempts that are killed again and again without getting further end with 70, once; then it is tried again."""
-    run_id = bench.name("oom")
-    for _ in range(3):
-        bench.start(run_id, hooks=[["kill_at_step", 1]]).ends(KILLED)
-    permanent = bench.start(run_id).ends(PERMANENT)
-    assert not permanent.events("run_started")
-    assert "memory" in permanent.event("run_failed")["remedy"]
-    bench.start(run_id).ends(0)
-    bench.check_whole(run_id)
 
 
 def test_three_preemptions_at_the_same_step(bench):

@@ -9,7 +9,10 @@ import pytest
 
 from job.config.schema import Config
 from job.runtime.gpus import Gpus
+from job.runtime.memory import Judge, Usage
+from job.state.attempts import Attempts
 from job.state.compile_cache import key as compile_key
+from job.storage.open import open_store
 from tests import documents
 from tests.jobs import ROOT, run, start, stop_at
 
@@ -29,6 +32,8 @@ TYPES = {
 }
 SHORT = {"max_steps": 30, "max_length": 128, "samples": 1, "batch_size": 4, "lora_r": 4, "checkpoint_steps": 1}
 LINES = ("train_progress", "evaluated", "sample")
+MEMORY = "attempts/<n>.memory.json"
+"""Only an attempt whose memory runs out writes one."""
 KINDS = ("fence", "fresh", "checkpoint", "final")
 OBJECTS = {
     "attempts/0003.json": "attempts/<n>.json",
@@ -150,9 +155,8 @@ def test_every_object_is_listed(output):
     paths += [path.name for path in output.parent.iterdir() if path.is_file()]
     assert [path for path in paths if sum(bool(re.fullmatch(p, path)) for p in patterns.values()) != 1] == []
     inside = [*paths, *(path.removeprefix("aside/0004/") for path in paths)]
-    assert [name for name, p in patterns.items() if not any(re.fullmatch(p, path) for path in inside)] == [
-        "merged_16bit/..."
-    ]
+    missing = [name for name, p in patterns.items() if not any(re.fullmatch(p, path) for path in inside)]
+    assert missing == [MEMORY, "merged_16bit/..."]
 
 
 @pytest.mark.parametrize("path", OBJECTS, ids=list(OBJECTS))
@@ -160,6 +164,17 @@ def test_the_record_is_as_described(output, record, path):
     """Each object has the fields of its description, all of them and no others, with their types."""
     body = json.loads((output / path).read_text())
     assert wrong(body, record[OBJECTS[path]]) == []
+    assert body["layout"] == 1
+
+
+def test_the_note_on_memory_is_as_described(record, tmp_path):
+    """What an attempt writes when its memory runs out has the fields of its description."""
+    store = open_store(str(tmp_path))
+    attempts = Attempts(store=store, closing=lambda _: store, run_id="demo", number=1, owner="0" * 32)
+    judge, usage = Judge(kind="container"), Usage(limit_bytes=1 << 34, in_use_bytes=(1 << 34) - 1)
+    attempts.note_memory(judge.look(usage, 0))
+    body = json.loads((tmp_path / "demo/attempts/0001.memory.json").read_text())
+    assert wrong(body, record[MEMORY]) == []
     assert body["layout"] == 1
 
 
@@ -217,7 +232,7 @@ def test_a_checkpoint_has_the_described_files(output):
 def test_the_examples_are_as_described(record, ledger):
     """Every JSON example follows the description above it; only mappings without a description are shortened."""
     titles = [title for title, text in parts(RECORD).items() if examples(text)]
-    assert {*OBJECTS.values(), *(f"Lines: {event}" for event in LINES)} == set(titles)
+    assert {*OBJECTS.values(), MEMORY, *(f"Lines: {event}" for event in LINES)} == set(titles)
     for title in titles:
         assert [wrong(body, record[title]) for body in examples(parts(RECORD)[title])] == [[]], title
     for kind in KINDS:
