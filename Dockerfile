@@ -68,11 +68,13 @@ LABEL org.opencontainers.image.title="finetune-job" \
 
 # /scratch is all that a run writes on this machine: downloads, caches, checkpoints on their way.
 # LD_LIBRARY_PATH and LIBRARY_PATH: where GKE and the CUDA images mount the driver.
+# PYTHONSAFEPATH: no modules from the working directory, wherever a platform starts the process.
 # FINETUNE_JOB_*: what `python -m job env` says of the image.
 ENV FINETUNE_JOB_VERSION=${VERSION} \
     FINETUNE_JOB_REVISION=${REVISION} \
     PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
+    PYTHONSAFEPATH=1 \
     PYTHONUNBUFFERED=1 \
     HOME=/scratch \
     TMPDIR=/scratch \

@@ -15,7 +15,7 @@ optimizer. Each side is a process of its own with compile caches of its own. Par
 - batch32: steady tokens a second with batches of 32, tutorial (2 x 16) against job
 - tight: 16 GiB of the card, batches of 32 and rows that are all as long as the longest: the tutorial's largest
   micro-batch that survives 3 steps, whether the job survives with that one too, and which it takes by itself
-- squeezed: the job on such rows, alone on the card, and again with most of the card taken away during the run: its losses
+- squeezed: the job on such rows, alone on the card, and again with most of the card taken away meanwhile: its losses
 
 What was found is written to <output>/gpu-<size>.json after every process. Ends with 1 where a target is missed.
 

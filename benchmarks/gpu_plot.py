@@ -93,7 +93,7 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     if squeezed := result.get("squeezed"):
         found.append(
             f"With all but {squeezed['limit_gib']} GiB taken away before step {squeezed['from_step']} the job cuts its "
-            f"passes smaller {len(squeezed['cuts'])} times and continues; its losses differ by {squeezed['largest']:.2%} "
+            f"passes smaller {len(squeezed['cuts'])} times; its losses differ by {squeezed['largest']:.2%} "
             "at most."
         )
     agree = result.get("agreement", {})

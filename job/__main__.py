@@ -1,9 +1,12 @@
 """The process edge: subcommand, signals, exit code, termination message. The only place that ends the process."""
 
-from __future__ import annotations
+from job.runtime import hardening  # no import from __future__: it could be a file of the working directory
 
-from job.runtime import signals
+hardening.protect()
 
+from job.runtime import signals, streams  # noqa: E402
+
+streams.open_missing()
 signals.install()
 
 import argparse  # noqa: E402 - the handlers come before everything that takes time
@@ -38,20 +41,19 @@ def main(arguments: list[str]) -> int:
         return asked.code if isinstance(asked.code, int) else 0
     except BaseException as error:  # noqa: BLE001 - every end of the process is reported here
         signals.acknowledge()
-        _configure_logs()
+        with contextlib.suppress(Exception):
+            _configure_logs()
         return _report(error)
 
 
 def _execute(chosen: argparse.Namespace) -> int:
     """Each command imports what it needs, so that a mistake is reported before anything heavy is imported."""
     if chosen.command == "variables":
-        sys.stdout.write(variables.render(chosen.form))
-        return 0
+        return _show(variables.render(chosen.form))
     if chosen.command == "env":
         from job.commands import env  # noqa: PLC0415
 
-        sys.stdout.write(env.render(as_json=chosen.json))
-        return 0
+        return _show(env.render(as_json=chosen.json))
     if chosen.command == "demo":
         from job.commands.demo import demo  # noqa: PLC0415
 
@@ -71,6 +73,12 @@ def _execute(chosen: argparse.Namespace) -> int:
         from job import run  # noqa: PLC0415
 
         run.run(config)
+    return 0
+
+
+def _show(result: str) -> int:
+    with streams.result(streams.to_stderr()) as stdout:
+        stdout.write(result)
     return 0
 
 
@@ -101,27 +109,28 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _report(error: BaseException) -> int:
-    """Log how the run ended, write the termination message, and choose the exit code."""
+    """Write the termination message, log how the run ended, and choose the exit code."""
     log = structlog.get_logger()
     if isinstance(error, StopRequested):
         ended: JobError = InterruptedError(f"{error.signal_name} asked the run to stop.", remedy="Start it again.")
+    else:
+        ended = errors.as_job_error(error)
+    termination.write(ended)  # first: nobody may be reading the log
+    if isinstance(error, StopRequested):
         log.warning("interrupted", signal=error.signal_name, exit_code=ended.exit_code)
     elif isinstance(error, JobError):
-        ended = error
         problems = {"problems": list(error.problems)} if isinstance(error, ConfigError) and error.problems else {}
         log.error("run_failed", **termination.facts(error), **problems)
     else:
-        ended = errors.as_job_error(error)
         log.error("run_failed", **termination.facts(ended), exc_info=error)
-    termination.write(ended)
     return ended.exit_code
 
 
 def _say_interrupted() -> None:
     """The grace is over, or a second signal came: the main thread may be anywhere, so do as little as possible."""
     ended = InterruptedError(f"{signals.asked()} asked the run to stop.", remedy="Start it again.")
-    structlog.get_logger().warning("interrupted", signal=signals.asked(), exit_code=ended.exit_code, at_once=True)
     termination.write(ended)
+    structlog.get_logger().warning("interrupted", signal=signals.asked(), exit_code=ended.exit_code, at_once=True)
 
 
 def _end_children() -> None:

@@ -12,11 +12,11 @@ from job.stages.train import train
 
 
 def run(config: Config) -> None:
-    """Do everything that the configuration asks for. Returns when `done.json` exists.
+    """Do everything that the configuration asks for. Returns when the run is published.
 
     Raises:
         JobError: of the kind that says why it could not.
-        StopRequested: SIGTERM or SIGINT; the attempt's end is recorded.
+        StopRequested: SIGTERM, SIGINT or SIGHUP; the attempt's end is recorded.
     """
     output = claim.open_output(config)
     if claim.already_complete(config, output):
@@ -30,6 +30,8 @@ def run(config: Config) -> None:
         inputs, model = fetch.await_model(context, inputs, pending)
         training = prepare(context, inputs, model)
         restored = resume.restore(context, training, check=stack.check_checkpoint)
+        if publish.already_published(context):
+            return
         publish.report(context, training)
         finetune = load.load(context, stack, training, restored)
         evaluator = Evaluator(finetune, training.data, record=context.record, timeline=context.timeline)
@@ -38,4 +40,4 @@ def run(config: Config) -> None:
         train(context, finetune, training, evaluator, restored)
         final = publish.win(context, finetune, training, evaluator, restored)
         artifacts = publish.export(context, finetune, training, final)
-        publish.record_completion(context, finetune, training, final, artifacts)
+        publish.finish(context, finetune, training, final, artifacts)

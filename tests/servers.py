@@ -90,6 +90,7 @@ class Seen:
     number: int  # of its method, from 1
     refuse: tuple[int, str] | None = None  # an S3 error instead of an answer
     cut: bool = False  # the server acts, the client gets no reply
+    lose: bool = False  # the client is told that its write succeeded, and the server hears nothing
     hang_seconds: float = 0.0
     flip: bool = False  # one byte of the body changes
     truncate: bool = False  # the connection ends in the middle of the body
@@ -154,6 +155,8 @@ class _Passing(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
             self.close_connection = True
+        elif seen.lose:
+            self._reply(200, [("ETag", '"d41d8cd98f00b204e9800998ecf8427e"')], b"", whole=True)
         elif seen.refuse:
             self._refuse(*seen.refuse)
         else:

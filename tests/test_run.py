@@ -200,14 +200,23 @@ def test_what_a_run_leaves(finished, place):
     assert {"attempts/0001.json", "attempts/0001.end.json"} <= keys
     assert {"checkpoints/commits/000001.json", "checkpoints/commits/000002.json"} <= keys
     done = place.json("runs/first/done.json")
-    assert {name for name in keys if name.startswith(("adapter/", "merged_16bit/"))} == {
-        artifact["name"] for artifact in done["artifacts"]
+    names = [artifact["name"] for artifact in done["artifacts"]]
+    assert {name for name in keys if name.startswith("results/")} == {f"{done['prefix']}/{name}" for name in names}
+    assert {name.partition("/")[0] for name in names} == {"adapter", "merged_16bit", "metrics.jsonl", "report.html"}
+    for folder in ("adapter", "merged_16bit"):
+        assert [name for name in names if name.startswith(folder)][-1] == f"{folder}/README.md"
+    assert {name for name in keys if name.startswith("adapter/")} == {
+        name for name in names if name.startswith("adapter/")
     }
     for artifact in done["artifacts"]:
-        data = place.get(f"runs/first/{artifact['name']}")
+        data = place.get(f"runs/first/{done['prefix']}/{artifact['name']}")
         assert (artifact["size"], artifact["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
-    assert place.json("runs/latest.json")["run_id"] == "first"
-    assert place.json("runs/first/merged_16bit/generation_config.json")["eos_token_id"] == [257]
+        if not artifact["name"].startswith("merged_16bit/"):
+            assert place.get(f"runs/first/{artifact['name']}") == data
+    latest = place.json("runs/latest.json")
+    assert (latest["run_id"], latest["uri"]) == ("first", done["uri"])
+    assert latest["uri"].endswith(f"/runs/first/{done['prefix']}/")
+    assert place.json(f"runs/first/{done['prefix']}/merged_16bit/generation_config.json")["eos_token_id"] == [257]
     assert place.json("runs/first/attempts/0001.end.json")["outcome"] == "complete"
 
 
@@ -262,9 +271,10 @@ def test_adapter_and_merged_weights_load_as_another_user(finished, place, tiny_m
     and configuration are the base's own."""
     assert finished.code == 0
     tmp_path.chmod(0o755)
+    results = f"runs/first/{place.json('runs/first/done.json')['prefix']}/"
     for key in place.names():
-        if key.startswith(("runs/first/adapter/", "runs/first/merged_16bit/")):
-            path = tmp_path / key.removeprefix("runs/first/")
+        if key.startswith(results):
+            path = tmp_path / key.removeprefix(results)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(place.get(key))
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
@@ -424,9 +434,9 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=q, device_
     ended = run(tmp_path, **values)
     assert ended.code == 0
     assert ended.event("model_loaded")["prequantised"] == "4bit"
-    config = place.json("runs/prequantised/merged_16bit/config.json")
-    assert "quantization_config" not in config
-    assert not [key for key in place.names() if "prequantised/merged_16bit" in key and "absmax" in key]
+    results = f"runs/prequantised/{place.json('runs/prequantised/done.json')['prefix']}"
+    assert "quantization_config" not in place.json(f"{results}/merged_16bit/config.json")
+    assert not [key for key in place.names() if key.startswith(results) and "absmax" in key]
 
 
 def test_divergence_is_permanent():

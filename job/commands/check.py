@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from job.model.base_model import BaseModel
 from job.observability import logs, termination
 from job.observability.redaction import secret_values
 from job.report import build
-from job.runtime import process
+from job.runtime import process, streams
 from job.runtime.errors import ConfigError, StopRequested
 
 
@@ -38,7 +37,7 @@ def command(*, as_json: bool, report: Path | None) -> int:
         the exit code, as of a run.
     """
     started = time.monotonic()
-    result = logs.to_stderr()
+    result = streams.to_stderr()
     secrets = secret_values(process.variables())
     logs.configure(form=environment.asked_log_format(), level="warning", secrets=secrets)
     checked = Checked()
@@ -49,7 +48,7 @@ def command(*, as_json: bool, report: Path | None) -> int:
         written = _write(checked, report)
     facts = {**_facts(checked), "report": str(written) if written else None, "seconds": time.monotonic() - started}
     said = json.dumps(logs.redact(facts), ensure_ascii=False, default=str) + "\n"
-    with os.fdopen(result, "w", encoding="utf-8", errors="replace") as stdout:
+    with streams.result(result) as stdout:
         if as_json:
             stdout.write(said)
         else:

@@ -35,7 +35,8 @@ from job.stages import preflight
 from job.stages.claim import finished
 from job.state import attempts, checkpoints, fingerprint
 from job.state.ledger import Ledger
-from job.state.record import Record
+from job.state.publication import Publication
+from job.state.record import Record, check_inputs
 from job.storage.open import open_store
 
 log = structlog.get_logger()
@@ -152,7 +153,7 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
     inputs = _pull(checked, config, scratch, read_before)
     if read_before and len(checked.problems) == before and not fingerprint.contents_may_change(config.allow_change):
         with checked.collecting("inputs"):
-            _record(config).check_inputs(read_before, inputs.as_json())
+            check_inputs(config.identity(), read_before, inputs.as_json())
     with checked.collecting("dataset"):
         if inputs.dataset:
             checked.rows = read(config, inputs)
@@ -181,10 +182,6 @@ def _read_evaluation(checked: Checked, config: Config, pulled: Inputs) -> None:
                 raise
 
 
-def _record(config: Config) -> Record:
-    return Record(store=open_store(config.output, patience_seconds=PATIENCE_SECONDS), run_id=config.identity())
-
-
 def _earlier_attempt(output: Output, config: Config) -> Output:
     """Look at what an earlier attempt at this run left at the output.
 
@@ -192,8 +189,9 @@ def _earlier_attempt(output: Output, config: Config) -> Output:
         ConfigError: that attempt had other settings, was finished on other inputs, or has no checkpoint where one is
             required; or the store cannot do what is required of it.
     """
-    record = _record(config)
-    if config.resume != "fresh" and finished(config, record) is not None:
+    ledger = Ledger(store=open_store(config.output, patience_seconds=PATIENCE_SECONDS), run_id=config.identity())
+    record = Record(ledger=ledger)
+    if config.resume != "fresh" and finished(config, record, Publication(ledger=ledger)) is not None:
         return dataclasses.replace(output, finished=True, inputs=record.inputs())
     if config.fencing == "require" and not output.conditional_writes:
         raise attempts.unfenced(config.output)
@@ -203,14 +201,13 @@ def _earlier_attempt(output: Output, config: Config) -> Output:
     if first:
         settings = fingerprint.settings(config)
         fingerprint.check(record.run_id, first["fingerprint"], settings, allowed=config.allow_change)
-    if config.resume == "require" and not _may_resume(record):
+    if config.resume == "require" and not _may_resume(ledger):
         raise checkpoints.nothing_to_resume(record.uri)
     return dataclasses.replace(output, inputs=record.inputs() if first else None)
 
 
-def _may_resume(record: Record) -> bool:
+def _may_resume(ledger: Ledger) -> bool:
     """Whether there is a checkpoint; whether it is whole is not looked at."""
-    ledger = Ledger(store=record.store, run_id=record.run_id)
     return any(entry.kind in {"checkpoint", None} for entry in ledger.newest_first())
 
 

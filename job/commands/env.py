@@ -21,9 +21,11 @@ import psutil
 
 from job.config import environment
 from job.config.field import PREFIX
+from job.observability import memory
 from job.observability.masking import masked
-from job.observability.redaction import REPLACEMENT, Redactor, is_credential, secret_values
+from job.observability.redaction import Redactor, secret_values
 from job.runtime import gpus, libraries, process
+from job.runtime.credentials import REPLACEMENT, is_credential
 from job.runtime.errors import ConfigError, JobError
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -97,7 +99,7 @@ def _system(given: Mapping[str, str]) -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "cpu_quota": process.cpu_quota(),
         "memory_bytes": psutil.virtual_memory().total,
-        "memory_limit_bytes": process.memory_limit(),
+        "memory_limit_bytes": memory.container_limit(),
     }
 
 

@@ -212,7 +212,7 @@ class Config:
     resume: Literal["auto", "fresh", "require"] = setting(
         choice("auto", "fresh", "require"),
         "`auto` continues where the run stopped; `require` fails without a checkpoint; `fresh` starts over at every "
-        "start and archives the old run",
+        "start; the old result stays until the new one is published",
         default="auto",
     )
     allow_change: tuple[str, ...] = setting(

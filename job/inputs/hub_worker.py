@@ -19,6 +19,7 @@ from job.inputs import safetensors_stub
 from job.inputs.hub import Downloaded, Request, Unreachable
 from job.inputs.hub_files import MODEL_FILES, data_files, model_files
 from job.runtime.child import Failed, Message, Parent, serve
+from job.runtime.credentials import shown
 from job.runtime.errors import AccessDeniedError, DataError, JobError, StorageError, known
 from job.storage.disk import require_free
 from job.storage.progress import Progress
@@ -33,7 +34,7 @@ def program(parent: Parent) -> None:
         answer: Message = _download(request)
     except Exception as error:  # noqa: BLE001 - the parent decides
         failure = known(error) or _failure(request, error)
-        answer = Failed.of(failure) if failure else Unreachable(reason=f"{type(error).__name__}: {error}"[:500])
+        answer = Failed.of(failure) if failure else Unreachable(reason=shown(f"{type(error).__name__}: {error}")[:500])
     parent.send(answer)
 
 

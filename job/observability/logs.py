@@ -2,38 +2,38 @@
 
 `configure` is called once by the process edge. Off a terminal it also captures file descriptors 1 and 2, so that
 banners, progress bars, warnings and C++ output of libraries become `library_output` lines
-(`job.observability.capture`). Everything else logs through `structlog.get_logger()` with constant snake_case events and
-units in field names.
+(`job.observability.log_pump`). Everything else logs through `structlog.get_logger()` with constant snake_case events
+and units in field names.
+
+Nothing about logging ends a run: neither where the lines go, nor the values in them, nor those who observe them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import faulthandler
 import json
 import logging
+import math
 import os
-import re
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from job.observability import capture, terminal
+from job.observability import terminal
+from job.observability.log_pump import LogPump
 from job.observability.redaction import Redactor
+from job.runtime import streams
+from job.runtime.errors import words
 
 FIRST_KEYS = ("timestamp", "level", "event", "run_id", "attempt", "rank")
-CONSTANTS = frozenset(("timestamp", "level"))
-"""Fields that hold words of this program, which are never a secret."""
-EVENT = re.compile(r"[a-z0-9_]+")
-"""The name of an event, which is not searched for secrets either; anything else in its place is."""
+LARGEST_BITS = 63
+"""Of a number in the line of an event that could not be shown whole."""
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-DRAIN_SECONDS = 5.0
 # Verbose at info.
 QUIET = {"botocore": logging.WARNING, "urllib3": logging.WARNING, "s3transfer": logging.WARNING}
 
@@ -42,14 +42,18 @@ QUIET = {"botocore": logging.WARNING, "urllib3": logging.WARNING, "s3transfer": 
 class _State:
     """What outlives a single call: the context of every line, what removes secrets, and where lines go."""
 
+    plain: bool = False
+    """Whether lines are text."""
+
     context: dict[str, Any] = field(default_factory=dict)
     redactor: Redactor = field(default_factory=Redactor)
     write: Callable[[str], None] = print
-    control: Callable[[], None] = lambda: None
-    close: Callable[[], None] = lambda: None
+    screen: terminal.Screen | None = None
+    pump: LogPump | None = None
     configured: bool = False
-    pump: int | None = None
     observers: list[Callable[[EventDict], None]] = field(default_factory=list)
+    failed: list[Callable[[EventDict], None]] = field(default_factory=list)
+    """Observers that raised."""
 
 
 _state = _State()
@@ -65,45 +69,36 @@ def configure(*, form: str, level: str, secrets: Iterable[str] = ()) -> None:
     """
     _state.redactor = _state.redactor.with_secrets(secrets)
     if _state.configured:
-        _state.control()
+        _inform_pump()
         return
     _state.configured = True
-    as_json = form == "json" or (form != "text" and not sys.stdout.isatty())
-    if as_json:
+    on_terminal = os.isatty(streams.STDOUT)
+    _state.plain = form == "text" or (form != "json" and on_terminal)
+    if not (_state.plain and on_terminal):
         _capture()
-        last: Processor = structlog.processors.JSONRenderer(ensure_ascii=False, default=str)
-    else:
-        screen = terminal.Screen()
-        _state.write, _state.close = screen.write, screen.close
-        last = screen.render
-    shared: list[Processor] = [
+    streams.tolerate()
+    if _state.plain:
+        _state.screen = terminal.Screen()
+        _state.write = _state.screen.write
+    elif _state.pump:
+        _state.write = _state.pump.write
+    shared = _guarded(
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _add_context,
-        _exceptions(as_json=as_json),
+        _exceptions(),
         _order,
         _redact,
         _observe,
-        last,
-    ]
+        _state.screen.render if _state.screen else _as_json,
+    )
     structlog.configure(
-        processors=[structlog.contextvars.merge_contextvars, *shared],
+        processors=[structlog.contextvars.merge_contextvars, shared],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
         logger_factory=lambda *_: _Line(),
         cache_logger_on_first_use=False,
     )
     _adopt_stdlib(shared)
-
-
-def to_stderr() -> int:
-    """Send stdout to stderr from here on, before `configure`, so that stdout carries the command's result alone.
-
-    Returns:
-        a file descriptor of the real stdout.
-    """
-    result = os.dup(1)
-    os.dup2(2, 1)
-    return result
 
 
 def set_level(level: str) -> None:
@@ -113,37 +108,79 @@ def set_level(level: str) -> None:
 
 def bind(**context: Any) -> None:
     """Add fields to every line from here on, in every thread and in captured library output."""
-    _state.context.update(context)
-    _state.control()
+    _state.context = {**_state.context, **context}
+    _inform_pump()
 
 
 def observe(observer: Callable[[EventDict], None]) -> None:
-    """Call `observer` with each event as a dictionary, without secrets."""
+    """Call `observer` with each event as a dictionary, without secrets. What it raises is logged once."""
     _state.observers.append(observer)
 
 
 def redact(value: Any) -> Any:
-    """A JSON-like value without the secrets that `configure` was given; numbers and keys stay (`Redactor`)."""
+    """A JSON-like value without the secrets that `configure` was given, and without credentials in addresses; numbers
+    and keys stay (`Redactor`)."""
     return _state.redactor(value)
+
+
+def redact_data(value: Any) -> Any:
+    """The same for what a run keeps of its data: only the secrets that `configure` was given are replaced."""
+    return _state.redactor.known(value)
 
 
 def processes() -> set[int]:
     """The ids of the processes that logging needs to its end."""
-    return set() if _state.pump is None else {_state.pump}
+    pid = _state.pump.pid if _state.pump else None
+    return set() if pid is None else {pid}
 
 
 def close() -> None:
     """Deliver everything that was logged or printed. Nothing may be logged afterwards."""
-    _state.close()
+    with contextlib.suppress(Exception):
+        if _state.screen:
+            _state.screen.close()
+    if _state.pump:
+        _state.pump.close()
 
 
 class _Line:
     """The logger at the end of structlog's chain: it writes one finished line."""
 
     def msg(self, line: str) -> None:
-        _state.write(line)
+        with contextlib.suppress(Exception):
+            _state.write(line)
 
     debug = info = warning = error = critical = exception = log = msg
+
+
+def _guarded(*processors: Processor) -> Processor:
+    """One processor that applies several; where one fails, a line of what the event says in simple values."""
+
+    def apply(logger: WrappedLogger, name: str, event: EventDict) -> Any:
+        found: Any = dict(event)
+        try:
+            for processor in processors:
+                found = processor(logger, name, found)
+        except structlog.DropEvent:
+            raise
+        except Exception as error:  # noqa: BLE001 - logging must never end the run
+            return _simple(name, event, error)
+        return found
+
+    return apply
+
+
+def _simple(level: str, event: EventDict, error: Exception) -> str:
+    now = datetime.datetime.now(datetime.UTC).isoformat().replace("+00:00", "Z")
+    fields = {
+        name: redact(value)
+        for name, value in {**_state.context, **event, "event": words(event.get("event"))}.items()
+        if isinstance(value, str) or (isinstance(value, int) and value.bit_length() <= LARGEST_BITS)
+    }
+    line = {"timestamp": now, "level": level, **fields, "not_logged": type(error).__name__}
+    if _state.plain:
+        return f"[{level}]{now[11:19]} " + "  ".join(f"{name}={value}" for name, value in line.items())
+    return json.dumps(line, ensure_ascii=False)
 
 
 def _add_context(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
@@ -157,24 +194,42 @@ def _order(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 def _observe(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     for observer in _state.observers:
-        observer(event)
+        try:
+            observer(event)
+        except Exception as error:  # noqa: BLE001 - an observer must not be able to end the run
+            if observer not in _state.failed:
+                _state.failed.append(observer)  # first: it observes the warning, too
+                structlog.get_logger().warning("observer_failed", exc_info=error)
     return event
 
 
 def _redact(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    return {key: value if _is_constant(key, value) else redact(value) for key, value in event.items()}
+    redacted: EventDict = redact(event)
+    return redacted
 
 
-def _is_constant(key: str, value: Any) -> bool:
-    return key in CONSTANTS or (key == "event" and isinstance(value, str) and EVENT.fullmatch(value) is not None)
-
-
-def _exceptions(*, as_json: bool) -> Processor:
+def _exceptions() -> Processor:
     """Tracebacks without the values of local variables, which may be secrets."""
-    if as_json:
-        transformer = structlog.tracebacks.ExceptionDictTransformer(show_locals=False, max_frames=30)
-        return structlog.processors.ExceptionRenderer(transformer)
-    return structlog.processors.ExceptionRenderer()
+    if _state.plain:
+        return structlog.processors.ExceptionRenderer()
+    transformer = structlog.tracebacks.ExceptionDictTransformer(show_locals=False, max_frames=30)
+    return structlog.processors.ExceptionRenderer(transformer)
+
+
+def _as_json(_: WrappedLogger, __: str, event: EventDict) -> str:
+    try:
+        return json.dumps(event, ensure_ascii=False, allow_nan=False, default=words)
+    except ValueError:
+        return json.dumps(_named_numbers(event), ensure_ascii=False, allow_nan=False, default=words)
+
+
+def _named_numbers(value: Any) -> Any:
+    """The value with the numbers that JSON has not as texts: NaN, Infinity, -Infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {name: _named_numbers(inner) for name, inner in value.items()}
+    return [_named_numbers(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _foreign(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
@@ -187,10 +242,10 @@ def _foreign(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return event
 
 
-def _adopt_stdlib(processors: list[Processor]) -> None:
+def _adopt_stdlib(shared: Processor) -> None:
     """Let records of the standard library's logging take the same way as the job's own events."""
     formatter = structlog.stdlib.ProcessorFormatter(
-        processors=[_foreign, structlog.stdlib.ProcessorFormatter.remove_processors_meta, *processors]
+        processors=[_foreign, structlog.stdlib.ProcessorFormatter.remove_processors_meta, shared]
     )
     handler = _Handler()
     handler.setFormatter(formatter)
@@ -207,51 +262,23 @@ class _Handler(logging.Handler):
         try:
             _state.write(self.format(record))
         except Exception:  # noqa: BLE001 - logging must never end the run
-            self.handleError(record)
+            with contextlib.suppress(Exception):
+                self.handleError(record)
 
 
 def _capture() -> None:
-    """Put the pump between file descriptors 1 and 2 and the real stdout."""
-    own_read, own_write = os.pipe()
-    foreign_read, foreign_write = os.pipe()
-    crash = os.dup(2)
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", str(Path(capture.__file__)), str(own_read), str(foreign_read)],
-        pass_fds=(own_read, foreign_read),
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C at a terminal reaches the job, not the process that writes its log
-    )
-    os.close(own_read)
-    os.close(foreign_read)
-    os.dup2(foreign_write, 1)
-    os.dup2(foreign_write, 2)
-    os.close(foreign_write)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    faulthandler.enable(file=crash)  # raw, and straight to the real stderr
-    lock = threading.Lock()
+    """Let everything that is written to the file descriptors 1 and 2 go through the pump."""
+    with contextlib.suppress(OSError):  # without a pipe, lines go to stdout as they are
+        _state.pump = LogPump(_facts)
+        faulthandler.enable(file=_state.pump.stderr)  # raw, and straight to the real stderr
 
-    def write(line: str) -> None:
-        data = line.encode(errors="replace") + b"\n"
-        with lock:
-            while data:
-                data = data[os.write(own_write, data) :]
 
-    def control() -> None:
-        message = {"context": redact(_state.context), "secrets": _state.redactor.forms}
-        write(capture.CONTROL.decode() + json.dumps(message, default=str))
+def _inform_pump() -> None:
+    if _state.pump:
+        _state.pump.control()
 
-    def drain() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.close(own_write)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        try:
-            process.wait(DRAIN_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
-    _state.write, _state.control, _state.close, _state.pump = write, control, drain, process.pid
-    control()
+def _facts() -> str:
+    """What the pump needs to know."""
+    facts = {"context": redact(_state.context), "secrets": _state.redactor.forms, "plain": _state.plain}
+    return json.dumps(facts, default=words)

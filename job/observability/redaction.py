@@ -1,8 +1,9 @@
-"""Which values of the environment are credentials, and how they vanish from what a run logs, records and shows.
+"""How the credentials of the environment vanish from what a run logs, records and shows.
 
 Redaction works on values before they are encoded: a secret is replaced inside texts only. Numbers and the names of
-fields stay as they are, so that JSON stays valid and a history stays readable whatever the environment holds. What
-looks like a secret in the data is `job.observability.masking`'s business.
+fields stay as they are, so that JSON stays valid and a history stays readable whatever the environment holds. What a
+credential is, `job.runtime.credentials` says; what looks like a secret in the data is `job.observability.masking`'s
+business.
 """
 
 from __future__ import annotations
@@ -10,61 +11,35 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote
 
-REPLACEMENT = "***"
-CREDENTIALS = frozenset(
-    (
-        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-        "AZURE_STORAGE_ACCOUNT_KEY",
-        "AZURE_STORAGE_CONNECTION_STRING",
-        "AZURE_STORAGE_KEY",
-        "KAGGLE_KEY",
-        "MYSQL_PWD",
-        "PGPASSWORD",
-        "SSHPASS",
-    )
-)
-"""Variables that hold a credential although their names do not end like one."""
-ENDINGS = (
-    *("TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "SIGNATURE"),
-    *("KEY", "APIKEY"),
-)
-"""Last words of the names of variables that hold a credential (AWS_SECRET_ACCESS_KEY, HF_TOKEN, WANDB_API_KEY); behind
-them may stand which of several it is (HF_TOKEN_WRITE, DB_PASSWORD_2)."""
-HARMLESS = frozenset(
-    (
-        *("BOS_TOKEN", "EOS_TOKEN", "PAD_TOKEN", "UNK_TOKEN"),
-        *("CACHE_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "PARTITION_KEY", "PRIMARY_KEY", "PUBLIC_KEY", "SORT_KEY"),
-    )
-)
-"""Names that end like a credential's: tokens of a vocabulary, the path of a file, keys that open nothing."""
+from job.runtime import credentials
+from job.runtime.credentials import REPLACEMENT
+from job.runtime.errors import words
+
+CIRCULAR = "(circular)"
+
 SHORTEST_SECRET = 6
 SHORTEST_NUMBER = 8
 """A shorter number is not a secret: it would turn up in any text."""
-_CREDENTIAL = re.compile(rf"(?:.*_)?(?:{'|'.join(ENDINGS)})(?:_(?:\d+|READ|WRITE|VALUE))?")
+SHORTEST_LINE = 16
+"""A shorter line of a secret of several lines is not looked for by itself."""
+WORDS = frozenset(("check", "ended", "event", "kind", "level", "outcome", "phase", "started", "time", "timestamp"))
+"""Fields that hold a word of this program or a time, by which records and logs are read: it stays, even where a secret
+is the same word."""
+_WORD = re.compile(r"[a-z0-9_]+|\d{4}-\d\d-\d\dT[\d:.+-]+Z?")
 _PLAIN_NUMBER = re.compile(r"[+-]?[\d.,_]+(?:e[+-]?\d+)?", re.IGNORECASE)
-_AUTHORITY = re.compile(r"(?=://([^/?#\s]+))")  # a value may hold several URLs
-_UNQUOTED = re.compile(r"://([^/?#\s:@]+:(?!//|\d+[/?#])[^\s@]*[/?#][^\s@]*)@")
-"""A user and a password with a character that a URL should quote."""
-
-
-def is_credential(name: str) -> bool:
-    """Whether a variable of this name holds a credential."""
-    name = name.upper()
-    return name in CREDENTIALS or (name not in HARMLESS and _CREDENTIAL.fullmatch(name) is not None)
 
 
 def secret_values(environment: Mapping[str, str]) -> frozenset[str]:
-    """The credentials in an environment: values of variables that hold one, and passwords inside URLs.
+    """The credentials in an environment: values of variables that hold one, and passwords and signatures in addresses.
 
     What is shorter than `SHORTEST_SECRET` is left out, and so is a number of less than `SHORTEST_NUMBER` digits.
     """
-    values = {value.strip() for name, value in environment.items() if is_credential(name)}
-    values.update(part for value in environment.values() for part in _passwords(value))
+    values = (found for name, value in environment.items() for found in credentials.held(name, value))
     return frozenset(filter(_is_secret, values))
 
 
@@ -72,13 +47,6 @@ def _is_secret(value: str) -> bool:
     if _PLAIN_NUMBER.fullmatch(value):
         return value.isdecimal() and len(value) >= SHORTEST_NUMBER
     return len(value) >= SHORTEST_SECRET
-
-
-def _passwords(url: str) -> Iterator[str]:
-    """`user:password` of each URL in a value, and the password alone, as written and decoded."""
-    for user_info in (*(part.rpartition("@")[0] for part in _AUTHORITY.findall(url)), *_UNQUOTED.findall(url)):
-        for part in (user_info, user_info.partition(":")[2]):
-            yield from {part, unquote(part)}
 
 
 @dataclass(frozen=True)
@@ -97,34 +65,68 @@ class Redactor:
 
     @functools.cached_property
     def forms(self) -> tuple[str, ...]:
-        """How the secrets may stand in a text: as they are, or as JSON quotes them. A secret may begin with another:
-        the longest comes first."""
-        forms = {
-            form for secret in self.secrets for form in (secret, _quoted(secret), _quoted(secret, ascii_only=True))
-        }
+        """How the secrets may stand in a text: as they are, or as JSON, Python or an address quotes them, and the lines
+        of one that has several. A secret may begin with another: the longest comes first."""
+        pieces = {piece for secret in self.secrets for piece in _pieces(secret)}
+        forms = {form for piece in pieces for form in _forms(piece)}
         return tuple(sorted(forms, key=lambda form: (-len(form), form)))
 
     def __call__(self, value: Any) -> Any:
-        """The value without secrets: texts, in lists and as values of dictionaries at any depth.
+        """The value without secrets and without credentials in addresses (`credentials.shown`): texts, in lists and as
+        values of dictionaries at any depth.
 
-        Numbers, booleans, None and keys stay; anything else becomes its text, as in the JSON that is made of it.
+        Numbers, booleans, None, keys that JSON has and the words of `WORDS` stay; anything else becomes its text.
         """
-        if value is None or isinstance(value, bool | int | float):
-            return value
-        if isinstance(value, dict):
-            return {name: self(inner) for name, inner in value.items()}
-        if isinstance(value, list):
-            return [self(inner) for inner in value]
-        if isinstance(value, tuple):
-            return tuple(self(inner) for inner in value)
-        return self.text(value if isinstance(value, str) else str(value))
+        return _in_texts(value, self.text)
+
+    def known(self, value: Any) -> Any:
+        """The value without secrets, and otherwise as it is: for what a run keeps of its data."""
+        return _in_texts(value, self._known)
 
     def text(self, text: str) -> str:
-        """The text without secrets."""
+        """The text without secrets and without credentials in addresses."""
+        return credentials.shown(self._known(text))
+
+    def _known(self, text: str) -> str:
         for form in self.forms:
             text = text.replace(form, REPLACEMENT)
         return text
 
 
-def _quoted(text: str, *, ascii_only: bool = False) -> str:
-    return json.dumps(text, ensure_ascii=ascii_only)[1:-1]
+def _in_texts(value: Any, change: Callable[[str], str], around: tuple[int, ...] = ()) -> Any:
+    """Args: around: the ids of the containers that hold the value."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if not isinstance(value, dict | list | tuple):
+        return change(value if isinstance(value, str) else words(value))
+    if id(value) in around:
+        return CIRCULAR
+    around = (*around, id(value))
+    if isinstance(value, dict):
+        return {
+            _key(name): inner if _is_word(name, inner) else _in_texts(inner, change, around)
+            for name, inner in value.items()
+        }
+    items = (_in_texts(item, change, around) for item in value)
+    return list(items) if isinstance(value, list) else tuple(items)
+
+
+def _key(name: Any) -> Any:
+    return name if name is None or isinstance(name, str | bool | int | float) else words(name)
+
+
+def _is_word(name: Any, value: Any) -> bool:
+    return name in WORDS and isinstance(value, str) and _WORD.fullmatch(value) is not None
+
+
+def _pieces(secret: str) -> Iterator[str]:
+    """The secret, and its lines: what libraries print is redacted line by line."""
+    yield secret
+    lines = [line.strip() for line in secret.splitlines()]
+    if len(lines) > 1:
+        yield from (line for line in lines if len(line) >= SHORTEST_LINE and not line.startswith("-----"))
+
+
+def _forms(text: str) -> tuple[str, ...]:
+    escaped = (json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1])
+    return (text, *escaped, quote(text, safe="", errors="replace"))

@@ -24,14 +24,15 @@ def facts(error: JobError) -> dict[str, Any]:
 
 def write(error: JobError) -> None:
     """Write the message, where a platform reads one. A long one loses its end, never the remedy."""
-    places = [PLACE] * PLACE.exists() + [SAGEMAKER] * SAGEMAKER.parent.is_dir()
+    places = {PLACE: PLACE.exists, SAGEMAKER: SAGEMAKER.parent.is_dir}
     body = logs.redact(facts(error) | {"message": str(error)})
     while (
         len(line := json.dumps(body, ensure_ascii=False).encode(errors="replace")) > LONGEST_BYTES and body["message"]
     ):
         body["message"] = body["message"][: len(body["message"]) * 3 // 4]
-    for place in places:
+    for place, is_read in places.items():
         try:
-            place.write_bytes(line)
+            if is_read():
+                place.write_bytes(line)
         except OSError as failed:
             structlog.get_logger().warning("termination_log_not_written", path=str(place), reason=failed.strerror)

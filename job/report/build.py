@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,15 +59,31 @@ def run_page(
     )
 
 
-def publish(
-    config: Config, record: Record, base: BaseModel, data: Data, *, measured: Mapping[str, Any] | None = None
-) -> None:
-    """Write the page of a run to its output. An error is only logged: it must not end a good run."""
-    try:
-        page = run_page(config, data, expect(config, base, data), record, measured=measured)
+def publish_early(config: Config, record: Record, base: BaseModel, data: Data) -> None:
+    """Write the page of a run that is about to begin, under its attempt: `attempts/<n>.report.html`.
+
+    An error is only logged: it must not end a good run.
+    """
+    with _only_logged():
+        page = run_page(config, data, expect(config, base, data), record, measured=None)
         store = open_store(record.store.uri, patience_seconds=PATIENCE_SECONDS)
-        store.write(f"{record.run_id}/{NAME}", page.encoded())
-    except Exception as error:  # noqa: BLE001 - as the docstring says
+        store.write(f"{record.run_id}/attempts/{record.attempt:04d}.{NAME}", page.encoded())
+
+
+def write(
+    config: Config, record: Record, base: BaseModel, data: Data, *, directory: Path, measured: Mapping[str, Any]
+) -> None:
+    """Write the page of a run that is complete to a directory. An error is only logged."""
+    with _only_logged():
+        page = run_page(config, data, expect(config, base, data), record, measured=measured)
+        (directory / NAME).write_bytes(page.encoded())
+
+
+@contextlib.contextmanager
+def _only_logged() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - the page is for people: it must not end a good run
         log.warning("report_not_written", reason=f"{type(error).__name__}: {error}")
 
 

@@ -49,7 +49,7 @@ def sequence_view(tokenizer: Tokenizer, row: Mapping[str, Any], *, name: str, pl
     ids = row["input_ids"]
     learned = _learned(row)
     text = _decode(tokenizer.hf, ids)
-    if logs.redact(text) != text:
+    if logs.redact_data(text) != text:
         note = "Not shown: it contains a secret of this environment"
         counts = {"count": len(ids), "learned": len(learned)}
         return SequenceView(name=name, place=place, tokens=(), left_out=0, left_out_after=0, **counts, note=note)

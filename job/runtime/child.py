@@ -18,16 +18,26 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, NoReturn, Self, TypeVar, cast
 
 import structlog
 
-from job.runtime.errors import KINDS, JobError
+from job.runtime import credentials, streams
+from job.runtime.errors import KINDS, JobError, words
+from job.runtime.hardening import HOME
 
 ABORT_SECONDS = 3.0
 """How long a child may take to abort what it is doing once its parent is gone."""
+CREDENTIALS = {"job.state.upload_worker": credentials.STORE, "job.inputs.hub_worker": credentials.HUB}
+"""The credentials that a child is given, by its module; any other child gets none."""
 _KINDS = {kind.kind: kind for kind in KINDS}
+# As -m, but the directory of this package is searched last, and the working directory not at all (`hardening`).
+_RUN = """
+import runpy, sys
+home, module = sys.argv[1:]
+sys.path[:] = [*(place for place in sys.path if place != home), home]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +80,7 @@ class LogLine(Message):
 
 
 def _encode(message: Message) -> str:
-    return json.dumps({type(message).__name__: vars(message)}, default=str) + "\n"
+    return json.dumps({type(message).__name__: vars(message)}, default=words) + "\n"
 
 
 def _decode(line: str, kinds: Mapping[str, type[M]]) -> M | None:
@@ -91,18 +101,18 @@ class Child:
     """
 
     def __init__(self, module: str, *, environment: Mapping[str, str], receives: tuple[type[Message], ...]) -> None:
-        """Start `python -m MODULE`.
+        """Start a module as `python -m` does, with no credentials but those of `CREDENTIALS`.
 
         Args:
             module: calls `serve` when it is run.
-            environment: all of the process's environment variables.
+            environment: the environment variables that it may have.
             receives: the kinds of messages that it may send.
         """
         self._kinds: dict[str, type[Message]] = {kind.__name__: kind for kind in (*receives, LogLine)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
-            cwd=Path(__file__).parents[2],
-            env=environment,
+            [sys.executable, "-P", "-c", _RUN, HOME, module],
+            cwd=HOME,
+            env=credentials.without(environment, but=CREDENTIALS.get(module, ())),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -184,7 +194,11 @@ class Parent:
 
     def log(self, _: Any, level: str, event: MutableMapping[str, Any]) -> NoReturn:
         """A processor for structlog that ends its chain: the parent logs the line."""
-        self.send(LogLine(level=level, event=event.pop("event"), fields=dict(event)))
+        name = event.pop("event")
+        try:
+            self.send(LogLine(level=level, event=name, fields=dict(event)))
+        except (TypeError, ValueError, RecursionError) as error:  # a value that JSON does not have
+            self.send(LogLine(level=level, event=name, fields={"not_logged": type(error).__name__}))
         raise structlog.DropEvent
 
     def _listen(self) -> None:
@@ -199,24 +213,26 @@ class Parent:
 def serve(program: Callable[[Parent], None]) -> NoReturn:
     """The main function of a child's module: run a program that talks to the parent, then end the process at once.
 
-    SIGTERM and SIGINT are ignored, since the parent decides when this process ends. An unexpected error is printed to
-    stderr, and the exit status is 1.
+    SIGTERM, SIGINT and SIGHUP are ignored, since the parent decides when this process ends. An unexpected error is
+    printed to stderr, and the exit status is 1.
     """
 
     def parent_gone(*_: object) -> None:
         raise ParentGone
 
     signal.signal(signal.SIGUSR1, parent_gone)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     status = 0
     try:
         parent = Parent()
+        streams.tolerate()
         structlog.configure(processors=[structlog.processors.format_exc_info, parent.log])
         program(parent)
     except ParentGone:
         pass
     except BaseException:  # noqa: BLE001 - this is the end of the process
-        traceback.print_exc()
+        sys.stderr.write(credentials.shown(traceback.format_exc()))
+        sys.stderr.flush()
         status = 1
     os._exit(status)  # at once: threads of libraries may still be running

@@ -9,9 +9,11 @@ import errno
 from collections.abc import Sequence
 from typing import ClassVar
 
+from job.runtime.credentials import shown
+
 
 class JobError(Exception):
-    """A failure that the user can act on.
+    """A failure that the user can act on. It quotes addresses without passwords and signatures (`credentials.shown`).
 
     Args:
         message: what happened, naming the value and the rule.
@@ -26,9 +28,9 @@ class JobError(Exception):
     For an unexpected error, as for a storage outage, a bounded number of times."""
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.remedy = remedy
+        self.message = shown(message)
+        self.remedy = shown(remedy)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}".strip()
@@ -45,7 +47,7 @@ class ConfigError(JobError):
     def __init__(self, message: str, *, remedy: str = "", problems: Sequence[str] = ()) -> None:
         """Args: problems: each problem in words, when there may be several."""
         super().__init__(message, remedy=remedy)
-        self.problems = tuple(problems)
+        self.problems = tuple(shown(problem) for problem in problems)
 
     def __str__(self) -> str:
         return "\n".join((super().__str__(), *(f"- {problem}" for problem in self.problems)))
@@ -96,11 +98,11 @@ class StorageError(JobError):
 
 
 class InterruptedError(JobError):  # noqa: A001 - the domain's word; the builtin is for retried system calls
-    """SIGTERM or SIGINT asked the process to stop."""
+    """SIGTERM, SIGINT or SIGHUP asked the process to stop."""
 
     kind = "interrupted"
     exit_code = 75
-    meaning = "SIGTERM or SIGINT"
+    meaning = "SIGTERM, SIGINT or SIGHUP"
 
 
 KINDS: tuple[type[JobError], ...] = (
@@ -118,13 +120,21 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+def words(value: object) -> str:
+    """The text of an error or of any other value, also where its `__str__` raises."""
+    try:
+        return str(value)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the value has no text
+        return f"({type(value).__name__} without a text: {type(error).__name__})"
+
+
 def known(error: BaseException) -> JobError | None:
     """The kind of failure that an operating-system error or a lack of memory is; None for an unexpected error."""
     if isinstance(error, JobError):
         return error
     number = error.errno if isinstance(error, OSError) else None
     # safetensors reports the system's error in words only.
-    if number in NO_SPACE or any(f"os error {code}" in str(error) for code in NO_SPACE):
+    if number in NO_SPACE or any(f"os error {code}" in words(error) for code in NO_SPACE):
         return StorageError(f"The disk is full: {error}.", remedy="Give the scratch directory (TMPDIR) more room.")
     if number in NO_ACCESS:
         return AccessDeniedError(f"A file is not accessible: {error}.", remedy="Fix its owner or mode.")
@@ -135,11 +145,11 @@ def known(error: BaseException) -> JobError | None:
 
 def as_job_error(error: BaseException) -> JobError:
     """What to report of an error: of a known kind, or an unexpected one of kind `unknown`."""
-    return known(error) or JobError(f"{type(error).__name__}: {error}", remedy="The log has the traceback.")
+    return known(error) or JobError(f"{type(error).__name__}: {words(error)}", remedy="The log has the traceback.")
 
 
 class StopRequested(BaseException):
-    """Raised in the main thread by SIGTERM or SIGINT. Not an Exception, so that few libraries swallow it."""
+    """Raised in the main thread by a signal of `signals.ASKING`. Not an Exception, so that few libraries swallow it."""
 
     def __init__(self, signal_name: str) -> None:
         super().__init__(signal_name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from job.runtime import process
+from job.runtime import credentials, process
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 COMPILED = {
@@ -48,8 +48,6 @@ class Prepared:
 
     compiled: Mapping[str, str]
     """The variables of `COMPILED`."""
-    offline: Mapping[str, str | None]
-    """What the user had set for the variables of `OFFLINE`; None for what was not set."""
 
     def restore_compiled(self) -> None:
         """Set again where compiled code goes, once the libraries are imported: on a GPU Unsloth removes Inductor's
@@ -57,17 +55,23 @@ class Prepared:
         os.environ.update(self.compiled)
 
 
-_prepared: Prepared | None = None
-"""Of this process; None while its environment is the user's."""
+_given: Mapping[str, str | None] = {}
+"""What the user had set for variables that `prepare` changed or removed; None for what was not set."""
 
 
 def prepare(settings: LibrarySettings) -> Prepared:
     """Set what the training libraries read at import. Must run before any of them is imported.
 
     The process that trains is offline from its first import: hub downloads run in a child process (`job.inputs.hub`).
+    Of credentials it keeps those of the store only, so that what libraries start, such as compilers, gets no others.
     """
-    global _prepared  # noqa: PLW0603 - the environment, which it describes, is the process's too
-    user = {name: os.environ.get(name) for name in OFFLINE}
+    global _given  # noqa: PLW0603 - the environment, which it describes, is the process's too
+    given = process.variables()
+    removed = given.keys() - credentials.without(given, but=credentials.STORE).keys()
+    # Before the environment changes: another thread may be starting a child.
+    _given = {name: given.get(name) for name in (*OFFLINE, *removed)}
+    for name in removed:
+        os.environ.pop(name, None)
     compiled = _place_caches(settings.scratch, settings.compiled)
     os.environ.update(
         OFFLINE,
@@ -85,8 +89,7 @@ def prepare(settings: LibrarySettings) -> Prepared:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if settings.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS promises to repeat itself only with a fixed one
-    _prepared = Prepared(compiled=compiled, offline=user)
-    return _prepared
+    return Prepared(compiled=compiled)
 
 
 def _place_caches(scratch: Path, compiled: Path | None) -> dict[str, str]:
@@ -136,12 +139,12 @@ def keep_modules(directory: Path) -> None:
 
 
 def child_environment(**overrides: str | None) -> dict[str, str]:
-    """The environment for a child process, which may go online where the user may; otherwise that of this process.
+    """The environment for a child process: what the user gave, which `prepare` may have changed for this process; for
+    the rest that of this process.
 
     An override of None removes the name.
     """
-    user = _prepared.offline if _prepared else {}
-    changed: dict[str, str | None] = {**process.variables(), **user, **overrides}
+    changed: dict[str, str | None] = {**process.variables(), **_given, **overrides}
     return {name: value for name, value in changed.items() if value is not None}
 
 

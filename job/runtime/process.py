@@ -1,4 +1,4 @@
-"""What the process knows of itself: rank and pod as the platform gives them, its environment and age, the limits of
+"""What the process knows of itself: rank and pod as the platform gives them, its environment and age, the CPUs of
 its container, its scratch directory."""
 
 from __future__ import annotations
@@ -69,14 +69,6 @@ def cpu_quota() -> float | None:
     try:
         quota, period = (CGROUP / "cpu.max").read_text().split()
         return int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
-
-
-def memory_limit() -> int | None:
-    """Bytes of memory that the container may use (cgroup v2); None without a limit."""
-    try:
-        return int((CGROUP / "memory.max").read_text())
     except (OSError, ValueError):
         return None
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: ask the run to stop, call those who want to know, and end the process before the platform does.
+"""SIGTERM, SIGINT and SIGHUP: ask the run to stop, call who wants to know, and end the process in the platform's time.
 
 The first signal raises `StopRequested` in the main thread, or only sets a flag inside `deferred()`, where the training
 loop looks at it between two steps. A thread learns of every signal at once, also while the main thread is inside C
@@ -27,7 +27,7 @@ SAME_SIGNAL_SECONDS = 1.0  # `timeout`, make and terminals signal a whole group:
 MARGIN_SECONDS = 1.0  # of the grace, kept for the end itself
 WAKEUP_SECONDS = 1.0
 LAST_WORDS_SECONDS = 0.7
-ASKING = (signal.SIGTERM, signal.SIGINT)
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _WAKEUP = signal.SIGUSR1  # only ever sent by this module to this process
 
 
@@ -66,13 +66,15 @@ _request = _Request()
 def install() -> None:
     """Catch the signals from here on. To be called once, in the main thread, before anything that takes time.
 
-    They only set the flag until `enable`: nobody would catch an exception in the middle of an import.
+    They only set the flag until `enable`: nobody would catch an exception in the middle of an import. A SIGHUP that is
+    ignored stays so: `nohup` asked for it.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in ASKING:
-        signal.signal(number, _on_signal)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _on_signal)
     signal.signal(_WAKEUP, _on_wakeup)
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
 

@@ -11,7 +11,7 @@ import structlog
 from job.config.schema import Config
 from job.inputs import pull
 from job.inputs.pull import Sources
-from job.observability import logs
+from job.observability import logs, memory
 from job.observability.timeline import Timeline
 from job.runtime import process, signals
 from job.runtime.errors import FencedError, JobError, StopRequested, known
@@ -22,7 +22,8 @@ from job.state import fingerprint
 from job.state.attempts import Attempts
 from job.state.compile_cache.cache import CompileCache
 from job.state.ledger import Ledger
-from job.state.record import Record, versions
+from job.state.publication import Publication, Published
+from job.state.record import Record, check_inputs, versions
 from job.storage.base import Store
 from job.storage.open import open_store
 
@@ -39,10 +40,12 @@ def open_output(config: Config) -> RunOutput:
     def closing(patience_seconds: float) -> Store:
         return open_store(config.output, patience_seconds=patience_seconds, denied_patience_seconds=patience_seconds)
 
+    ledger = Ledger(store=store, run_id=run_id)
     return RunOutput(
-        record=Record(store=store, run_id=run_id),
+        record=Record(ledger=ledger),
         attempts=Attempts(store=store, closing=closing, run_id=run_id),
-        ledger=Ledger(store=store, run_id=run_id),
+        ledger=ledger,
+        publication=Publication(ledger=ledger),
     )
 
 
@@ -53,32 +56,33 @@ def already_complete(config: Config, output: RunOutput) -> bool:
         ConfigError: it was finished, but with other settings, or the inputs changed since.
     """
     record, attempts = output.record, output.attempts
-    done = None if config.resume == "fresh" else finished(config, record)
-    if done is None:
+    published = None if config.resume == "fresh" else finished(config, record, output.publication)
+    if published is None:
         return False
-    completed = attempts.completed()
-    if not completed or not record.latest_is_whole():
-        record.write_latest(done)  # a crash may have lost it after done.json was written
-    if not completed:
+    if attempts.completed(since=published.attempt):
+        output.publication.restore(published)
+    else:  # a crash came after the `published` record
+        output.publication.proclaim(published)
         attempts.complete_late()
-    log.info("already_complete", uri=record.uri, artifacts=len(done["artifacts"]))
+    log.info("already_complete", uri=published.body["uri"], artifacts=len(published.names))
     return True
 
 
-def finished(config: Config, record: Record) -> dict[str, Any] | None:
-    """`done.json` of a run that was finished on what it would read now; None while it is not finished.
+def finished(config: Config, record: Record, publication: Publication) -> Published | None:
+    """What a run has published that was finished on what it would read now; None while it is not finished.
 
     Raises:
         ConfigError: it was finished, but with other settings, or the inputs changed since.
     """
-    done = record.finished()
-    if done is None:
+    published = publication.published()
+    if published is None:
         return None
-    fingerprint.check(record.run_id, done["fingerprint"], fingerprint.settings(config), allowed=(), finished=True)
+    now = fingerprint.settings(config)
+    fingerprint.check(record.run_id, published.body["fingerprint"], now, allowed=(), finished=True)
     if not fingerprint.contents_may_change(config.allow_change):
         pinned = record.inputs() or {}
-        record.check_inputs(pinned, pull.listing(Sources.of(config), pinned=pinned), added_too=True)
-    return done
+        check_inputs(record.run_id, pinned, pull.listing(Sources.of(config), pinned=pinned), added_too=True)
+    return published
 
 
 @contextlib.contextmanager
@@ -87,7 +91,7 @@ def attempt(config: Config, output: RunOutput) -> Iterator[RunContext]:
 
     Raises:
         JobError: why the attempt ended; one of its own errors may be the last of too many.
-        StopRequested: SIGTERM or SIGINT.
+        StopRequested: SIGTERM, SIGINT or SIGHUP.
     """
     signals.listen(lambda: output.attempts.end("interrupted"))
     with _end_recorded(output):
@@ -95,15 +99,16 @@ def attempt(config: Config, output: RunOutput) -> Iterator[RunContext]:
         if config.resume == "fresh":
             output.ledger.fence()
             output.ledger.start_over()
-            log.warning("run_archived", uri=output.record.archive())
+            log.warning("run_started_over", uri=output.record.uri)
         scratch = process.scratch()
-        with workspace(scratch, output.record.run_id) as work:
+        with workspace(scratch, output.record.run_id) as work, memory.watched(output.attempts.note_memory):
             log.info("run_started", uri=output.record.uri, config=config.as_variables(), versions=versions())
             yield RunContext(
                 config=config,
                 record=output.record,
                 attempts=output.attempts,
                 ledger=output.ledger,
+                publication=output.publication,
                 scratch=scratch,
                 work=work,
                 timeline=Timeline(),
@@ -119,13 +124,14 @@ def attempt(config: Config, output: RunOutput) -> Iterator[RunContext]:
 
 def _claim(config: Config, output: RunOutput) -> None:
     """Claim the next attempt, unless too many before it failed at the same place."""
-    record, attempts, ledger = output.record, output.attempts, output.ledger
-    newest = ledger.newest("checkpoint")
-    from_step = newest.body["step"] if newest and newest.body else 0
-    record.attempt = attempts.claim(Process.current(), fencing=config.fencing, from_step=from_step, versions=versions())
-    ledger.attempt, ledger.owner = attempts.number, attempts.owner
-    ledger.conditional = record.conditional = attempts.conditional
-    logs.bind(attempt=record.attempt)
+    attempts, ledger = output.attempts, output.ledger
+    progress = ledger.progress()
+    from_step = progress.checkpoint.body["step"] if progress.checkpoint and progress.checkpoint.body else 0
+    ledger.attempt = attempts.claim(
+        Process.current(), fencing=config.fencing, from_step=from_step, versions=versions(), above=progress.attempt
+    )
+    ledger.owner, ledger.conditional = attempts.owner, attempts.conditional
+    logs.bind(attempt=ledger.attempt)
     attempts.check_progress(from_step)
 
 

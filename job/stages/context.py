@@ -20,6 +20,7 @@ from job.observability.timeline import Timeline
 from job.state.attempts import Attempts
 from job.state.compile_cache.cache import CompileCache
 from job.state.ledger import Ledger
+from job.state.publication import Publication
 from job.state.record import Record
 from job.tuning.hooks import Hooks
 
@@ -31,6 +32,7 @@ class RunOutput:
     record: Record
     attempts: Attempts
     ledger: Ledger
+    publication: Publication
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class RunContext:
     record: Record
     attempts: Attempts
     ledger: Ledger
+    publication: Publication
     scratch: Path
     """Downloads and caches, which the next attempt on this machine finds again."""
     work: Path

@@ -13,6 +13,7 @@ from job.model.base_model import BaseModel
 from job.runtime.background import Background
 from job.stages.context import RunContext
 from job.state import fingerprint
+from job.state.record import check_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ def fetch_inputs(context: RunContext) -> tuple[Inputs, PendingModel]:
         download = Background(lambda: _pull_model(context, whole), name="model")
         pulled = puller.rest(small, date=began["date"] if began else None)
     if pinned is not None:
-        record.check_inputs(pinned, pulled.as_json())
+        check_inputs(record.run_id, pinned, pulled.as_json())
     return pulled, PendingModel(download=download, base=base, pinned=pinned)
 
 
@@ -72,7 +73,7 @@ def await_model(context: RunContext, pulled: Inputs, pending: PendingModel) -> t
     model = pending.download.result()
     pulled = pulled.with_model(model.files)
     if pending.pinned is not None:
-        context.record.check_inputs(pending.pinned, pulled.as_json())
+        check_inputs(context.record.run_id, pending.pinned, pulled.as_json())
     return pulled, model
 
 

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import structlog
 
 from job.report import build
-from job.stages.claim import quietly
+from job.stages.claim import finished, quietly
 from job.stages.context import Finetune, RunContext, TrainingInputs
 from job.stages.evaluate import Evaluator
-from job.state.artifacts import Artifact, publish
 from job.state.checkpoints import Restored
 from job.state.model_card import Card
+from job.state.publication import Artifact
 from job.state.record import versions
 
 log = structlog.get_logger()
-FACTS = ("steps", "plan", "fingerprint", "results", "versions")
-"""Of the final record."""
 
 
-def report(context: RunContext, training: TrainingInputs, *, measured: dict[str, Any] | None = None) -> None:
-    """Write `report.html` with what is known so far; the run is complete where there are measurements."""
-    build.publish(context.config, context.record, training.base, training.data, measured=measured)
+def report(context: RunContext, training: TrainingInputs) -> None:
+    """Write the attempt's own `report.html`, with what is known before training."""
+    build.publish_early(context.config, context.record, training.base, training.data)
+
+
+def already_published(context: RunContext) -> bool:
+    """Whether another attempt has finished the run since this one began; this one has fenced it and has only to say so.
+
+    Raises:
+        ConfigError: it was finished with other settings.
+        FencedError: a third attempt has taken over.
+    """
+    published = finished(context.config, context.record, context.publication)
+    if published is None:
+        return False
+    context.publication.proclaim(published)
+    quietly(lambda: context.attempts.end("complete", exit_code=0))
+    log.info("already_complete", uri=published.body["uri"], artifacts=len(published.names))
+    return True
 
 
 def win(
@@ -34,20 +47,11 @@ def win(
     evaluator: Evaluator,
     restored: Restored | None,
 ) -> dict[str, Any]:
-    """Evaluate the trained model and append the ledger's final record, which gives the right to publish.
-
-    Returns:
-        the facts that everything published depends on; those of an earlier attempt where one had won the right with
-        this very checkpoint.
-
-    Raises:
-        FencedError: another attempt has taken over.
-    """
+    """Evaluate the trained model and win the right to publish it (`Publication.win`, which says what it returns)."""
     record, steps = context.record, finetune.plan.steps
-    earlier = _earlier_final(context, training.fingerprint, restored, steps)
     after = evaluator.evaluate_and_sample(phase="after", step=steps)
     before = next((entry["eval_loss"] for entry in record.noted("evaluated", step=0)), None)
-    facts = earlier or {
+    facts = {
         "steps": steps,
         "plan": finetune.reproducibility_facts()["plan"],
         "fingerprint": training.fingerprint,
@@ -58,45 +62,27 @@ def win(
         },
         "versions": versions(),
     }
-    context.ledger.append("final", **facts)
-    return facts
-
-
-def _earlier_final(
-    context: RunContext, fingerprint: dict[str, Any], restored: Restored | None, steps: int
-) -> dict[str, Any] | None:
-    """The final record of an attempt that was to publish this very result, from this very checkpoint."""
-    if restored is None or restored.step != steps:
-        return None
-    ledger = context.ledger
-    found = ledger.newest("final", below=ledger.last, above=restored.number)
-    if found is None or found.body is None or (found.body["steps"], found.body["fingerprint"]) != (steps, fingerprint):
-        return None
-    return {name: found.body[name] for name in FACTS}
+    last = restored.number if restored is not None and restored.step == steps else 0
+    return context.publication.win(facts, checkpoint=last)
 
 
 def export(context: RunContext, finetune: Finetune, training: TrainingInputs, final: dict[str, Any]) -> list[Artifact]:
-    """Publish the adapter, and only then, with the adapter safe, whatever else was asked for."""
-    record, spans, directory = context.record, context.timeline.span, context.work / "export"
-    record.remove_unfinished_uploads()
+    """Upload the adapter, and only then, with the adapter safe, whatever else was asked for."""
+    spans, directory = context.timeline.span, context.work / "export"
+    context.record.remove_unfinished_uploads()
     adapter = directory / "adapter"
     with spans("export"):
         finetune.save_adapter(adapter, base=training.base)
         (adapter / "README.md").write_text(_card(training, final).text())
-    published = _upload(context, adapter)
+    with spans("upload"):
+        uploaded = context.publication.upload(adapter, name="adapter")
     if "merged_16bit" in context.config.export:
         merged = directory / "merged_16bit"
         with spans("export"):
             finetune.merge(adapter, merged, base=training.base)
-        published += _upload(context, merged)
-    context.ledger.check()
-    return published
-
-
-def _upload(context: RunContext, directory: Path) -> list[Artifact]:
-    record = context.record
-    with context.timeline.span("upload"):
-        return publish(record.store, run_id=record.run_id, name=directory.name, directory=directory)
+        with spans("upload"):
+            uploaded += context.publication.upload(merged, name="merged_16bit")
+    return uploaded
 
 
 def _card(training: TrainingInputs, final: dict[str, Any]) -> Card:
@@ -113,32 +99,36 @@ def _card(training: TrainingInputs, final: dict[str, Any]) -> Card:
     )
 
 
-def record_completion(
+def finish(
     context: RunContext,
     finetune: Finetune,
     training: TrainingInputs,
     final: dict[str, Any],
     artifacts: list[Artifact],
 ) -> None:
-    """Write the report and `done.json`, the latter last of all; then say so.
+    """Add metrics and report to the results, publish them, and say so.
 
     Raises:
-        FencedError: another attempt has published a different result.
+        FencedError: another attempt has taken over.
     """
-    record, attempts, timeline = context.record, context.attempts, context.timeline
+    record, timeline, publication = context.record, context.timeline, context.publication
     measured = {**final["results"], **finetune.memory_report()}
     parts = {f"{part}_seconds": seconds for part, seconds in timeline.seconds().items()}
-    report(context, training, measured={**measured, **parts})
-    record.finish({**final, "artifacts": [artifact.as_json() for artifact in artifacts]})
+    pages = context.work / "pages"
+    pages.mkdir()
+    (pages / "metrics.jsonl").write_bytes(record.history_text())
+    build.write(context.config, record, training.base, training.data, directory=pages, measured={**measured, **parts})
+    published = publication.publish(final, [*artifacts, *publication.upload(pages)])
+    publication.proclaim(published)
     seconds = round(timeline.elapsed(), 1)
-    quietly(lambda: attempts.end("complete", exit_code=0, seconds=seconds))
+    quietly(lambda: context.attempts.end("complete", exit_code=0, seconds=seconds))
     context.cache.finish()
     log.info(
         "run_complete",
-        uri=record.uri,
+        uri=published.body["uri"],
         steps=finetune.plan.steps,
         seconds=seconds,
-        seconds_to_first_step=attempts.facts.get("seconds_to_first_step"),
+        seconds_to_first_step=context.attempts.facts.get("seconds_to_first_step"),
         timeline_seconds=timeline.seconds(),
         **measured,
     )

@@ -11,7 +11,7 @@ import structlog
 from job.stages.context import Finetune, RunContext, TrainingInputs
 from job.state import checkpoints, fingerprint
 from job.state.checkpoints import Restored
-from job.state.record import versions
+from job.state.record import check_inputs, versions
 
 log = structlog.get_logger()
 
@@ -58,7 +58,7 @@ def pin(context: RunContext, training: TrainingInputs, finetune: Finetune) -> No
         reproducibility_facts=finetune.reproducibility_facts(),
     )
     if not pinned and not fingerprint.contents_may_change(config.allow_change):
-        record.check_inputs(record.inputs() or {}, read)
+        check_inputs(record.run_id, record.inputs() or {}, read)
 
 
 def warn_if_not_bitwise(finetune: Finetune, restored: Restored) -> None:

@@ -6,18 +6,19 @@ Knows how attempts ended and when to give up; nothing of what they train.
 from __future__ import annotations
 
 import contextlib
-import datetime
+import itertools
 import json
 import re
 import threading
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import structlog
 
 from job.observability import logs
+from job.observability.memory import Evidence
 from job.runtime.errors import (
     AccessDeniedError,
     ConfigError,
@@ -29,15 +30,20 @@ from job.runtime.errors import (
     known,
 )
 from job.runtime.process import Process
-from job.state.json_object import encode
+from job.state.json_object import LAYOUT, encode, now, put
 from job.storage.base import Store
 
 log = structlog.get_logger()
 TRIES = 1000
 MOST_FAILURES = 3
+LOOK_BACK = 30
+"""How many earlier attempts are looked at: each takes up to three requests."""
 PATIENCE_SECONDS = 10.0
 LAST_PATIENCE_SECONDS = 1.0
 _NUMBER = re.compile(r"(\d+)\.")
+GIB = 1 << 30
+MOST_BYTES = 1 << 60
+"""No machine has more: a larger number is not true."""
 OWN_ERRORS = frozenset({"unknown"})  # outcomes that are the program's own fault
 
 
@@ -58,23 +64,24 @@ class Attempts:
     _ending: threading.Lock = field(default_factory=threading.Lock)
     _ended: bool = False
 
-    def claim(self, process: Process, *, fencing: str, from_step: int, versions: dict[str, str]) -> int:
+    def claim(self, process: Process, *, fencing: str, from_step: int, versions: dict[str, str], above: int) -> int:
         """Create the next `attempts/<n>.json`; the number is this process's alone.
 
         Args:
             fencing: `require` rejects a store without conditional writes, `auto` warns about it.
             from_step: of the newest checkpoint at this moment.
+            above: the highest attempt number in the ledger, which stays if somebody deletes `attempts/`.
 
         Raises:
             ConfigError: the store does not honour conditional writes, and they are required.
         """
-        first = max(self._numbers(), default=0) + 1
+        first = max([above, *self._numbers()]) + 1
         body: dict[str, Any] = {"host": process.host, "pod": process.pod, "gpus": list(process.gpus), "started": now()}
         body |= {"versions": versions, "from_step": from_step}
         for number in range(first, first + TRIES):
             nonce = uuid.uuid4().hex
             claim = encode({"attempt": number, "nonce": nonce, **body})
-            if not self.store.create(self._key(number), claim):
+            if put(self.store, self._key(number), claim, conditional=True) != claim:
                 continue
             self.number, self.owner = number, nonce
             self._probe(claim, fencing)
@@ -100,9 +107,10 @@ class Attempts:
             reason="the store ignores If-None-Match: two attempts at the same moment may both act as the run's owner",
         )
 
-    def completed(self) -> bool:
-        """Whether an attempt recorded that the run is complete: then nothing is left to repair."""
-        ends = (self._read(self._key(number, "end.")) for number in sorted(self._numbers(), reverse=True))
+    def completed(self, *, since: int) -> bool:
+        """Whether an attempt from this number on recorded that the run is complete: then nothing is left to repair."""
+        numbers = sorted((number for number in self._numbers() if number >= since), reverse=True)
+        ends = (self._read(self._key(number, "end.")) for number in numbers)
         return any(end and end.get("outcome") == "complete" for end in ends)
 
     def complete_late(self) -> None:
@@ -149,7 +157,7 @@ class Attempts:
         if not expected and self._failures_before(step) + 1 >= MOST_FAILURES:
             final = PermanentError(
                 f"{MOST_FAILURES} attempts in a row ended at the same step ({step or 'before training'}), the last by "
-                f"{type(error).__name__}: {error}",
+                f"{as_job_error(error).message}",
                 remedy="The log has the traceback. Fix the cause, then start the run again: it resumes.",
             )
         reported = final or as_job_error(error)
@@ -171,50 +179,96 @@ class Attempts:
         self._end(patience, reported.kind, exit_code=reported.exit_code, step=step)
         return final
 
+    def note_memory(self, evidence: Evidence) -> None:
+        """Write `<n>.memory.json`: how short this attempt's memory is. If it is killed next, that is why it died.
+
+        Raises:
+            StorageError, AccessDeniedError: it could not be written.
+        """
+        body = {"attempt": self.number, "nonce": self.owner, "time": now(), **asdict(evidence)}
+        self.closing(PATIENCE_SECONDS).write(self._key(self.number, "memory."), encode(body))
+
     def check_progress(self, from_step: int) -> None:
-        """Give up when the last attempts were all killed before they could record why, and made no progress.
+        """Give up when the last attempts all died because memory ran out, and made no progress.
+
+        An attempt that was killed for no known reason says nothing of the run: whatever killed it may not come again.
 
         Args:
             from_step: of the newest checkpoint.
 
         Raises:
-            PermanentError: the attempts before this one were killed from outside and left no new checkpoint.
+            PermanentError: too many attempts in a row had too little memory, and left no new checkpoint.
         """
-        before = [self._read_attempt(number) for number in range(self.number - 1, self.number - 1 - MOST_FAILURES, -1)]
-        if all(found and found[1] is None and found[0].get("from_step") == from_step for found in before):
+        stuck = itertools.takewhile(lambda past: past.memory and past.from_step == from_step, self._past())
+        deaths = list(itertools.islice(stuck, MOST_FAILURES))
+        if len(deaths) == MOST_FAILURES:
             raise PermanentError(
-                f"{MOST_FAILURES} attempts in a row were killed before they could record why, none got past step "
-                f"{from_step}.",
-                remedy="Most often the kernel killed them for their memory: give the job more, then start it again.",
+                f"{MOST_FAILURES} attempts in a row were killed when memory ran out, none got past step {from_step}: "
+                f"{deaths[0].memory}.",
+                remedy="Give the job more memory, on Kubernetes by resources.limits.memory, then start it again: it "
+                "resumes.",
             )
 
     def _failures_before(self, step: int | None) -> int:
-        """How many attempts just before this one failed with an unexpected error at this step, or were killed there."""
-        count, from_step = 0, (self._read_attempt(self.number) or ({}, None))[0].get("from_step")
-        for number in range(self.number - 1, 0, -1):
-            start, end = self._read_attempt(number) or ({}, {})
-            killed = end is None and start.get("from_step") == from_step
-            failed = end is not None and end.get("outcome") in OWN_ERRORS and end.get("step") == step
-            if not (killed or failed):
-                break
-            count += 1
-        return count
+        """How many attempts just before this one failed with an unexpected error at this step, or ran out of memory
+        after the same checkpoint."""
+        from_step = (self._read(self._key(self.number)) or {}).get("from_step")
 
-    def _read_attempt(self, number: int) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
-        """The start and the end of an attempt, each None where it was not recorded."""
-        start = self._read(self._key(number)) if number > 0 else None
-        return None if start is None else (start, self._read(self._key(number, "end.")))
+        def same(past: _Past) -> bool:
+            failed = past.outcome in OWN_ERRORS and past.step == step
+            return failed or (past.memory is not None and past.from_step == from_step)
+
+        return sum(1 for _ in itertools.takewhile(same, self._past()))
+
+    def _past(self) -> Iterator[_Past]:
+        """The attempts before this one that say something of the run, newest first.
+
+        Those that were preempted do not: neither with a signal, nor killed without evidence that memory ran out.
+        """
+        for number in range(self.number - 1, max(0, self.number - 1 - LOOK_BACK), -1):
+            start, end = self._read(self._key(number)), self._read(self._key(number, "end."))
+            if start is None:
+                return
+            memory = self._memory_of(number, start) if end is None else None
+            preempted = memory is None if end is None else end.get("outcome") == "interrupted"
+            if not preempted:
+                end = end or {}
+                yield _Past(
+                    from_step=start.get("from_step"), outcome=end.get("outcome"), step=end.get("step"), memory=memory
+                )
+
+    def _memory_of(self, number: int, start: dict[str, Any]) -> str | None:
+        """What a killed attempt noted of its memory, in words; None if it had enough, or noted nothing valid."""
+        body = self._read(self._key(number, "memory.")) or {}
+        identity = [body.get(name) for name in ("layout", "attempt", "nonce", "running_out")]
+        names = ("peak_in_use_bytes", "limit_bytes", "oom_kills")
+        peak, limit, kills = (_size(body.get(name)) for name in names)
+        if peak is None or limit is None or kills is None or identity != [LAYOUT, number, start.get("nonce"), True]:
+            return None
+        killed = f", and the kernel had killed {kills} of its processes" if kills else ""
+        return f"attempt {number} used {peak / GIB:.2f} of {limit / GIB:.2f} GiB{killed}"
 
     def _read(self, key: str) -> dict[str, Any] | None:
         data = self.store.read(key)
         try:
             body = json.loads(data) if data is not None else None
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}  # unreadable counts as neither killed nor failed
         return body if isinstance(body, dict) or body is None else {}
 
     def _key(self, number: int, what: str = "") -> str:
         return f"{self.run_id}/attempts/{number:04d}.{what}json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Past:
+    """An earlier attempt; what was not recorded is None."""
+
+    from_step: int | None
+    outcome: str | None
+    step: int | None
+    memory: str | None
+    """What it had noted of its memory, if that ran out before it was killed."""
 
 
 def unfenced(uri: str) -> ConfigError:
@@ -225,6 +279,5 @@ def unfenced(uri: str) -> ConfigError:
     )
 
 
-def now() -> str:
-    """The time as records show it (RFC 3339, UTC)."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+def _size(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value < MOST_BYTES else None

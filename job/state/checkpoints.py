@@ -84,7 +84,7 @@ def restore(ledger: Ledger, directory: Path, *, check: Callable[[Path, dict[str,
     """
     damaged: list[str] = []
     for entry in ledger.newest_first(below=ledger.last):
-        if entry.kind not in {"checkpoint", None}:
+        if entry.kind not in {"checkpoint", None} or (entry.body is None and _no_files(ledger)):
             continue
         try:
             return _restore(ledger, entry, directory, check)
@@ -98,6 +98,11 @@ def restore(ledger: Ledger, directory: Path, *, check: Callable[[Path, dict[str,
             remedy="Restore the objects from the bucket's versions or a backup, or start over with TUNE_RESUME=fresh.",
         )
     return None
+
+
+def _no_files(ledger: Ledger) -> bool:
+    """Whether the run has no file of any checkpoint: then a record that is not readable was none either."""
+    return not ledger.store.list_objects(f"{ledger.run_id}/checkpoints/data/")
 
 
 def nothing_to_resume(uri: str) -> ConfigError:

@@ -17,19 +17,18 @@ from typing import Any, Literal
 
 import structlog
 
-from job.runtime.errors import FencedError, StorageError
-from job.state.json_object import LAYOUT
-from job.storage.base import Store, create
-from job.storage.faults import DamagedError
+from job.runtime.errors import ConfigError, FencedError, StorageError
+from job.state.json_object import LAYOUT, decode, put, read
+from job.storage.base import Store
 
-Kind = Literal["checkpoint", "fence", "fresh", "final"]
+Kind = Literal["checkpoint", "fence", "fresh", "final", "published"]
 TRIES = 10_000
-VANISHED_TRIES = 5
 SHAPES: dict[str, dict[str, type]] = {
     "fence": {},
     "fresh": {},
     "checkpoint": {"step": int, "data": str, "files": list, "fingerprint": dict, "plan": dict},
     "final": {"steps": int, "plan": dict, "fingerprint": dict, "results": dict, "versions": dict},
+    "published": {"final": int, "prefix": str, "artifacts": list, "fingerprint": dict, "promoted": bool},
 }
 
 
@@ -50,6 +49,25 @@ class Entry:
     def attempt(self) -> int:
         """The attempt that wrote it; 0 if it is damaged."""
         return 0 if self.body is None else int(self.body["attempt"])
+
+    @property
+    def layout(self) -> int:
+        """The version of its format; 0 if it is damaged."""
+        return 0 if self.body is None else int(self.body["layout"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run has come, as its records say."""
+
+    attempt: int = 0
+    """The highest attempt number of a record; 0 if there is none."""
+    checkpoint: Entry | None = None
+    """The newest checkpoint of this life."""
+    published: Entry | None = None
+    """The newest `published` record of this life: then the run is finished."""
+    newest: Entry | None = None
+    """The newest readable record that is not a fence."""
 
 
 @dataclass(kw_only=True)
@@ -83,11 +101,34 @@ class Ledger:
         # A later attempt may have fenced in the meantime: then its record is below this one. Every record that is not
         # a fence was written by the latest attempt so far, so that nothing below it has to be read.
         for entry in self._backwards(below=number):
+            if entry.body is None:
+                continue
             self._yield_to(entry)
-            if entry.body is not None and entry.kind != "fence":
-                self.life = entry.attempt if entry.kind == "fresh" else entry.body["life"]
+            if entry.kind != "fence":
+                self.life = _life(entry)
                 break
         return number
+
+    def progress(self) -> Progress:
+        """How far the run has come by now. `life` is the run's from here on.
+
+        Without a fence before, another attempt may change all of it at any moment.
+        """
+        attempt, found = 0, dict.fromkeys(("checkpoint", "published"))
+        newest = None
+        for entry in self._backwards(below=None):
+            attempt = max(attempt, entry.attempt)
+            if entry.body is None or entry.kind == "fence":
+                continue
+            newest = newest or entry
+            if entry.kind == "fresh":
+                break
+            if entry.kind in found and found[entry.kind] is None:
+                found[entry.kind] = entry
+            if all(found.values()) or entry.kind == "checkpoint":
+                break  # a `published` record comes after the last checkpoint of its life
+        self.life = _life(newest) if newest else 0
+        return Progress(attempt=attempt, newest=newest, **found)
 
     def start_over(self) -> None:
         """Begin a new life of the run, which ignores all records so far. Only after the attempt's own fence.
@@ -134,42 +175,43 @@ class Ledger:
 
     def _take(self, number: int, data: bytes) -> bool:
         """Create the record with this number; returns whether it is this attempt's."""
-        mine = json.loads(data)
-        for _ in range(VANISHED_TRIES):
-            if self._create(self._key(number), data):
-                return True
-            found = self.read(number)
-            if found is None:
-                continue  # the store shows an object to one request and not to the next
-            if found.body is not None and found.body.get("nonce") == mine["nonce"]:
-                return True
-            self._yield_to(found)
-            return False
-        raise StorageError(
-            f"{self._key(number)} exists for a write and not for a read.",
-            remedy="The store contradicts itself: check for a cache or a replica between this job and the bucket.",
-        )
+        found = self._entry(number, put(self.store, self._key(number), data, conditional=self.conditional))
+        if found.body is not None and found.body["nonce"] == json.loads(data)["nonce"]:
+            return True
+        self._yield_to(found)
+        return False
 
     def _yield_to(self, entry: Entry) -> None:
-        other = entry.body is not None and entry.attempt == self.attempt and entry.body["owner"] != self.owner
-        if entry.attempt > self.attempt or other:
+        if entry.body is None:
+            raise StorageError(
+                f"{self._key(entry.number)} is in the place of this attempt's next record and is not readable: another "
+                "attempt may have written it, or the store damaged it.",
+                remedy="Start the run again: it continues after this record.",
+            )
+        same_number = entry.attempt == self.attempt and entry.body["owner"] != self.owner
+        if entry.attempt > self.attempt or same_number:
             raise FencedError(
                 f"Attempt {entry.attempt} of run {self.run_id} has taken over; this is attempt {self.attempt}.",
                 remedy="Nothing is lost: the newer attempt continues. Do not run one run id twice at the same time.",
             )
 
-    def _create(self, key: str, data: bytes) -> bool:
-        return create(self.store, key, data, conditional=self.conditional)
-
     def read(self, number: int) -> Entry | None:
-        """One record, or None if there is none."""
-        try:
-            data = self.store.read(self._key(number))
-            if data is None:
-                return None
-            body = json.loads(data)
-        except (ValueError, DamagedError):
-            body = None
+        """One record, or None if there is none.
+
+        Raises:
+            ConfigError: a newer version of the job wrote it.
+        """
+        data = read(self.store, self._key(number))
+        return None if data is None else self._entry(number, data)
+
+    def _entry(self, number: int, data: bytes) -> Entry:
+        body = decode(data)
+        if body and isinstance(body.get("layout"), int) and body["layout"] > LAYOUT:
+            raise ConfigError(
+                f"{self._key(number)} has layout {body['layout']}, this version reads up to {LAYOUT}: a newer "
+                "version of the job has worked on this run.",
+                remedy="Use that version again, or another TUNE_RUN_ID.",
+            )
         return Entry(number=number, body=body if _is_record(body) else None)
 
     def newest_first(self, *, below: int | None = None) -> Iterator[Entry]:
@@ -204,9 +246,15 @@ class Ledger:
         return f"{self.run_id}/checkpoints/commits/{number:06d}.json"
 
 
+def _life(entry: Entry) -> int:
+    """The life that a readable record belongs to; a `fresh` record begins one."""
+    body = entry.body or {}
+    return int(body["attempt" if entry.kind == "fresh" else "life"])
+
+
 def _is_record(body: Any) -> bool:
     """Whether all fields that are read exist and have the right types."""
     if not isinstance(body, dict) or body.get("kind") not in SHAPES:
         return False
-    shape = {"attempt": int, "owner": str, "life": int, "nonce": str} | SHAPES[body["kind"]]
+    shape = {"layout": int, "attempt": int, "owner": str, "life": int, "nonce": str} | SHAPES[body["kind"]]
     return all(isinstance(body.get(name), wanted) for name, wanted in shape.items())

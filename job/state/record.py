@@ -1,11 +1,10 @@
-"""The record of a run in its output: run.json and inputs.json first, metrics.jsonl, and done.json last.
+"""What a run is and what it has measured: `run.json` and `inputs.json`, pinned when training begins, and its history.
 
-Knows small JSON objects, without secrets. Attempts are in `attempts`, the records of checkpoints in `ledger`.
+Attempts are in `attempts`, the order of events in `ledger`, the end of a run in `publication`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 from collections.abc import Iterable
@@ -16,14 +15,14 @@ import structlog
 
 from job.observability import logs
 from job.runtime import libraries
-from job.runtime.errors import AccessDeniedError, ConfigError, FencedError, StorageError
-from job.state.json_object import encode
-from job.storage.base import Store, create
+from job.runtime.errors import AccessDeniedError, ConfigError, StorageError
+from job.state.json_object import encode, put
+from job.state.ledger import Ledger
+from job.storage.base import Store
 
 log = structlog.get_logger()
 PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 SHOWN = 5
-NOT_ARCHIVED = ("checkpoints/", "attempts/", "aside/")  # the ledger says where the run started over
 
 
 @functools.cache
@@ -36,43 +35,40 @@ def versions() -> dict[str, str]:
 class Record:
     """One run's record under `<output>/<run id>/`."""
 
-    store: Store
-    run_id: str
-    attempt: int = 0
-    conditional: bool = True
-    """Whether the store honours conditional writes (`job.state.ledger`)."""
+    ledger: Ledger
+    """Of the same run. It knows the attempt, and the life: a run that starts over pins its settings and inputs again,
+    under `lives/<life>/`."""
     _history: list[dict[str, Any]] = field(default_factory=list)
     _lines: list[bytes] = field(default_factory=list)
     """The same, encoded line by line as it grows: a long run has a hundred thousand lines."""
+
+    @property
+    def store(self) -> Store:
+        """Where the run writes."""
+        return self.ledger.store
+
+    @property
+    def run_id(self) -> str:
+        """The run's name, and the prefix of its objects."""
+        return self.ledger.run_id
+
+    @property
+    def attempt(self) -> int:
+        """The number of this attempt."""
+        return self.ledger.attempt
 
     @property
     def uri(self) -> str:
         """The run's prefix in the output."""
         return f"{self.store.uri.rstrip('/')}/{self.run_id}"
 
-    def finished(self) -> dict[str, Any] | None:
-        """`done.json`, or None while the run is not complete."""
-        return self._read("done.json")
-
-    def latest_is_whole(self) -> bool:
-        """Whether `<output>/latest.json` names a run."""
-        data = self.store.read("latest.json")
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            return data is not None and bool(json.loads(data)["run_id"])
-        return False
-
-    def write_latest(self, done: dict[str, Any]) -> None:
-        """Let `<output>/latest.json` name this run."""
-        body = {"run_id": self.run_id, "uri": self.uri, "artifacts": done["artifacts"]}
-        self.store.write("latest.json", encode(body))
-
     def first(self) -> dict[str, Any] | None:
         """`run.json`: the run's settings and fingerprint when training first began, or None before that."""
-        return self._read("run.json")
+        return self._read(self._pinned("run.json"))
 
     def inputs(self) -> dict[str, Any] | None:
         """`inputs.json`: the files that the first attempt that began training read, or None before that."""
-        return self._read("inputs.json")
+        return self._read(self._pinned("inputs.json"))
 
     def pin(
         self,
@@ -92,11 +88,11 @@ class Record:
             reproducibility_facts: the plan and the device, for an attempt that finds no checkpoint.
 
         Returns:
-            False if another attempt has pinned the inputs before.
+            False if another attempt has pinned other inputs before.
         """
         body = {
             "run_id": self.run_id,
-            "config": settings,
+            "config": logs.redact(settings),
             "fingerprint": fingerprint,
             "versions": versions(),
             **reproducibility_facts,
@@ -104,31 +100,11 @@ class Record:
         self._create("run.json", body)
         return self._create("inputs.json", inputs)
 
-    def check_inputs(self, pinned: dict[str, Any], inputs: dict[str, Any], *, added_too: bool = False) -> None:
-        """Compare two `inputs.json` bodies: the run's, and that of the inputs as they are now.
-
-        Args:
-            pinned: the run's.
-            inputs: the present one.
-            added_too: whether a file that was added counts. A run in progress ignores it.
-
-        Raises:
-            ConfigError: a file was removed or changed.
-        """
-        changed = changed_inputs(pinned, inputs, added_too=added_too)
-        if changed:
-            shown = ", ".join(changed[:SHOWN]) + (f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else "")
-            raise ConfigError(
-                f"The inputs of run {self.run_id} changed since its first attempt: {shown}.",
-                remedy="Set another TUNE_RUN_ID to train on the new inputs, or TUNE_RESUME=fresh to archive the old "
-                "run and start over, or restore the old inputs.",
-            )
-
     def note(self, entry: dict[str, Any]) -> None:
         """Add a line to the history that becomes `metrics.jsonl`."""
         entry = {**entry, "attempt": self.attempt}
         self._history.append(entry)
-        self._lines.append(json.dumps(logs.redact(entry), ensure_ascii=False, default=str).encode() + b"\n")
+        self._lines.append(json.dumps(logs.redact_data(entry), ensure_ascii=False, default=str).encode() + b"\n")
 
     def resume(self, history: bytes) -> None:
         """Continue the history of a checkpoint."""
@@ -144,42 +120,6 @@ class Record:
         """The history as JSON Lines."""
         return b"".join(self._lines)
 
-    def finish(self, done: dict[str, Any]) -> None:
-        """Create `done.json`, last of all, and point `latest.json` at this run. Its content has no time and no host,
-        so that a late attempt writes the same bytes.
-
-        Raises:
-            FencedError: it exists and describes a different result.
-        """
-        self.store.write(f"{self.run_id}/metrics.jsonl", self.history_text())
-        body = {"run_id": self.run_id, **done}
-        if not self._create("done.json", body) and self.finished() != json.loads(encode(body)):
-            raise FencedError(
-                f"{self.uri}/done.json exists and describes a different result.",
-                remedy="Another attempt has published this run: use what it lists, or start over with another run id.",
-            )
-        self.write_latest(body)
-
-    def archive(self) -> str | None:
-        """Move everything that was published under this run id to `aside/<attempt>/`, so that the run can start over.
-        Checkpoints and attempts stay where they are.
-
-        Returns:
-            where to, or None if there was nothing.
-        """
-        prefix = f"{self.run_id}/"
-        published = [
-            entry.key
-            for entry in self.store.list_objects(prefix)
-            if not entry.key.removeprefix(prefix).startswith(NOT_ARCHIVED)
-        ]
-        target = f"{prefix}aside/{self.attempt:04d}/"
-        for key in published:
-            self.store.copy(key, target + key.removeprefix(prefix))
-        for key in sorted(published, key=lambda key: not key.endswith("/done.json")):  # the marker goes first
-            self.store.delete(key)
-        return f"{self.store.uri.rstrip('/')}/{target}" if published else None
-
     def remove_unfinished_uploads(self) -> None:
         """Remove what cancelled uploads of this run have left. Only for the attempt that publishes."""
         try:
@@ -189,6 +129,14 @@ class Record:
         else:
             if count:
                 log.info("unfinished_uploads_removed", count=count)
+
+    def _create(self, name: str, body: dict[str, Any]) -> bool:
+        """Create an object; returns whether its content is this one."""
+        key, data = f"{self.run_id}/{self._pinned(name)}", encode(body)
+        return put(self.store, key, data, conditional=self.ledger.conditional) == data
+
+    def _pinned(self, name: str) -> str:
+        return f"lives/{self.ledger.life:04d}/{name}" if self.ledger.life else name
 
     def _read(self, name: str) -> dict[str, Any] | None:
         data = self.store.read(f"{self.run_id}/{name}")
@@ -200,8 +148,27 @@ class Record:
             raise StorageError(f"{self.uri}/{name} is damaged: {error}.", remedy="Restore or remove it.") from None
         return body
 
-    def _create(self, name: str, body: dict[str, Any]) -> bool:
-        return create(self.store, f"{self.run_id}/{name}", encode(body), conditional=self.conditional)
+
+def check_inputs(run_id: str, pinned: dict[str, Any], inputs: dict[str, Any], *, added_too: bool = False) -> None:
+    """Compare two `inputs.json` bodies: the run's, and that of the inputs as they are now.
+
+    Args:
+        run_id: for the message.
+        pinned: the run's.
+        inputs: the present one.
+        added_too: whether a file that was added counts. A run in progress ignores it.
+
+    Raises:
+        ConfigError: a file was removed or changed.
+    """
+    changed = changed_inputs(pinned, inputs, added_too=added_too)
+    if changed:
+        shown = ", ".join(changed[:SHOWN]) + (f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else "")
+        raise ConfigError(
+            f"The inputs of run {run_id} changed since its first attempt: {shown}.",
+            remedy="Set another TUNE_RUN_ID to train on the new inputs, or TUNE_RESUME=fresh to start this run over, "
+            "or restore the old inputs.",
+        )
 
 
 def changed_inputs(pinned: dict[str, Any], now: dict[str, Any], *, added_too: bool) -> list[str]:

@@ -59,6 +59,14 @@ class Store(Protocol):
         """Create a small object; False when one exists already. Of several creators exactly one gets True."""
         ...
 
+    def replace(self, key: str, data: bytes, *, expected: bytes) -> bool:
+        """Replace a small object if its content is still `expected`; returns whether it was replaced.
+
+        Atomic where the store honours `If-Match`. Elsewhere, and in a directory, another writer may come between the
+        comparison and the write.
+        """
+        ...
+
     def upload(self, path: Path, key: str, *, sha256: str | None = None) -> None:
         """Create or replace an object from a file, atomically; its size is verified afterwards.
 

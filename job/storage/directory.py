@@ -100,6 +100,13 @@ class DirectoryStore:
             sync(path.parent)
             return True
 
+    def replace(self, key: str, data: bytes, *, expected: bytes) -> bool:
+        """See `Store.replace`."""
+        if self.read(key) != expected:
+            return False
+        self.write(key, data)
+        return True
+
     def upload(self, path: Path, key: str, *, sha256: str | None = None) -> None:
         """See `Store.upload`."""
         target = self._path(key)

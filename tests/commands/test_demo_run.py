@@ -35,9 +35,14 @@ SHORT = """
 import sys
 from pathlib import Path
 from job.commands.demo import demo
+place = Path(sys.argv[1])
+for name, rows in (("train.jsonl", 24), ("eval.jsonl", 4)):
+    (place / name).write_text("".join((demo.ORDERS / name).read_text().splitlines(keepends=True)[:rows]))
+demo.ORDERS = place
 demo.SETTINGS_OF_THE_RUN |= {"TUNE_MAX_STEPS": "3", "TUNE_EVAL_STEPS": "3", "TUNE_SAMPLES": "2"}
-sys.exit(demo.demo(directory=Path(sys.argv[1])))
+sys.exit(demo.demo(directory=place))
 """
+"""The demo with few rows and steps."""
 
 
 def demo(*arguments: object) -> subprocess.CompletedProcess:

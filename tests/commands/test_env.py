@@ -23,6 +23,7 @@ PLANTED = {
     "TUNE_EPOCHS": f"many {SECRET}",
     "TUNE_MODEL": "hf_" + "a1" * 20,  # pasted into the wrong variable
     "TUNE_API_KEY": "short",
+    "TUNE_DATASET": "https://u:pw@host/a?X-Amz-Signature=0a1b,hf://datasets/org/name@main",
     "CUDA_VISIBLE_DEVICES": "0",
 }
 HEAVY = ("torch", "transformers", "unsloth", "boto3", "datasets", "pyarrow")
@@ -63,9 +64,16 @@ def test_the_image_says_what_it_is():
 def test_no_secret_is_shown(form):
     """Of credentials only the names are shown, of endpoints only the hosts, of variables what is not secret."""
     said = execute(*form, **PLANTED).stdout
-    for secret in (SECRET, "another-secret-value", "hf_a1", "short", "deep-path"):
+    for secret in (SECRET, "another-secret-value", "hf_a1", "short", "deep-path", "pw@", "0a1b"):
         assert secret not in said
-    for shown in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "minio.example:9000", "proxy:3128", "s3://bucket/***"):
+    for shown in (
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "minio.example:9000",
+        "proxy:3128",
+        "s3://bucket/***",
+        "org/name@main",
+    ):
         assert shown in said
 
 

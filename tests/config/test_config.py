@@ -164,6 +164,31 @@ def test_bad_environment_exits_78_quickly_and_without_secrets():
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("command", [(), ("check", "--json")], ids=["run", "check"])
+def test_rejected_addresses_are_shown_without_secrets(command):
+    """Whatever says that an address is not valid shows neither its password nor its signature, however short."""
+    addresses = {
+        "TUNE_MODEL": "https://user:pw@host/model",
+        "TUNE_DATASET": "https://b.s3.amazonaws.com/a?X-Amz-Credential=AKIA1&X-Amz-Signature=0a1b",
+        "TUNE_OUTPUT": "s3://user:pw@bucket/runs?sig=0a1b",
+        "TUNE_CACHE": "ftp://host/a?token=0a1b",
+        "AWS_ENDPOINT_URL_S3": "https://user:pw@host",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "job", *command],
+        env={"PATH": os.environ["PATH"], **addresses},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 78
+    assert "https://***@host/model" in said
+    assert "ftp://host/a?token=***" in said
+    assert not [secret for secret in ("pw@", "0a1b", "AKIA1") if secret in said]
+
+
+@pytest.mark.process
 def test_bad_command_line_exits_78():
     """A mistake on the command line is a configuration error too."""
     done = subprocess.run([sys.executable, "-m", "job", "bogus"], capture_output=True, text=True, check=False)

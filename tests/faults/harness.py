@@ -189,8 +189,10 @@ class Bench:
 
     def result(self, run_id: str) -> tuple[str, dict[int, float]]:
         """SHA-256 of the published adapter, and the loss of each step."""
-        adapter = self.place.get(self.key(run_id, "adapter/adapter_model.safetensors"))
-        lines = [json.loads(line) for line in self.place.get(self.key(run_id, "metrics.jsonl")).splitlines()]
+        prefix = self.place.json(self.key(run_id, "done.json"))["prefix"]
+        adapter = self.place.get(self.key(run_id, f"{prefix}/adapter/adapter_model.safetensors"))
+        metrics = self.place.get(self.key(run_id, f"{prefix}/metrics.jsonl"))
+        lines = [json.loads(line) for line in metrics.splitlines()]
         losses = {line["step"]: line["loss"] for line in lines if line["event"] == "train_progress"}
         return hashlib.sha256(adapter).hexdigest(), losses
 
@@ -210,9 +212,11 @@ class Bench:
         assert self.result(run_id) == self.baseline(**(against or {}))
         done = self.place.json(self.key(run_id, "done.json"))
         for artifact in done["artifacts"]:
-            data = self.place.get(self.key(run_id, artifact["name"]))
+            data = self.place.get(self.key(run_id, f"{done['prefix']}/{artifact['name']}"))
             assert (len(data), hashlib.sha256(data).hexdigest()) == (artifact["size"], artifact["sha256"]), artifact
         assert self.place.json("out/latest.json")["run_id"]
+        copied = self.place.get(self.key(run_id, "adapter/adapter_model.safetensors"))
+        assert hashlib.sha256(copied).hexdigest() == self.result(run_id)[0]
         self.check_commits(run_id)
         assert not [key for key in self.place.unfinished() if f"/{run_id}/" in key]
 

@@ -36,8 +36,14 @@ def kill_at_step(step: int) -> None:
 def fail_at_step(step: int) -> None:
     """An error of the program's own at a step."""
 
+    fail_with(step, f"the test broke step {step}")
+
+
+def fail_with(step: int, text: str) -> None:
+    """The same, with other words."""
+
     def fail():
-        raise RuntimeError(f"the test broke step {step}")
+        raise RuntimeError(text)
 
     _at_step(step, fail)
 
@@ -98,7 +104,7 @@ def _at_step(step: int, act) -> None:
 
 def call_before(target: str, number: int, how: str) -> None:
     """SIGKILL, SIGSTOP or SIGTERM this process before the n-th call of a function, e.g.
-    `job.state.record:Record.finish`."""
+    `job.state.publication:Publication.publish`."""
     import importlib
 
     module, _, path = target.partition(":")
@@ -147,8 +153,8 @@ def may_mount() -> bool:
     return bool(shutil.which("unshare")) and subprocess.call(["unshare", "-m", "true"], stderr=subprocess.DEVNULL) == 0
 
 
-def full_disk(from_step: int, to_step: int) -> None:
-    """Work on a small disk that nobody else sees, and have it full between the ends of two steps."""
+def full_disk(from_step: int, to_step: int, left_bytes: int = 0) -> None:
+    """Work on a small disk that nobody else sees; between the ends of two steps only some bytes are left on it."""
     import contextlib
     import ctypes
     from pathlib import Path
@@ -165,6 +171,7 @@ def full_disk(from_step: int, to_step: int) -> None:
         with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
+        os.truncate(ballast, ballast.stat().st_size - left_bytes)
 
     for step in range(from_step, to_step):  # again and again: an upload that ends gives room back
         _at_step(step, fill)
@@ -227,3 +234,43 @@ def sagemaker(path: str) -> None:
     import job.observability.termination
 
     job.observability.termination.SAGEMAKER = Path(path)
+
+
+def control_group(path: str) -> None:
+    """What the kernel shows of this container's memory lies in this directory."""
+    import job.observability.memory
+
+    job.observability.memory.CGROUP = Path(path)
+
+
+def break_the_log(step: int) -> None:
+    """At a step, everything about logging fails: its process is killed, an observer raises, a value has no text; then
+    a library prints."""
+
+    class WithoutText:
+        def __str__(self):
+            raise RuntimeError("no text")
+
+        __repr__ = __str__
+
+    def observe(_):
+        raise RuntimeError("the test's observer")
+
+    def act():
+        import structlog
+
+        from job.observability import logs
+
+        for pid in logs.processes():
+            os.kill(pid, signal.SIGKILL)
+        logs.observe(observe)
+        structlog.get_logger().info("value_without_text", value=WithoutText())
+        print("x" * 200_000, flush=True)  # noqa: T201 - as a library does
+
+    _at_step(step, act)
+
+
+def close_streams() -> None:
+    """The job starts without standard input, output and error."""
+    for descriptor in (0, 1, 2):
+        os.close(descriptor)

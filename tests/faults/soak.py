@@ -28,13 +28,12 @@ from rich.console import Console
 from job.commands.demo.local_s3 import serve
 from tests import tiny
 from tests.faults.conftest import make_bench
-from tests.faults.harness import FENCED, INTERRUPTED, KILLED, PERMANENT, Bench, Job, Zygote
+from tests.faults.harness import FENCED, INTERRUPTED, KILLED, Bench, Job, Zygote
 from tests.servers import ACCESS_KEY, SECRET_KEY, serve_proxy
 
 KINDS = ("kill", "kill", "kill in save", "stop", "freeze", "uploader", "store", "damage")
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 LONGEST_SECONDS = 2.6  # a whole run takes about that long
-TRIES = 5
 
 
 @dataclass
@@ -85,7 +84,7 @@ class Soak:
         grace = chance.choice((3, 6, 15))
         job = self.bench.start(run_id, hooks=hooks, grace_seconds=grace)
         if kind == "kill in save":
-            self.ended(job.wait(), {KILLED, 0, PERMANENT})
+            self.ended(job.wait(), {KILLED, 0})
             return
         time.sleep(pause)
         if kind in {"kill", "damage"}:
@@ -97,7 +96,7 @@ class Soak:
             time.sleep(0.1)  # before its first line a program has Python's own handlers
             with contextlib.suppress(ProcessLookupError):
                 job.send(chance.choice((signal.SIGTERM, signal.SIGINT)))
-            self.ended(job.wait(grace + 5), {INTERRUPTED, 0, PERMANENT})
+            self.ended(job.wait(grace + 5), {INTERRUPTED, 0})
         elif kind == "freeze":
             with contextlib.suppress(ProcessLookupError):
                 job.send(signal.SIGSTOP)
@@ -105,7 +104,7 @@ class Soak:
         else:
             with contextlib.suppress(StopIteration, psutil.NoSuchProcess):
                 job.uploader().kill()
-            self.ended(job.wait(), {0, PERMANENT})
+            self.ended(job.wait(), {0})
 
     def bad_store(self, run_id: str, chance: random.Random) -> None:
         """An attempt whose store is bad for a while; killed if that takes too long."""
@@ -124,7 +123,7 @@ class Soak:
         with serve_proxy(self.bench.place.endpoint, rule) as endpoint:
             job = self.bench.start(run_id, endpoint=endpoint)
             with contextlib.suppress(AssertionError):
-                self.ended(job.wait(20), {0, PERMANENT})
+                self.ended(job.wait(20), {0})
 
     def damage(self, run_id: str, chance: random.Random) -> None:
         """Harm a file of the newest checkpoint, if there is another one to go back to."""
@@ -145,16 +144,11 @@ class Soak:
             place.put(key, b"" if how == "empty" else data[: len(data) // 2])
 
     def finish(self, run_id: str) -> None:
-        """Attempts that nothing disturbs, until the run is whole. After three deaths without progress one says so."""
-        for _ in range(TRIES):
-            job = self.bench.start(run_id)
-            code = self.ended(job.wait(), {0, PERMANENT})
-            self.tally.resumed += bool(job.events("checkpoint_restored"))
-            self.tally.damaged_passed_over += len(job.events("checkpoint_damaged"))
-            if code == 0:
-                return
-            assert "attempts in a row" in job.event("run_failed")["message"], job.tail()
-        raise AssertionError(f"not whole after {TRIES} undisturbed attempts")
+        """An attempt that nothing disturbs: however the ones before it ended, the run is whole then."""
+        job = self.bench.start(run_id)
+        self.ended(job.wait(), {0})
+        self.tally.resumed += bool(job.events("checkpoint_restored"))
+        self.tally.damaged_passed_over += len(job.events("checkpoint_damaged"))
 
     def ended(self, code: int, allowed: set[int]) -> int:
         """Count an exit code, which must be one of these."""

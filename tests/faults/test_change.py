@@ -364,18 +364,23 @@ def test_require_with_a_checkpoint(bench, run_id):
 
 
 def test_fresh_on_a_finished_run(bench, finished):
-    """TUNE_RESUME=fresh puts what was published aside, byte for byte, and makes the run once more from the start."""
+    """TUNE_RESUME=fresh makes the run once more from the start. What was published stays, byte for byte, and
+    `done.json` and `latest.json` name it until the new result is there."""
     run_id = copied_run(bench, finished, "fresh")
+    bench.start(run_id).ends(0).event("already_complete")
     prefix = bench.key(run_id, "")
-    stays = ("checkpoints/", "attempts/")
-    old = {key.removeprefix(prefix): bench.place.get(key) for key in bench.place.names(prefix)}
-    job = bench.start(run_id, resume="fresh").ends(0)
-    assert [line["step"] for line in job.events("train_progress")] == list(range(1, 13))
-    aside = {name: data for name, data in old.items() if not name.startswith(stays)}
-    assert {"done.json", "run.json", "inputs.json", "adapter/adapter_model.safetensors"} <= aside.keys()
-    kept = bench.place.names(f"{prefix}aside/0002/")
-    assert {key.removeprefix(f"{prefix}aside/0002/"): bench.place.get(key) for key in kept} == aside
-    assert all(bench.place.get(prefix + name) == old[name] for name in old if name.startswith("attempts/"))
+    old = {key: bench.place.get(key) for key in bench.place.names(prefix)}
+    latest = bench.place.get("out/latest.json")
+    bench.start(run_id, resume="fresh", hooks=[["kill_at_step", 7]]).ends(KILLED)
+    now = {key: bench.place.get(key) for key in old}
+    assert now == old
+    assert bench.place.get("out/latest.json") == latest
+    job = bench.start(run_id).ends(0)
+    assert [line["step"] for line in job.events("train_progress")][-1] == 12
+    assert all(bench.place.get(key) == old[key] for key in old if f"{prefix}results/" in key)
+    done = bench.place.json(f"{prefix}done.json")
+    assert done["prefix"] != json.loads(old[f"{prefix}done.json"])["prefix"]
+    assert bench.place.json("out/latest.json")["prefix"] == done["prefix"]
     bench.check_whole(run_id)
 
 
@@ -457,7 +462,7 @@ def test_more_steps_after_the_right_to_publish(bench):
     """A run that was lost after its final record, and continues with more steps on purpose, publishes what it trained,
     not what the lost attempt would have."""
     run_id = bench.name("more")
-    bench.start(run_id, hooks=[["call_before", "job.state.record:Record.finish", 1, "SIGKILL"]]).ends(KILLED)
+    bench.start(run_id, hooks=[["call_before", "job.state.publication:Publication.publish", 1, "SIGKILL"]]).ends(KILLED)
     changes = {"max_steps": 16, "allow_change": "TUNE_MAX_STEPS"}
     bench.start(run_id, **changes).ends(0)
     done = bench.place.json(bench.key(run_id, "done.json"))
@@ -467,7 +472,7 @@ def test_more_steps_after_the_right_to_publish(bench):
 
 
 def test_fresh_keeps_the_checkpoints_of_the_old_life(bench, run_id):
-    """Setting a run aside loses nothing: the old life's checkpoint files stay, however long the new one runs."""
+    """Starting over loses nothing: the old life's checkpoint files stay, however long the new one runs."""
     before = bench.place.names(bench.key(run_id, "checkpoints/data/0001/"))
     assert before
     bench.start(run_id, resume="fresh").ends(0)

@@ -56,19 +56,33 @@ def test_kill_of_the_uploader_alone(bench):
     [
         "job.state.ledger:Ledger.append",
         "job.state.record:Record.remove_unfinished_uploads",
-        "job.state.record:Record.finish",
-        "job.state.record:Record._create",
+        "job.state.publication:Publication.publish",
+        "job.state.publication:Publication._check_uploads",
     ],
 )
 def test_kill_after_the_last_commit(bench, place):
-    """A machine lost between the last checkpoint and `done.json`: the next attempt trains no step and publishes, with
-    the plan by which the run was trained, whatever it would have planned itself."""
-    run_id, number = (
-        bench.name("last"),
-        {"job.state.ledger:Ledger.append": 2, "job.state.record:Record._create": 3}.get(place, 1),
-    )
+    """A machine lost between the last checkpoint and the `published` record: the next attempt trains no step and
+    publishes, with the plan by which the run was trained, whatever it would have planned itself."""
+    run_id, number = bench.name("last"), {"job.state.ledger:Ledger.append": 2}.get(place, 1)
     bench.start(run_id, hooks=[["call_before", place, number, "SIGKILL"]]).ends(KILLED)
     second = bench.start(run_id, micro_batch=4).ends(0)
     assert second.events("train_progress") == []
     assert bench.place.json(bench.key(run_id, "done.json"))["plan"]["micro_batch"] == 2
+    bench.check_whole(run_id)
+    results = {name.split("/")[3] for name in bench.place.names(bench.key(run_id, "results/"))}
+    assert len(results) == 1  # what the lost attempt had uploaded is deleted
+
+
+@pytest.mark.parametrize("place", ["_write_done", "_write_latest", "_copy_for_convenience", "_remove_unpublished"])
+def test_kill_after_the_published_record(bench, place):
+    """From the `published` record on the run is finished: the next start writes what is missing, and neither trains nor
+    loads anything."""
+    run_id = bench.name("published")
+    bench.place.delete("out/latest.json")
+    hook = ["call_before", f"job.state.publication:Publication.{place}", 1, "SIGKILL"]
+    bench.start(run_id, hooks=[hook]).ends(KILLED)
+    second = bench.start(run_id).ends(0)
+    assert second.event("already_complete")
+    assert not second.events("run_started")
+    assert bench.place.json("out/latest.json")["run_id"] == run_id
     bench.check_whole(run_id)

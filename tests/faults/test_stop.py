@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: served between two steps with a commit where there is time, and always in time."""
+"""SIGTERM, SIGINT and SIGHUP: served between two steps with a commit where there is time, and always in time."""
 
 import json
 import os
@@ -27,12 +27,13 @@ PHASES = {
     "saving": "job.tuning.trainer.sft:write_adapter",
     "final record": "job.state.ledger:Ledger.append",
     "export": "job.tuning.export.adapter:save_adapter",
-    "publishing": "job.stages.publish:publish",
-    "done.json": "job.state.record:Record.finish",
+    "uploading": "job.state.publication:Publication.upload",
+    "publishing": "job.state.publication:Publication.publish",
+    "done.json": "job.state.publication:Publication.proclaim",
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_in_training(bench, number):
     """With time enough, a signal costs no step: the one under way is finished, committed, and resumed from."""
     run_id = bench.name("term")

@@ -58,7 +58,8 @@ def test_the_machine_is_lost_in_an_upload(bench, place, stored):
         r"latest\.json",
         r"0001\.end\.json",
         r"data/0001/step-000004/",
-        r"adapter/",
+        r"results/",
+        r"commits/000009",
     ],
 )
 def test_the_reply_of_a_write_is_lost(bench, place):
@@ -68,9 +69,11 @@ def test_the_reply_of_a_write_is_lost(bench, place):
         job = bench.start(run_id, endpoint=url, hooks=[["commit_every_save"]]).ends(0)
     assert fault.hits == 2
     assert job.events("storage_retry")
-    assert [body["kind"] for body in records(bench, run_id)] == ["fence", *["checkpoint"] * 6, "final"]
+    assert [body["kind"] for body in records(bench, run_id)] == ["fence", *["checkpoint"] * 6, "final", "published"]
     attempts = bench.place.names(bench.key(run_id, "attempts/"))
-    assert attempts == [bench.key(run_id, f"attempts/0001.{end}") for end in ("end.json", "json", "metrics.jsonl")]
+    assert attempts == [
+        bench.key(run_id, f"attempts/0001.{end}") for end in ("end.json", "json", "metrics.jsonl", "report.html")
+    ]
     bench.check_whole(run_id)
 
 

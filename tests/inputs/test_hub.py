@@ -146,6 +146,26 @@ def test_child_ends_with_its_parent(hub: Hub, tmp_path: Path) -> None:
     _wait_for(lambda: not _alive(child))
 
 
+def test_the_worker_gets_the_hubs_credentials_only(hub: Hub, tmp_path: Path) -> None:
+    """The process that downloads has what the hub needs, and no other credential."""
+    hub.hang = True
+    needed = {"HF_TOKEN": "hf_needed", "ALL_PROXY": "http://u:needed@127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    names = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "HF_TOKEN_WRITE", "KAGGLE_KEY")
+    environment = {**os.environ, **needed, **dict.fromkeys(names, "planted"), "DB": "pg://u:planted@h"}
+    program = "import pathlib, sys; from job.inputs.hub import fetch_model; "
+    program += "fetch_model('org/model', pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    parent = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=environment)
+    try:
+        child = _wait_for(lambda: next(iter(psutil.Process(parent.pid).children()), None))
+        found = _wait_for(lambda: "job.inputs.hub_worker" in child.cmdline() and child.environ())
+    finally:
+        parent.kill()
+        parent.wait()
+    assert needed.items() <= found.items()
+    assert "planted" not in str(found)
+
+
 def _wait_for(condition: object) -> psutil.Process:
     until = time.monotonic() + 30
     while time.monotonic() < until:

@@ -44,7 +44,7 @@ def _until(child: subprocess.Popen, port: int, metric: str) -> dict[str, float]:
 
 
 def test_a_run_is_watched(tiny_model, rows, tmp_path):
-    """While a run is in progress, its step, loss and checkpoints are at /metrics under the names that alerts rely on."""
+    """While a run is in progress, step, loss and checkpoints are at /metrics under the names that alerts rely on."""
     port = _free_port()
     child = start(
         tmp_path,

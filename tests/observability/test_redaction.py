@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from job.observability import logs
-from job.observability.redaction import Redactor, is_credential, secret_values
+from job.observability.redaction import Redactor, secret_values
+from job.runtime.credentials import is_credential
 from job.runtime.errors import DataError
 from job.state.attempts import Attempts
+from job.state.ledger import Ledger
 from job.state.record import Record
 from job.storage.open import open_store
 from tests.jobs import ROOT
@@ -53,7 +56,13 @@ def secrets(monkeypatch):
         ("AZURE_CREDENTIAL", True),
         ("WEBHOOK_SIGNATURE", True),
         ("PUBLIC_KEY", False),
+        ("MY_API_KEY", True),
         ("MAX_TOKENS", False),
+        ("TOKEN_LIMIT", False),
+        ("NUM_KEYS", False),
+        ("KEYBOARD", False),
+        ("SSH_AUTH_SOCK", False),
+        ("HF_TOKEN_PATH", False),
         ("TOKENIZERS_PARALLELISM", False),
         ("AWS_ACCESS_KEY_ID", False),
         ("AWS_WEB_IDENTITY_TOKEN_FILE", False),
@@ -88,6 +97,12 @@ def test_credentials_are_named(name, credential):
             id="in a URL",
         ),
         pytest.param({"URLS": "http://a,https://token-1234@b"}, {"token-1234"}, id="in one of several URLs"),
+        pytest.param({"HTTPS_PROXY": "u:p%40ssword@proxy:1"}, {"u:p%40ssword", "u:p@ssword", "p%40ssword", "p@ssword"}),
+        pytest.param(
+            {"TUNE_MODEL": "https://h/a?b=1&X-Amz-Signature=0a1b2c3d&sig=x%2By%2Fz1"},
+            {"0a1b2c3d", "x%2By%2Fz1", "x+y/z1"},
+            id="signatures",
+        ),
         pytest.param({"TUNE_DATASET": "hf://datasets/org/name@revision:train"}, set(), id="revision"),
         pytest.param({"TUNE_DATASET": "https://host/path?mail=a.person@example.com"}, set(), id="@ in a path"),
     ],
@@ -131,12 +146,13 @@ def test_a_longer_secret_goes_first():
 
 def test_a_history_stays_readable(tmp_path, secrets):
     """Secrets that look like parts of numbers or JSON do not change what a checkpoint's history says."""
-    secrets(SECRET, "133333", "000133", '"step"', "train_progress", ": 0.")
-    record = Record(store=open_store(str(tmp_path), patience_seconds=1), run_id="run", attempt=1)
+    store = open_store(str(tmp_path), patience_seconds=1)
+    record = Record(ledger=Ledger(store=store, run_id="run", attempt=1))
+    secrets(SECRET, "133333", "000133", '"step"', "evaluated", "attempt", "train_progress", ": 0.")
     record.note({"event": "evaluated", "step": 133333, "loss": 0.000133333, "answer": f"It is {SECRET}."})
     (line,) = map(json.loads, record.history_text().splitlines())
     assert line == {"event": "evaluated", "step": 133333, "loss": 0.000133333, "answer": "It is ***.", "attempt": 1}
-    other = Record(store=record.store, run_id="run", attempt=2)
+    other = Record(ledger=Ledger(store=store, run_id="run", attempt=2))
     other.resume(record.history_text())
     assert other.history_text() == record.history_text()
 
@@ -151,6 +167,79 @@ def test_records_of_failures_hold_no_secret(tmp_path, secrets):
     failure = json.loads((tmp_path / "run/failure.json").read_text())
     assert (failure["message"], failure["step"]) == ("No access with ***.", 133333)
     assert json.loads((tmp_path / "run/attempts/0001.end.json").read_text())["resumed_step"] == 133333
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("a s3cr3t \"quoted\" 'twice' back\\slash", id="quotes"),
+        pytest.param("gehéim-日本-\u2028-\x1b", id="unicode"),
+        pytest.param('"step": 3, "loss"', id="like JSON"),
+        pytest.param("/+=/abc%2F", id="like an address"),
+    ],
+)
+def test_a_secret_is_found_however_it_is_quoted(text):
+    """As it is, as JSON writes it, as Python shows it in a message, and as an address holds it."""
+    redact = Redactor(frozenset({text}))
+    for form in (
+        text,
+        json.dumps(text),
+        json.dumps(text, ensure_ascii=False),
+        f"x={text!r}.",
+        f"?a={quote(text, safe='')}",
+    ):
+        assert text not in redact.text(form)
+        assert "***" in redact.text(form)
+
+
+def test_the_lines_of_a_long_secret_are_secrets():
+    """What libraries print comes line by line: a line of a key is replaced, its first and last line are not."""
+    key = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkqhkiG\nshort\n-----END PRIVATE KEY-----"
+    redact = Redactor(frozenset({key}))
+    assert redact.text("MIIEvQIBADANBgkqhkiG") == "***"
+    assert redact.text("-----BEGIN PRIVATE KEY----- short") == "-----BEGIN PRIVATE KEY----- short"
+
+
+def test_words_of_the_program_stay():
+    """A secret that is the name of an event, an outcome or a time changes no record: whoever reads them needs these."""
+    redact = Redactor(frozenset({"train_progress", "interrupted", "storage", "before", "2026-11-28", "complete"}))
+    body = {
+        "timestamp": "2026-11-28T13:00:00.123456Z",
+        "event": "train_progress",
+        "kind": "storage",
+        "outcome": "interrupted",
+        "phase": "before",
+        "message": "complete, before 2026-11-28",
+    }
+    assert redact(body) == redact.known(body) == {**body, "message": "***, *** ***"}
+    assert redact({"event": "the secret is train_progress"}) == {"event": "the secret is ***"}
+
+
+def test_what_the_data_says_is_kept(tmp_path, secrets):
+    """An address in a sample's text is the data's: the history keeps it; a log line shows it without its password."""
+    secrets(SECRET)
+    store = open_store(str(tmp_path), patience_seconds=1)
+    record = Record(ledger=Ledger(store=store, run_id="run", attempt=1))
+    entry = {"event": "sample", "answer": f"https://user:pass@host/?token=abc {SECRET}"}
+    record.note(entry)
+    assert json.loads(record.history_text())["answer"] == "https://user:pass@host/?token=abc ***"
+    assert logs.redact(entry)["answer"] == "https://***@host/?token=*** ***"
+
+
+def test_the_settings_of_a_run_hold_no_secret(tmp_path, secrets):
+    """`run.json` has the addresses of all settings, without what opens them; its fingerprint is compared and stays."""
+    secrets(SECRET)
+    store = open_store(str(tmp_path), patience_seconds=1)
+    record = Record(ledger=Ledger(store=store, run_id="run", attempt=1))
+    settings = {"TUNE_OUTPUT": f"s3://bucket/{SECRET}", "TUNE_CACHE": "s3://u:p@b/?sig=x", "TUNE_SEED": 133333}
+    record.pin(settings=settings, inputs={}, fingerprint={"TUNE_SEED": 133333}, reproducibility_facts={})
+    body = json.loads((tmp_path / "run/run.json").read_text())
+    assert body["config"] == {
+        "TUNE_OUTPUT": "s3://bucket/***",
+        "TUNE_CACHE": "s3://***@b/?sig=***",
+        "TUNE_SEED": 133333,
+    }
+    assert body["fingerprint"] == {"TUNE_SEED": 133333}
 
 
 LOGS = """

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from job.config.schema import Config
+from job.observability.memory import Judge, Usage
 from job.runtime.gpus import Gpus
+from job.state.attempts import Attempts
 from job.state.compile_cache import key as compile_key
+from job.state.json_object import LAYOUT
+from job.storage.open import open_store
 from tests import documents
 from tests.jobs import ROOT, run, start, stop_at
 
@@ -29,16 +33,20 @@ TYPES = {
 }
 SHORT = {"max_steps": 30, "max_length": 128, "samples": 1, "batch_size": 4, "lora_r": 4, "checkpoint_steps": 1}
 LINES = ("train_progress", "evaluated", "sample")
-KINDS = ("fence", "fresh", "checkpoint", "final")
+MEMORY = "attempts/<n>.memory.json"
+"""Only an attempt whose memory runs out writes one."""
+KINDS = ("fence", "fresh", "checkpoint", "final", "published")
 OBJECTS = {
     "attempts/0003.json": "attempts/<n>.json",
     "attempts/0002.end.json": "attempts/<n>.end.json",
     "attempts/0003.end.json": "attempts/<n>.end.json",
     "attempts/0004.end.json": "attempts/<n>.end.json",
     "failure.json": "failure.json",
-    "aside/0004/run.json": "run.json",
-    "aside/0004/inputs.json": "inputs.json",
-    "aside/0004/done.json": "done.json",
+    "run.json": "run.json",
+    "inputs.json": "inputs.json",
+    "lives/0005/run.json": "run.json",
+    "lives/0005/inputs.json": "inputs.json",
+    "done.json": "done.json",
     "../latest.json": "latest.json",
 }
 """Objects of the run below, and the headings that describe them."""
@@ -136,6 +144,7 @@ def output(tiny_model, rows, tmp_path_factory) -> Path:
     resumed = run(place, **same)
     assert resumed.code == 0, resumed.lines[-2:]
     assert run(place, **same, lora_targets="k_porj", resume="fresh").code == 78
+    assert stop_at(start(place, **same, resume="fresh"), "checkpoint_committed").code == 75
     return place / "out/demo"
 
 
@@ -149,9 +158,9 @@ def test_every_object_is_listed(output):
     paths = [path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()]
     paths += [path.name for path in output.parent.iterdir() if path.is_file()]
     assert [path for path in paths if sum(bool(re.fullmatch(p, path)) for p in patterns.values()) != 1] == []
-    inside = [*paths, *(path.removeprefix("aside/0004/") for path in paths)]
-    assert [name for name, p in patterns.items() if not any(re.fullmatch(p, path) for path in inside)] == [
-        "merged_16bit/..."
+    assert [name for name, p in patterns.items() if not any(re.fullmatch(p, path) for path in paths)] == [
+        MEMORY,
+        "results/<n>/merged_16bit/...",
     ]
 
 
@@ -160,7 +169,18 @@ def test_the_record_is_as_described(output, record, path):
     """Each object has the fields of its description, all of them and no others, with their types."""
     body = json.loads((output / path).read_text())
     assert wrong(body, record[OBJECTS[path]]) == []
-    assert body["layout"] == 1
+    assert body["layout"] == LAYOUT
+
+
+def test_the_note_on_memory_is_as_described(record, tmp_path):
+    """What an attempt writes when its memory runs out has the fields of its description."""
+    store = open_store(str(tmp_path))
+    attempts = Attempts(store=store, closing=lambda _: store, run_id="demo", number=1, owner="0" * 32)
+    judge, usage = Judge(kind="container"), Usage(limit_bytes=1 << 34, in_use_bytes=(1 << 34) - 1)
+    attempts.note_memory(judge.look(usage, 0))
+    body = json.loads((tmp_path / "demo/attempts/0001.memory.json").read_text())
+    assert wrong(body, record[MEMORY]) == []
+    assert body["layout"] == LAYOUT
 
 
 def test_every_field_occurs(output, record):
@@ -178,13 +198,17 @@ def test_the_ledger_is_as_described(output, ledger):
     assert [f"{number:06d}.json" for number in range(1, len(paths) + 1)] == [path.name for path in paths]
     assert set(KINDS) == {body["kind"] for body in bodies}
     assert [problem for body in bodies for problem in wrong(body, ledger[body["kind"]])] == []
-    assert {1} == {body["layout"] for body in bodies}
+    assert {LAYOUT} == {body["layout"] for body in bodies}
     kinds = [(body["attempt"], body["kind"]) for body in bodies]
-    assert kinds[-2:] == [(4, "fence"), (4, "fresh")]
-    final, done = bodies[kinds.index((3, "final"))], json.loads((output / "aside/0004/done.json").read_text())
+    fresh = kinds.index((5, "fresh"))
+    assert kinds[fresh - 3 : fresh + 2] == [(4, "fence"), (4, "fresh"), (5, "fence"), (5, "fresh"), (5, "fence")]
+    final, published = (bodies[kinds.index((3, kind))] for kind in ("final", "published"))
     assert {
         name: final[name] for name in ("steps", "plan", "fingerprint", "results", "versions")
-    }.items() <= done.items()
+    }.items() <= published.items()
+    done = json.loads((output / "done.json").read_text())
+    assert all(published[name] == value for name, value in done.items() if name not in {"uri", "record", "run_id"})
+    assert done["record"] == kinds.index((3, "published")) + 1
 
 
 def test_the_notes_on_damage_are_as_described(output):
@@ -195,7 +219,7 @@ def test_the_notes_on_damage_are_as_described(output):
     assert f"{body['commit']:06d}.json" == path.name
 
 
-@pytest.mark.parametrize("name", ["attempts/0003.metrics.jsonl", "aside/0004/metrics.jsonl"])
+@pytest.mark.parametrize("name", ["attempts/0003.metrics.jsonl", "metrics.jsonl"])
 def test_the_metrics_are_as_described(output, record, name):
     """Each line is of a described event and has its fields; there is one `train_progress` for each step."""
     lines = [json.loads(line) for line in (output / name).read_text().splitlines()]
@@ -217,7 +241,7 @@ def test_a_checkpoint_has_the_described_files(output):
 def test_the_examples_are_as_described(record, ledger):
     """Every JSON example follows the description above it; only mappings without a description are shortened."""
     titles = [title for title, text in parts(RECORD).items() if examples(text)]
-    assert {*OBJECTS.values(), *(f"Lines: {event}" for event in LINES)} == set(titles)
+    assert {*OBJECTS.values(), MEMORY, *(f"Lines: {event}" for event in LINES)} == set(titles)
     for title in titles:
         assert [wrong(body, record[title]) for body in examples(parts(RECORD)[title])] == [[]], title
     for kind in KINDS:

@@ -20,9 +20,10 @@ from job.model.base_model import inspect
 from job.observability import logs
 from job.observability.redaction import Redactor
 from job.report import charts
-from job.report.build import check_page, expect, length_chart, publish
+from job.report.build import check_page, expect, length_chart, publish_early
 from job.report.page import Answer, Curve, Page, visible
 from job.report.token_view import sequence_view, sequence_views
+from job.state.ledger import Ledger
 from job.state.record import Record
 from job.storage.open import open_store
 from tests.data.datasets import tokenized
@@ -295,9 +296,9 @@ def test_a_page_that_cannot_be_written_ends_nothing(tmp_path, tiny_model):
     """A store that rejects the page, or a page that cannot be made, is logged, and the run continues."""
     data, base = rendered(tmp_path, [chat("a", "b")]), inspect(tiny_model, name="m")
     for uri, given in (("/proc/nowhere", data), (str(tmp_path / "out"), None)):
-        record = Record(store=open_store(uri), run_id="r")
+        record = Record(ledger=Ledger(store=open_store(uri), run_id="r"))
         with capture_logs() as said:
-            publish(settings(), record, base, given, measured={})
+            publish_early(settings(), record, base, given)
         assert [line["event"] for line in said] == ["report_not_written"], said
 
 

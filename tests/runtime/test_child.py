@@ -85,14 +85,31 @@ def test_the_child_has_a_session_of_its_own(running):
     assert next(iter(running)).session != os.getsid(0)
 
 
+def test_a_child_gets_no_credentials():
+    """What is not in the table of credentials gets none, whatever its parent passes on."""
+    given = {
+        **os.environ,
+        "HF_TOKEN": "planted",
+        "AWS_SECRET_ACCESS_KEY": "planted",
+        "DB": "pg://u:planted@h",
+        "X": "x",
+    }
+    with Child("tests.runtime.child_program", environment=given, receives=(Answer,)) as process:
+        process.send(Ask(what="echo"))
+        next(iter(process))
+        environment = psutil.Process(process._process.pid).environ()
+    assert environment["X"] == "x"
+    assert "planted" not in str(environment)
+
+
 def test_an_unexpected_error_ends_the_child(capfd):
     """The iteration ends, the status is 1, and the traceback is on stderr; what is sent afterwards is lost."""
     with start() as running:
-        running.send(Ask(what="fail", value="oh no"))
+        running.send(Ask(what="fail", value="oh no https://u:p@host"))
         assert list(running) == []
         assert running.wait() == 1
         running.send(Ask(what="echo"))
-    assert "ValueError: oh no" in capfd.readouterr().err
+    assert "ValueError: oh no https://***@host" in capfd.readouterr().err
 
 
 def test_a_child_that_dies_ends_the_iteration(running):
@@ -119,7 +136,7 @@ def test_close_kills_what_does_not_end(running, tmp_path):
     assert running.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_are_the_parents_affair(running, number):
     """A child that is signalled continues: the parent decides when it ends."""
     running.send(Ask(what="echo"))

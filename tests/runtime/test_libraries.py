@@ -1,6 +1,7 @@
 """What the training libraries read at import, and what child processes get."""
 
 import os
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from job.runtime.libraries import COMPILED, OFFLINE, LibrarySettings
 def environment(monkeypatch):
     """An environment that is this process's again afterwards."""
     before = dict(os.environ)
-    monkeypatch.setattr(libraries, "_prepared", None)
+    monkeypatch.setattr(libraries, "_given", {})
     for name in (*OFFLINE, *COMPILED, "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
         os.environ.pop(name, None)
     yield os.environ
@@ -35,6 +36,19 @@ def test_children_go_online_where_the_user_may(tmp_path, environment):
         "PATH": None,
         "NEW": "1",
     }
+
+
+@pytest.mark.process
+def test_only_the_stores_credentials_stay(tmp_path, environment):
+    """What the libraries start sees only the credentials that this process needs to its end; a child may have more."""
+    planted = {"HF_TOKEN": "planted", "WANDB_API_KEY": "planted", "DATABASE_URL": "pg://u:planted@h"}
+    environment.update(planted, AWS_SECRET_ACCESS_KEY="store", HTTPS_PROXY="http://u:p@proxy", MAX_TOKENS="3")
+    libraries.prepare(LibrarySettings(scratch=tmp_path, expect_gpu=False))
+    started = subprocess.check_output(["env"], text=True)
+    assert "planted" not in started
+    for kept in ("AWS_SECRET_ACCESS_KEY=store", "HTTPS_PROXY=http://u:p@proxy", "MAX_TOKENS=3"):
+        assert kept in started.splitlines()
+    assert planted.items() <= libraries.child_environment().items()
 
 
 def test_compiled_code_stays_where_it_was_put(tmp_path, environment):

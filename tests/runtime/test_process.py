@@ -14,12 +14,3 @@ def test_cpu_quota(tmp_path, monkeypatch, text, cpus):
     if text is not None:
         (tmp_path / "cpu.max").write_text(text)
     assert process.cpu_quota() == cpus
-
-
-@pytest.mark.parametrize(("text", "limit"), [("max\n", None), ("1073741824\n", 1 << 30), (None, None)])
-def test_memory_limit(tmp_path, monkeypatch, text, limit):
-    """The container's memory limit is read from cgroup v2."""
-    monkeypatch.setattr(process, "CGROUP", tmp_path)
-    if text is not None:
-        (tmp_path / "memory.max").write_text(text)
-    assert process.memory_limit() == limit

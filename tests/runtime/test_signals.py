@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, with real processes that really get them."""
+"""SIGTERM, SIGINT and SIGHUP, with real processes that really get them."""
 
 import os
 import signal
@@ -27,16 +27,16 @@ signals.last_words(lambda: say("last words"))
 """
 
 
-def run(code: str) -> tuple[int, list[str]]:
+def run(code: str, *, before: str = "") -> tuple[int, list[str]]:
     """Run code after the prologue; its exit code and what it printed."""
-    program = PROLOGUE + textwrap.dedent(code)
+    program = before + PROLOGUE + textwrap.dedent(code)
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False, timeout=30
     )
     return done.returncode, done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_is_raised_in_the_main_thread(number):
     """The first signal is an exception, with the signal's name, and the listeners are called."""
     code, said = run(f"""
@@ -53,6 +53,27 @@ def test_a_signal_is_raised_in_the_main_thread(number):
     """)
     assert code == 0
     assert sorted(said) == sorted([number, "listener", "True"])
+
+
+def test_nohup_is_respected():
+    """A SIGHUP that was ignored at the start stays so; any other signal still stops the run."""
+    ignored = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    _, said = run(
+        """
+    signals.enable()
+    try:
+        ask(signal.SIGHUP)
+        time.sleep(0.3)
+        say("continues")
+        ask(signal.SIGTERM)
+        time.sleep(10)
+    except StopRequested as stop:
+        signals.acknowledge()
+        say(stop.signal_name)
+    """,
+        before=ignored,
+    )
+    assert said == ["continues", "SIGTERM"]
 
 
 def test_before_enable_a_signal_only_sets_the_flag():

@@ -55,6 +55,19 @@ class Run:
         return [entry.body["step"] for entry in self.ledger.newest_first() if entry.kind == "checkpoint"]
 
 
+def test_the_worker_gets_the_stores_credentials_only(tmp_path, monkeypatch):
+    """The process that uploads has what S3 needs, and no other credential."""
+    store = {"AWS_SECRET_ACCESS_KEY": "store", "AWS_SESSION_TOKEN": "store", "https_proxy": "http://u:store@proxy"}
+    others = {"HF_TOKEN": "planted", "WANDB_API_KEY": "planted", "DB_PASSWORD_2": "planted", "DB": "pg://u:planted@h"}
+    for name, value in {**store, **others, "MAX_TOKENS": "3"}.items():
+        monkeypatch.setenv(name, value)
+    run = Run(tmp_path)
+    environment = run.worker().environ()
+    run.uploader.close()
+    assert {**store, "MAX_TOKENS": "3"}.items() <= environment.items()
+    assert "planted" not in str(environment)
+
+
 @pytest.fixture
 def run(tmp_path):
     made = Run(tmp_path)

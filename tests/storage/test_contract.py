@@ -173,6 +173,17 @@ def test_create_once(conditional: Store) -> None:
     assert [entry.key for entry in conditional.list_objects()] == ["claims/1"]
 
 
+def test_replace_what_was_read(conditional: Store) -> None:
+    """An object is replaced if it still is what was read, once; not after a change, and not where there is none."""
+    assert conditional.replace("latest", b"new", expected=b"old") is False
+    assert conditional.read("latest") is None
+    conditional.write("latest", b"old")
+    assert conditional.replace("latest", b"new", expected=b"other") is False
+    assert conditional.replace("latest", b"new", expected=b"old") is True
+    assert conditional.replace("latest", b"newer", expected=b"old") is False
+    assert conditional.read("latest") == b"new"
+
+
 def test_create_race(conditional: Store) -> None:
     """Of several creators at once exactly one wins, and what is stored is its content."""
     writers = 4

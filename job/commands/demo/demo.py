@@ -28,7 +28,7 @@ from job.commands.demo import local_s3
 from job.commands.demo.view import Sample, View, show_samples
 from job.config import environment as env
 from job.config.schema import SETTINGS
-from job.runtime import libraries, signals
+from job.runtime import credentials, libraries, signals
 from job.runtime.errors import ConfigError, JobError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -100,7 +100,7 @@ def _convert(console: Console, model: Path) -> None:
     with console.status("converting SmolLM2-135M-Instruct to safetensors"):
         done = subprocess.run(
             command,
-            env=libraries.child_environment(),
+            env=credentials.without(libraries.child_environment()),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -179,7 +179,7 @@ def _run(console: Console, endpoint: str, *, log: Path) -> int:
 
 
 def _environment(endpoint: str, scratch: str) -> dict[str, str]:
-    """The user's environment without anything that would lead the job elsewhere."""
+    """The user's environment without credentials, and without anything that would lead the job elsewhere."""
     unset: dict[str, str | None] = {
         name: None for setting in SETTINGS for name in (setting.variable, setting.variable + env.FILE_SUFFIX)
     }
@@ -197,7 +197,7 @@ def _environment(endpoint: str, scratch: str) -> dict[str, str]:
         "no_proxy": "127.0.0.1",
         "TMPDIR": scratch,
     }
-    return libraries.child_environment(**(unset | SETTINGS_OF_THE_RUN | local))
+    return {**credentials.without(libraries.child_environment(**unset)), **SETTINGS_OF_THE_RUN, **local}
 
 
 @contextlib.contextmanager
@@ -254,11 +254,14 @@ def _samples(bucket: Bucket) -> list[Sample]:
 
 
 def _download_adapter(bucket: Bucket, directory: Path) -> None:
-    """What `done.json` lists, each file checked against the hash that stands there."""
+    """The adapter that `done.json` lists, each file checked against the hash that stands there."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
-    for file in json.loads(bucket.get(f"{RUNS}/{RUN}/done.json"))["artifacts"]:
-        content = bucket.get(f"{RUNS}/{RUN}/{file['name']}")
+    done = json.loads(bucket.get(f"{RUNS}/{RUN}/done.json"))
+    for file in done["artifacts"]:
+        if not file["name"].startswith("adapter/"):
+            continue
+        content = bucket.get(f"{RUNS}/{RUN}/{done['prefix']}/{file['name']}")
         if hashlib.sha256(content).hexdigest() != file["sha256"]:
             raise JobError(f"{file['name']} is not what done.json says.")
         (directory / Path(file["name"]).name).write_bytes(content)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _STOP_SECONDS = 5.0
+CONDITIONS = frozenset(("HTTP_IF_NONE_MATCH", "HTTP_IF_MATCH"))
 
 
 @contextlib.contextmanager
@@ -29,11 +30,18 @@ def serve(*, log: Path | None = None) -> Iterator[str]:
     Raises:
         OSError: the server ended before it could listen.
     """
+    from job.runtime import credentials, process  # noqa: PLC0415 - the child runs this file without the package
+
     with contextlib.ExitStack() as stack:
         output: IO[bytes] | int = stack.enter_context(log.open("ab")) if log else subprocess.DEVNULL
         # -P: this file runs as a script, and its neighbours must not shadow top-level packages.
         child = subprocess.Popen(
-            [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True
+            [sys.executable, "-P", __file__],
+            env=credentials.without(process.variables()),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            text=True,
         )
         stack.callback(_stop, child)
         yield f"http://127.0.0.1:{_port(child, log)}"
@@ -81,11 +89,11 @@ def _main() -> None:
 
 
 def _one_condition_at_a_time(application: Callable[..., Any]) -> Callable[..., Any]:
-    """Two creators could both win, because moto looks whether a key exists and then writes it, in several threads."""
+    """Two conditional writers could both win, because moto checks the condition and then writes, in several threads."""
     lock = threading.Lock()
 
     def locked(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        conditional = environ["REQUEST_METHOD"] in {"PUT", "POST"} and "HTTP_IF_NONE_MATCH" in environ
+        conditional = environ["REQUEST_METHOD"] in {"PUT", "POST"} and CONDITIONS & environ.keys()
         if not conditional:
             return application(environ, start_response)
         # Read first: a client that stops in the middle of its body must not hold the lock.

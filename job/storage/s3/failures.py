@@ -11,6 +11,7 @@ import urllib3.exceptions
 from botocore import exceptions as aws
 from botocore.parsers import ResponseParserError
 
+from job.runtime.credentials import shown
 from job.runtime.errors import JobError
 
 _MISSING_STATUS = 404
@@ -172,4 +173,4 @@ def in_words(error: BaseException) -> str:
     if isinstance(error, aws.ClientError):
         details = error.response.get("Error", {})
         return f"{details.get('Code', '')} ({details.get('Message', 'no message')})"
-    return f"{type(error).__name__}: {error}"[:500]
+    return shown(f"{type(error).__name__}: {error}")[:500]

@@ -131,10 +131,25 @@ class S3Store:
         self._bucket.call("PutObject", name, act)
 
     def create(self, key: str, data: bytes) -> bool:
-        """See `Store.create`. Atomic where the store honours `If-None-Match: *`.
+        """See `Store.create`. Atomic where the store honours `If-None-Match: *`."""
+        return self._put_if(key, data, IfNoneMatch="*")
 
-        When a reply was lost, "exists already" may mean an earlier try of this call: then the content decides.
-        """
+    def replace(self, key: str, data: bytes, *, expected: bytes) -> bool:
+        """See `Store.replace`."""
+        name = self._key(key)
+
+        def act(client: S3Client) -> tuple[bytes, str]:
+            reply = client.get_object(Bucket=self._bucket.name, Key=name)
+            return reply["Body"].read(), reply["ETag"]
+
+        with _absent():
+            found, etag = self._bucket.call("GetObject", name, act)
+            return found == expected and self._put_if(key, data, IfMatch=etag)
+        return False
+
+    def _put_if(self, key: str, data: bytes, **condition: str) -> bool:
+        """Write under a condition. When a reply was lost, "the condition is not met" may mean an earlier try of this
+        call: then the content decides."""
         name = self._key(key)
         lost = False
 
@@ -142,7 +157,7 @@ class S3Store:
             nonlocal lost
             try:
                 extra = upload_arguments(client, [data])
-                client.put_object(Bucket=self._bucket.name, Key=name, Body=data, IfNoneMatch="*", **extra)
+                client.put_object(Bucket=self._bucket.name, Key=name, Body=data, **condition, **extra)  # type: ignore[arg-type]
             except Exception as error:
                 lost = lost or _may_have_succeeded(error)
                 raise
@@ -150,7 +165,7 @@ class S3Store:
         try:
             self._bucket.call("PutObject", name, act)
         except ClientError as error:
-            if not is_precondition_failed(error):
+            if not (is_precondition_failed(error) or is_missing(error)):
                 raise
             return lost and self.read(key) == data
         return True

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from job.runtime import signals
 from job.tuning.hooks import Hooks
-from job.tuning.trainer.sft import skip_if_full
+from job.tuning.trainer.full_disk import skip_if_full
 
 
 @dataclass

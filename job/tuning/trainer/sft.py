@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import job.tuning.unsloth_import  # before torch, transformers, trl and peft, which it patches
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-import structlog
 import torch
 from safetensors import SafetensorError
 from transformers import Trainer
 from trl import SFTTrainer
 
-from job.runtime.errors import NO_SPACE, PermanentError
+from job.runtime.errors import PermanentError
 from job.tuning.checkpoint_files import write_adapter
 from job.tuning.device import out_of_memory
 from job.tuning.fit.control import PassControl
 from job.tuning.fit.micro_batches import split
 from job.tuning.trainer.curriculum import ShortFirst
+from job.tuning.trainer.full_disk import skip_if_full
 from job.tuning.trainer.weighted_loss import WeightedLoss
-
-log = structlog.get_logger()
-LEAST_FREE_BYTES = 1 << 20
 
 
 class MicroBatchTrainer(SFTTrainer):
@@ -93,18 +89,3 @@ def _not_a_sum(model: Any, count: int) -> PermanentError:
         remedy="Lower TUNE_BATCH_SIZE, or raise TUNE_MICRO_BATCH, until one micro-batch holds the batch, and report "
         "this with the log: the training library did not count the labels.",
     )
-
-
-def skip_if_full(error: Exception, directory: Path, step: int) -> None:
-    """Skip a checkpoint that does not fit on the disk, with a warning; any other error is raised."""
-    shutil.rmtree(directory, ignore_errors=True)
-    if not _disk_full(error, directory.parent):
-        raise error
-    log.warning("checkpoint_skipped", step=step, reason=f"the disk is full: {error}")
-
-
-def _disk_full(error: Exception, directory: Path) -> bool:
-    """Torch and safetensors say only in their message's words that a write failed."""
-    words = any(f"os error {number}" in str(error) for number in NO_SPACE)
-    known = isinstance(error, OSError) and error.errno in NO_SPACE
-    return words or known or shutil.disk_usage(directory).free < LEAST_FREE_BYTES

@@ -1,0 +1,291 @@
+"""The end of a run: the right to publish, the published files, and the objects that say so (docs/resume.md).
+
+What is published lies under `results/<number>/`, a prefix that belongs to one `final` record and so to one
+attempt: nobody else writes there. The run is finished when the ledger has a `published` record. `done.json` and
+`latest.json` are copies of it for other programs; `adapter/`, `metrics.jsonl` and `report.html` are copies of files,
+for convenience.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from job.runtime.errors import ConfigError, JobError, StorageError
+from job.runtime.hashing import hashes
+from job.state.json_object import decode, encode, now, put, read
+from job.state.ledger import Entry, Ledger
+from job.storage.base import Store
+
+log = structlog.get_logger()
+RESULTS = "results"
+LATEST = ("run_id", "record", "uri", "prefix", "published_at", "artifacts")
+"""The fields of `done.json` that `latest.json` has."""
+COPIED = ("adapter/", "metrics.jsonl", "report.html")
+"""What is copied from the results to the run's own prefix, for convenience."""
+FACTS = ("steps", "plan", "fingerprint", "results", "versions")
+"""Of a `final` record; every attempt that publishes the same checkpoint publishes the same ones."""
+LAST = "README.md"
+"""The file of an artifact that is uploaded last: where it is, the others are."""
+_OF_THE_LEDGER = ("layout", "kind", "owner", "life", "nonce")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """One published file."""
+
+    name: str
+    """Relative to the results, e.g. `adapter/adapter_model.safetensors`."""
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A finished run, as one `published` record describes it."""
+
+    number: int
+    """Of the record; 0 for a run that was finished by a version of the job without such records."""
+    attempt: int
+    body: dict[str, Any]
+    """The content of `done.json`."""
+
+    @property
+    def prefix(self) -> str:
+        """Where the artifacts are, relative to the run; empty if they are in the run's own prefix."""
+        return str(self.body.get("prefix", ""))
+
+    @property
+    def names(self) -> list[str]:
+        """The artifacts' names, relative to the prefix."""
+        return [str(artifact["name"]) for artifact in self.body["artifacts"]]
+
+
+@dataclass(kw_only=True)
+class Publication:
+    """The results of one run, as one attempt reads and writes them."""
+
+    ledger: Ledger
+    _final: int = 0
+    """The number of this attempt's `final` record."""
+
+    @property
+    def store(self) -> Store:
+        """Where the run writes."""
+        return self.ledger.store
+
+    def published(self) -> Published | None:
+        """What the run has published since it last started over; None while it is not finished.
+
+        Raises:
+            ConfigError: an earlier version of the job, whose records do not say enough, started it over.
+        """
+        progress = self.ledger.progress()
+        if progress.published is not None:
+            return self._published(progress.published)
+        if progress.newest is None or progress.newest.layout > 1:
+            return None
+        before = self._published_before() if progress.newest.kind == "final" else None
+        if before is None and self.ledger.life:
+            raise ConfigError(
+                f"Run {self.ledger.run_id} was started over by an earlier version of the job, and is not finished.",
+                remedy="Finish it with that version, or start over with TUNE_RESUME=fresh, or set another TUNE_RUN_ID.",
+            )
+        return before
+
+    def _published_before(self) -> Published | None:
+        """A run that was finished before there were `published` records: `done.json` said so."""
+        body = decode(read(self.store, self._key("done.json")))
+        if body is None or "record" in body:
+            return None
+        return Published(number=0, attempt=0, body={**body, "uri": f"{self.store.uri.rstrip('/')}/{self._key('')}"})
+
+    def win(self, facts: dict[str, Any], *, checkpoint: int) -> dict[str, Any]:
+        """Append the ledger's `final` record, which gives the right to upload results, under a prefix of its own.
+
+        Args:
+            facts: `FACTS`, of this attempt.
+            checkpoint: the number of the record of the run's last checkpoint, if it was restored; else 0.
+
+        Returns:
+            the facts that everything published depends on; those of an earlier attempt where one had won the right with
+            this very checkpoint.
+
+        Raises:
+            FencedError: another attempt has taken over.
+        """
+        ledger = self.ledger
+        found = ledger.newest("final", below=ledger.last, above=checkpoint) if checkpoint else None
+        if found is not None and found.body is not None and _same_result(found.body, facts):
+            facts = {name: found.body[name] for name in FACTS}
+        self._final = ledger.append("final", **facts)
+        return facts
+
+    @property
+    def prefix(self) -> str:
+        """Where this attempt's results go, relative to the run."""
+        return f"{RESULTS}/{self._final:06d}"
+
+    @property
+    def uri(self) -> str:
+        """The same, in full."""
+        return f"{self.store.uri.rstrip('/')}/{self._key(self.prefix)}"
+
+    def upload(self, directory: Path, *, name: str = "") -> list[Artifact]:
+        """Upload files to the results of this attempt, and log `artifact_uploaded`.
+
+        Args:
+            directory: all its files, at any depth.
+            name: the folder in the results.
+
+        Returns:
+            the files, in the order of their upload.
+        """
+        started = time.monotonic()
+        files = sorted(
+            (path for path in directory.rglob("*") if path.is_file()), key=lambda path: (path.name == LAST, path)
+        )
+        found = hashes(files)
+        uploaded = []
+        for path in files:
+            key = (Path(name) / path.relative_to(directory)).as_posix()
+            self.store.upload(path, self._key(f"{self.prefix}/{key}"), sha256=found[path])
+            uploaded.append(Artifact(name=key, size=path.stat().st_size, sha256=found[path]))
+        log.info(
+            "artifact_uploaded",
+            name=name,
+            uri=f"{self.uri}/{name}",
+            files=len(uploaded),
+            bytes=sum(artifact.size for artifact in uploaded),
+            upload_seconds=round(time.monotonic() - started, 3),
+        )
+        return uploaded
+
+    def publish(self, facts: dict[str, Any], artifacts: Sequence[Artifact]) -> Published:
+        """Check that all uploaded files are there, and append the `published` record: the run is finished.
+
+        Raises:
+            FencedError: another attempt has taken over; nothing is published.
+            StorageError: the store has lost a file.
+        """
+        self._check_uploads(artifacts)
+        number = self.ledger.append(
+            "published",
+            final=self._final,
+            prefix=self.prefix,
+            **facts,
+            artifacts=[vars(artifact) for artifact in artifacts],
+            promoted=True,
+            published_at=now(),
+        )
+        found = self.ledger.read(number)
+        if found is None or found.body is None:
+            raise StorageError(f"{self._key('')} lost a record that it had shown.", remedy="Start the run again.")
+        return self._published(found)
+
+    def _check_uploads(self, artifacts: Sequence[Artifact]) -> None:
+        """Compare the listing of the results with what was uploaded."""
+        top = f"{self._key(self.prefix)}/"
+        there = {entry.key.removeprefix(top): entry.size for entry in self.store.list_objects(top)}
+        lost = [artifact.name for artifact in artifacts if there.get(artifact.name) != artifact.size]
+        if lost:
+            self.ledger.check()  # an attempt that has published deletes the results of those that it replaced
+            raise StorageError(
+                f"{self.uri} does not have {', '.join(lost[:3])} as uploaded, although the store had confirmed the "
+                "write.",
+                remedy="Start the run again: it publishes from the last checkpoint. If it recurs, check the store.",
+            )
+
+    def proclaim(self, published: Published) -> None:
+        """Write `done.json` and `latest.json`, read both back, and make the convenience copies.
+
+        Also for a start that finds a run finished whose attempt was lost before it could do so.
+
+        Raises:
+            FencedError: another attempt has taken over. What was published stays.
+            StorageError: the store does not keep what it confirmed.
+        """
+        self._write_done(published)
+        self._write_latest(published)
+        if self.ledger.attempt:
+            self.ledger.check()
+        if published.number:
+            self._copy_for_convenience(published)
+            self._remove_unpublished(published)
+
+    def restore(self, published: Published) -> None:
+        """Write `done.json` and `latest.json` again where they are missing. `latest.json` stays if it names any run:
+        this run has been the latest one, and what came after it is not this run's business."""
+        self._write_done(published)
+        found = decode(read(self.store, "latest.json"))
+        if not found or not found.get("run_id"):
+            self._write_latest(published)
+
+    def _write_done(self, published: Published) -> None:
+        if published.number:
+            self._put(self._key("done.json"), published.body)
+
+    def _write_latest(self, published: Published) -> None:
+        self._put("latest.json", {name: published.body[name] for name in LATEST if name in published.body})
+
+    def _put(self, key: str, body: dict[str, Any]) -> None:
+        """Write an object unless a newer one is there."""
+        conditional = self.ledger.conditional
+        put(self.store, key, encode(body), conditional=conditional, replaces=lambda it: not _is_newer(decode(it), body))
+
+    def _copy_for_convenience(self, published: Published) -> None:
+        """Copy what people look for first to the run's own prefix. Only a warning where that fails."""
+        names = [name for name in published.names if name.startswith(COPIED)]
+        try:
+            for name in names:
+                self.store.copy(self._key(f"{published.prefix}/{name}"), self._key(name))
+            for entry in self.store.list_objects(self._key("adapter/")):
+                if entry.key.removeprefix(self._key("")) not in names:
+                    self.store.delete(entry.key)
+        except JobError as error:
+            log.warning("convenience_copy_failed", uri=published.body["uri"], reason=error.message)
+
+    def _remove_unpublished(self, published: Published) -> None:
+        """Delete results of this life that no `published` record names: their attempts were replaced before the end."""
+        finals, kept = set(), {published.prefix}
+        for entry in self.ledger.newest_first(below=published.number):
+            if entry.body is None:
+                return  # it may be the record that names one of them
+            if entry.kind == "published":
+                kept.add(entry.body["prefix"])
+            elif entry.kind == "final":
+                finals.add(f"{RESULTS}/{entry.number:06d}")
+        try:
+            for prefix in sorted(finals - kept):
+                for found in self.store.list_objects(self._key(f"{prefix}/")):
+                    self.store.delete(found.key)
+        except JobError as error:
+            log.warning("unpublished_results_not_deleted", reason=error.message)
+
+    def _key(self, name: str) -> str:
+        return f"{self.ledger.run_id}/{name}"
+
+    def _published(self, entry: Entry) -> Published:
+        body = {name: value for name, value in (entry.body or {}).items() if name not in _OF_THE_LEDGER}
+        uri = f"{self.store.uri.rstrip('/')}/{self._key(body['prefix'])}/"
+        body = {"run_id": self.ledger.run_id, "record": entry.number, "uri": uri, **body}
+        return Published(number=entry.number, attempt=entry.attempt, body=body)
+
+
+def _is_newer(there: dict[str, Any] | None, body: dict[str, Any]) -> bool:
+    """Whether an object describes a later publication: of one run by its records, of several by their times."""
+    if not there or not isinstance(there.get("record"), int):
+        return False  # damaged, or written before there were `published` records
+    if there.get("run_id") == body["run_id"]:
+        return bool(there["record"] > body.get("record", 0))
+    return str(there.get("published_at")) > str(body.get("published_at", ""))
+
+
+def _same_result(earlier: dict[str, Any], facts: dict[str, Any]) -> bool:
+    return all(earlier[name] == facts[name] for name in ("steps", "fingerprint"))
