@@ -32,6 +32,7 @@ for prompt in json.load(sys.stdin):
 
 SHORT = """
 import sys
+from pathlib import Path
 from job.commands.demo import demo
 place = Path(sys.argv[1])
 for name, rows in (("train.jsonl", 24), ("eval.jsonl", 4)):
