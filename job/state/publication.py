@@ -18,6 +18,7 @@ import structlog
 
 from job.runtime.errors import ConfigError, FencedError, JobError, StorageError
 from job.runtime.hashing import hashes
+from job.state import copies
 from job.state.json_object import decode, encode, now, put, read
 from job.state.ledger import Entry, Ledger, are_artifacts, results_prefix
 from job.storage.base import Store
@@ -25,8 +26,6 @@ from job.storage.base import Store
 log = structlog.get_logger()
 LATEST = ("run_id", "record", "uri", "prefix", "published_at", "artifacts")
 """The fields of `done.json` that `latest.json` has."""
-COPIED = ("adapter/", "metrics.jsonl", "report.html")
-"""What is copied from the results to the run's own prefix, for convenience."""
 FACTS = ("steps", "plan", "fingerprint", "results", "versions")
 """Of a `final` record; every attempt that publishes the same checkpoint publishes the same ones."""
 LAST = "README.md"
@@ -237,7 +236,8 @@ class Publication:
                 self._put_back_newer(published)
                 raise
         if published.number:
-            self._remove_unpublished(self._copy_newest(published))
+            newest = self._copy_newest(published)
+            copies.remove_unpublished(self.ledger, newest.number, newest.prefix)
 
     def restore(self, published: Published) -> None:
         """Write `done.json` and `latest.json` again where they are missing. `latest.json` stays if it names any run:
@@ -248,18 +248,16 @@ class Publication:
             self._write_latest(published)
 
     def _put_back_newer(self, published: Published) -> None:
-        """Where a store does not compare and write in one step, this attempt may have replaced what its successor had
-        published in between."""
+        """Where a store does not compare and write in one step, this attempt may have replaced its successor's."""
         newest = self.ledger.progress().published
         if newest is not None and newest.number > published.number:
             self._write_done(self._published(newest))
             self._write_latest(self._published(newest))
 
     def _copy_newest(self, published: Published) -> Published:
-        """Copy for convenience; again if the run was published once more in the meantime, so that the copies of two
-        publications are never left mixed. Returns the one that was copied."""
+        """Copy for convenience; again if the run was published once more meanwhile, so that copies are never mixed."""
         while True:
-            self._copy_for_convenience(published)
+            copies.copy(self.ledger, published.prefix, published.names)
             try:
                 newest = self.ledger.progress().published
             except JobError as error:
@@ -307,35 +305,6 @@ class Publication:
             )
         times = [when if isinstance(when := it.get("published_at"), str) else "" for it in (there, body)]
         return times[0] > times[1]
-
-    def _copy_for_convenience(self, published: Published) -> None:
-        """Copy what people look for first to the run's own prefix. Only a warning where that fails."""
-        names = [name for name in published.names if name.startswith(COPIED)]
-        try:
-            for name in names:
-                self.store.copy(self._key(f"{published.prefix}/{name}"), self._key(name))
-            for entry in self.store.list_objects(self._key("adapter/")):
-                if entry.key.removeprefix(self._key("")) not in names:
-                    self.store.delete(entry.key)
-        except JobError as error:
-            log.warning("convenience_copy_failed", uri=published.body["uri"], reason=error.message)
-
-    def _remove_unpublished(self, published: Published) -> None:
-        """Delete results of this life that no `published` record names: their attempts were replaced before the end."""
-        finals, kept = set(), {published.prefix}
-        try:
-            for entry in self.ledger.newest_first(below=published.number):
-                if entry.body is None:
-                    return  # it may be the record that names one of them
-                if entry.kind == "published":
-                    kept.add(entry.body["prefix"])
-                elif entry.kind == "final":
-                    finals.add(results_prefix(entry.number))
-            for prefix in sorted(finals - kept):
-                for found in self.store.list_objects(self._key(f"{prefix}/")):
-                    self.store.delete(found.key)
-        except JobError as error:
-            log.warning("unpublished_results_not_deleted", reason=error.message)
 
     def _key(self, name: str) -> str:
         return f"{self.ledger.run_id}/{name}"

@@ -214,7 +214,7 @@ class S3Store:
         except ClientError as error:
             if not is_missing(error):
                 raise StorageError(
-                    f"{self.uri}/{key} could not be copied: {in_words(error)}.", remedy="Check the bucket."
+                    f"{self.uri}/{key} could not be read or written: {in_words(error)}.", remedy="Check the bucket."
                 ) from error
             raise MissingError(f"{self.uri}/{key} does not exist any more.", remedy="Restore it.") from None
 
