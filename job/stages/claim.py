@@ -63,7 +63,7 @@ def already_complete(config: Config, output: RunOutput) -> bool:
         output.publication.restore(published)
     else:  # a crash came after the `published` record
         output.publication.proclaim(published)
-        attempts.complete_late()
+        attempts.complete_late(published.attempt)
     log.info("already_complete", uri=published.body["uri"], artifacts=len(published.names))
     return True
 

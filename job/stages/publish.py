@@ -67,8 +67,13 @@ def win(
 
 
 def export(context: RunContext, finetune: Finetune, training: TrainingInputs, final: dict[str, Any]) -> list[Artifact]:
-    """Upload the adapter, and only then, with the adapter safe, whatever else was asked for."""
+    """Upload the adapter, and only then, with the adapter safe, whatever else was asked for.
+
+    Raises:
+        FencedError: another attempt has taken over.
+    """
     spans, directory = context.timeline.span, context.work / "export"
+    context.ledger.check()  # what a successor is uploading is not unfinished
     context.record.remove_unfinished_uploads()
     adapter = directory / "adapter"
     with spans("export"):

@@ -48,8 +48,14 @@ def restore(
 
 
 def pin(context: RunContext, training: TrainingInputs, finetune: Finetune) -> None:
-    """Write down what the run is, now that all is checked and the first step is about to begin."""
+    """Write down what the run is, now that all is checked and the first step is about to begin.
+
+    Raises:
+        ConfigError: an earlier attempt has written something else since this one began.
+        FencedError: another attempt has taken over: what the run is, is its business.
+    """
     config, record = context.config, context.record
+    context.ledger.check()
     read = training.inputs.as_json()
     pinned = record.pin(
         settings=config.as_variables(),
@@ -57,6 +63,8 @@ def pin(context: RunContext, training: TrainingInputs, finetune: Finetune) -> No
         fingerprint=training.fingerprint,
         reproducibility_facts=finetune.reproducibility_facts(),
     )
+    if (first := record.first()) is not None:
+        fingerprint.check(record.run_id, first["fingerprint"], training.fingerprint, allowed=config.allow_change)
     if not pinned and not fingerprint.contents_may_change(config.allow_change):
         check_inputs(record.run_id, record.inputs() or {}, read)
 

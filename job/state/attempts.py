@@ -113,9 +113,13 @@ class Attempts:
         ends = (self._read(self._key(number, "end.")) for number in numbers)
         return any(end and end.get("outcome") == "complete" for end in ends)
 
-    def complete_late(self) -> None:
-        """Write the end for the attempt that finished the run and was lost before it could."""
-        number = max(self._numbers(), default=0)
+    def complete_late(self, number: int) -> None:
+        """Write the end for the attempt that finished the run and was lost before it could.
+
+        Args:
+            number: of that attempt; 0 if it is not known, for a run of an earlier version: then the last one did.
+        """
+        number = number or max(self._numbers(), default=0)
         if number:
             body = {"attempt": number, "outcome": "complete", "ended": now(), "noted": "by a later start"}
             self.store.write(self._key(number, "end."), encode(body))

@@ -120,7 +120,7 @@ def _restore(ledger: Ledger, entry: Entry, directory: Path, check: Callable[[Pat
     step, prefix = body["step"], body["data"]
     try:
         wanted = {str(file["name"]): (int(file["size"]), str(file["sha256"])) for file in body["files"]}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DamagedError(f"the record's list of files is not valid: {error!r}") from None
     if not _DATA.fullmatch(f"{prefix.removeprefix(f'{ledger.run_id}/')}/") or HISTORY not in wanted:
         raise DamagedError(f"the record has the prefix {prefix!r} with {', '.join(wanted) or 'no files'}")

@@ -15,6 +15,8 @@ from job.storage.faults import DamagedError
 LAYOUT = 2
 """The version of the output's format, in every object. 1 had no `published` records (`job.state.publication`)."""
 TRIES = 6
+REFUSALS = 3
+"""In a row, to replace content that is there all the time: then the store does not understand the condition."""
 PAUSE_SECONDS = 0.2
 """Before the second write of an object that is not there after the first; twice as long before each later one."""
 
@@ -65,7 +67,7 @@ def put(
     Raises:
         StorageError: nothing that counts is there after several tries.
     """
-    created = False
+    created, refused, times = False, b"", 0
     for tries in range(TRIES):
         there = read(store, key)
         if there == data or not (there is None or replaces(there) or (created and decode(there) is None)):
@@ -74,8 +76,9 @@ def put(
             time.sleep(PAUSE_SECONDS * 2 ** (tries - 2))
         if there is None:
             created = create(store, key, data, conditional=conditional) or created
-        elif conditional and there:
-            store.replace(key, data, expected=there)
+        elif conditional and there and times < REFUSALS:
+            if not store.replace(key, data, expected=there):
+                refused, times = there, times + 1 if there == refused else 1
         else:
             store.write(key, data)
     raise StorageError(

@@ -23,6 +23,7 @@ from job.storage.base import Store
 
 Kind = Literal["checkpoint", "fence", "fresh", "final", "published"]
 TRIES = 10_000
+RESULTS = "results"
 SHAPES: dict[str, dict[str, type]] = {
     "fence": {},
     "fresh": {},
@@ -96,7 +97,7 @@ class Ledger:
         Raises:
             FencedError: a later attempt was faster.
         """
-        self.last = max(self._numbers(), default=0)
+        self.last = max([0, *self._numbers(), *self._numbers_of_results()])
         number = self.append("fence")
         # A later attempt may have fenced in the meantime: then its record is below this one. Every record that is not
         # a fence was written by the latest attempt so far, so that nothing below it has to be read.
@@ -110,9 +111,10 @@ class Ledger:
         return number
 
     def progress(self) -> Progress:
-        """How far the run has come by now. `life` is the run's from here on.
+        """How far the run has come by now.
 
-        Without a fence before, another attempt may change all of it at any moment.
+        Without a fence before, another attempt may change all of it at any moment, and `life` is what the run's is now.
+        An attempt that has its fence stays in its own: a later one may have begun another since, and owns all of that.
         """
         attempt, found = 0, dict.fromkeys(("checkpoint", "published"))
         newest = None
@@ -127,7 +129,8 @@ class Ledger:
                 found[entry.kind] = entry
             if all(found.values()) or entry.kind == "checkpoint":
                 break  # a `published` record comes after the last checkpoint of its life
-        self.life = _life(newest) if newest else 0
+        if not self.last:
+            self.life = _life(newest) if newest else 0
         return Progress(attempt=attempt, newest=newest, **found)
 
     def start_over(self) -> None:
@@ -242,6 +245,11 @@ class Ledger:
             structlog.get_logger().warning("ledger_unexpected_objects", names=unexpected[:10])
         return [int(stem) for stem in stems if stem.isdecimal()]
 
+    def _numbers_of_results(self) -> Iterator[int]:
+        """Those that results were uploaded for: taken for good, even if somebody deleted the records."""
+        stems = (PurePosixPath(name).name for name in self.store.names(f"{self.run_id}/{RESULTS}/"))
+        return (int(stem) for stem in stems if stem.isdecimal())
+
     def _key(self, number: int) -> str:
         return f"{self.run_id}/checkpoints/commits/{number:06d}.json"
 
@@ -257,4 +265,25 @@ def _is_record(body: Any) -> bool:
     if not isinstance(body, dict) or body.get("kind") not in SHAPES:
         return False
     shape = {"layout": int, "attempt": int, "owner": str, "life": int, "nonce": str} | SHAPES[body["kind"]]
-    return all(isinstance(body.get(name), wanted) for name, wanted in shape.items())
+    if not all(isinstance(body.get(name), wanted) for name, wanted in shape.items()):
+        return False
+    return body["kind"] != "published" or (
+        body["prefix"] == results_prefix(body["final"]) and are_artifacts(body["artifacts"])
+    )
+
+
+def are_artifacts(found: Any) -> bool:
+    """Whether this is a list of published files, each with a name inside the results, a size and a hash."""
+    return isinstance(found, list) and all(
+        isinstance(file, dict)
+        and isinstance(name := file.get("name"), str)
+        and not {"", ".", ".."} & set(name.split("/"))
+        and type(file.get("size")) is int
+        and isinstance(file.get("sha256"), str)
+        for file in found
+    )
+
+
+def results_prefix(final: int) -> str:
+    """Where the results of a `final` record are, relative to the run: nobody else writes there."""
+    return f"{RESULTS}/{final:06d}"

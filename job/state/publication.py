@@ -16,18 +16,16 @@ from typing import Any
 
 import structlog
 
-from job.runtime.errors import ConfigError, JobError, StorageError
+from job.runtime.errors import ConfigError, FencedError, JobError, StorageError
 from job.runtime.hashing import hashes
+from job.state import copies
 from job.state.json_object import decode, encode, now, put, read
-from job.state.ledger import Entry, Ledger
+from job.state.ledger import Entry, Ledger, are_artifacts, results_prefix
 from job.storage.base import Store
 
 log = structlog.get_logger()
-RESULTS = "results"
 LATEST = ("run_id", "record", "uri", "prefix", "published_at", "artifacts")
 """The fields of `done.json` that `latest.json` has."""
-COPIED = ("adapter/", "metrics.jsonl", "report.html")
-"""What is copied from the results to the run's own prefix, for convenience."""
 FACTS = ("steps", "plan", "fingerprint", "results", "versions")
 """Of a `final` record; every attempt that publishes the same checkpoint publishes the same ones."""
 LAST = "README.md"
@@ -84,14 +82,19 @@ class Publication:
         """What the run has published since it last started over; None while it is not finished.
 
         Raises:
-            ConfigError: an earlier version of the job, whose records do not say enough, started it over.
+            ConfigError: an earlier version of the job, whose records do not say enough, started it over; or somebody
+                deleted the records of a run that was finished.
         """
         progress = self.ledger.progress()
         if progress.published is not None:
             return self._published(progress.published)
-        if progress.newest is None or progress.newest.layout > 1:
+        if progress.newest is None:
+            return self._without_ledger()
+        if progress.newest.layout > 1:
             return None
         before = self._published_before() if progress.newest.kind == "final" else None
+        if before is not None:
+            self.ledger.life = 0  # that version pinned the inputs of every life in the same place
         if before is None and self.ledger.life:
             raise ConfigError(
                 f"Run {self.ledger.run_id} was started over by an earlier version of the job, and is not finished.",
@@ -102,9 +105,22 @@ class Publication:
     def _published_before(self) -> Published | None:
         """A run that was finished before there were `published` records: `done.json` said so."""
         body = decode(read(self.store, self._key("done.json")))
-        if body is None or "record" in body:
+        if not body or "record" in body or not isinstance(body.get("fingerprint"), dict):
+            return None
+        if not are_artifacts(body.get("artifacts")):
             return None
         return Published(number=0, attempt=0, body={**body, "uri": f"{self.store.uri.rstrip('/')}/{self._key('')}"})
+
+    def _without_ledger(self) -> Published | None:
+        """A run of which there is no record: new, or finished before there were `published` records and tidied up."""
+        before = self._published_before()
+        if before is None and "record" in (decode(read(self.store, self._key("done.json"))) or {}):
+            raise ConfigError(
+                f"{self._key('done.json')} says that run {self.ledger.run_id} is finished, and the records in "
+                "checkpoints/commits/ that would prove it are gone.",
+                remedy="Restore them, or set another TUNE_RUN_ID, or start over with TUNE_RESUME=fresh.",
+            )
+        return before
 
     def win(self, facts: dict[str, Any], *, checkpoint: int) -> dict[str, Any]:
         """Append the ledger's `final` record, which gives the right to upload results, under a prefix of its own.
@@ -130,7 +146,7 @@ class Publication:
     @property
     def prefix(self) -> str:
         """Where this attempt's results go, relative to the run."""
-        return f"{RESULTS}/{self._final:06d}"
+        return results_prefix(self._final)
 
     @property
     def uri(self) -> str:
@@ -214,10 +230,14 @@ class Publication:
         self._write_done(published)
         self._write_latest(published)
         if self.ledger.attempt:
-            self.ledger.check()
+            try:
+                self.ledger.check()
+            except FencedError:
+                self._put_back_newer(published)
+                raise
         if published.number:
-            self._copy_for_convenience(published)
-            self._remove_unpublished(published)
+            newest = self._copy_newest(published)
+            copies.remove_unpublished(self.ledger, newest.number, newest.prefix)
 
     def restore(self, published: Published) -> None:
         """Write `done.json` and `latest.json` again where they are missing. `latest.json` stays if it names any run:
@@ -227,46 +247,64 @@ class Publication:
         if not found or not found.get("run_id"):
             self._write_latest(published)
 
+    def _put_back_newer(self, published: Published) -> None:
+        """Where a store does not compare and write in one step, this attempt may have replaced its successor's."""
+        newest = self.ledger.progress().published
+        if newest is not None and newest.number > published.number:
+            self._write_done(self._published(newest))
+            self._write_latest(self._published(newest))
+
+    def _copy_newest(self, published: Published) -> Published:
+        """Copy for convenience; again if the run was published once more meanwhile, so that copies are never mixed."""
+        while True:
+            copies.copy(self.ledger, published.prefix, published.names)
+            try:
+                newest = self.ledger.progress().published
+            except JobError as error:
+                log.warning("convenience_copy_failed", uri=published.body["uri"], reason=error.message)
+                return published
+            if newest is None or newest.number <= published.number:
+                return published
+            published = self._published(newest)
+
     def _write_done(self, published: Published) -> None:
         if published.number:
             self._put(self._key("done.json"), published.body)
 
     def _write_latest(self, published: Published) -> None:
-        self._put("latest.json", {name: published.body[name] for name in LATEST if name in published.body})
+        if published.body.get("promoted", True):
+            self._put("latest.json", {name: published.body[name] for name in LATEST if name in published.body})
 
     def _put(self, key: str, body: dict[str, Any]) -> None:
         """Write an object unless a newer one is there."""
         conditional = self.ledger.conditional
-        put(self.store, key, encode(body), conditional=conditional, replaces=lambda it: not _is_newer(decode(it), body))
+        put(
+            self.store,
+            key,
+            encode(body),
+            conditional=conditional,
+            replaces=lambda it: not self._is_newer(decode(it), body),
+        )
 
-    def _copy_for_convenience(self, published: Published) -> None:
-        """Copy what people look for first to the run's own prefix. Only a warning where that fails."""
-        names = [name for name in published.names if name.startswith(COPIED)]
-        try:
-            for name in names:
-                self.store.copy(self._key(f"{published.prefix}/{name}"), self._key(name))
-            for entry in self.store.list_objects(self._key("adapter/")):
-                if entry.key.removeprefix(self._key("")) not in names:
-                    self.store.delete(entry.key)
-        except JobError as error:
-            log.warning("convenience_copy_failed", uri=published.body["uri"], reason=error.message)
+    def _is_newer(self, there: dict[str, Any] | None, body: dict[str, Any]) -> bool:
+        """Whether an object describes a later publication: of one run by its records, of several by their times.
 
-    def _remove_unpublished(self, published: Published) -> None:
-        """Delete results of this life that no `published` record names: their attempts were replaced before the end."""
-        finals, kept = set(), {published.prefix}
-        for entry in self.ledger.newest_first(below=published.number):
-            if entry.body is None:
-                return  # it may be the record that names one of them
-            if entry.kind == "published":
-                kept.add(entry.body["prefix"])
-            elif entry.kind == "final":
-                finals.add(f"{RESULTS}/{entry.number:06d}")
-        try:
-            for prefix in sorted(finals - kept):
-                for found in self.store.list_objects(self._key(f"{prefix}/")):
-                    self.store.delete(found.key)
-        except JobError as error:
-            log.warning("unpublished_results_not_deleted", reason=error.message)
+        What names this run and a record that the run does not have is left over from a run of this id that somebody
+        deleted.
+        """
+        if not there or not isinstance(there.get("record"), int):
+            return False  # damaged, or written before there were `published` records
+        if there.get("run_id") == body["run_id"]:
+            if there["record"] <= body.get("record", 0):
+                return False
+            found = self.ledger.read(there["record"])
+            return (
+                found is not None
+                and found.kind == "published"
+                and (found.body or {}).get("published_at") == there.get("published_at")
+            )
+        times = [when if isinstance(when := it.get("published_at"), str) else "" for it in (there, body)]
+        return times[0] > times[1]
 
     def _key(self, name: str) -> str:
         return f"{self.ledger.run_id}/{name}"
@@ -276,15 +314,6 @@ class Publication:
         uri = f"{self.store.uri.rstrip('/')}/{self._key(body['prefix'])}/"
         body = {"run_id": self.ledger.run_id, "record": entry.number, "uri": uri, **body}
         return Published(number=entry.number, attempt=entry.attempt, body=body)
-
-
-def _is_newer(there: dict[str, Any] | None, body: dict[str, Any]) -> bool:
-    """Whether an object describes a later publication: of one run by its records, of several by their times."""
-    if not there or not isinstance(there.get("record"), int):
-        return False  # damaged, or written before there were `published` records
-    if there.get("run_id") == body["run_id"]:
-        return bool(there["record"] > body.get("record", 0))
-    return str(there.get("published_at")) > str(body.get("published_at", ""))
 
 
 def _same_result(earlier: dict[str, Any], facts: dict[str, Any]) -> bool:

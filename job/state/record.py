@@ -16,7 +16,7 @@ import structlog
 from job.observability import logs
 from job.runtime import libraries
 from job.runtime.errors import AccessDeniedError, ConfigError, StorageError
-from job.state.json_object import encode, put
+from job.state.json_object import decode, encode, put
 from job.state.ledger import Ledger
 from job.storage.base import Store
 
@@ -142,11 +142,22 @@ class Record:
         data = self.store.read(f"{self.run_id}/{name}")
         if data is None:
             return None
-        try:
-            body: dict[str, Any] = json.loads(data)
-        except ValueError as error:
-            raise StorageError(f"{self.uri}/{name} is damaged: {error}.", remedy="Restore or remove it.") from None
+        body = decode(data)
+        if body is None or not _READABLE[name.rpartition("/")[2]](body):
+            raise StorageError(f"{self.uri}/{name} is damaged.", remedy="Restore or remove it.")
         return body
+
+
+def _names_files(body: dict[str, Any]) -> bool:
+    """Whether an `inputs.json` has what is read of it."""
+    files = body.get("files")
+    named = isinstance(files, list) and all(
+        isinstance(file, dict) and isinstance(file.get("name"), str) for file in files
+    )
+    return named and isinstance(body.get("date", ""), str)
+
+
+_READABLE = {"run.json": lambda body: isinstance(body.get("fingerprint"), dict), "inputs.json": _names_files}
 
 
 def check_inputs(run_id: str, pinned: dict[str, Any], inputs: dict[str, Any], *, added_too: bool = False) -> None:

@@ -73,14 +73,21 @@ def test_kill_after_the_last_commit(bench, place):
     assert len(results) == 1  # what the lost attempt had uploaded is deleted
 
 
-@pytest.mark.parametrize("place", ["_write_done", "_write_latest", "_copy_for_convenience", "_remove_unpublished"])
+PROCLAIMED = [
+    "publication:Publication._write_done",
+    "publication:Publication._write_latest",
+    "copies:copy",
+    "copies:remove_unpublished",
+]
+
+
+@pytest.mark.parametrize("place", PROCLAIMED)
 def test_kill_after_the_published_record(bench, place):
     """From the `published` record on the run is finished: the next start writes what is missing, and neither trains nor
     loads anything."""
     run_id = bench.name("published")
     bench.place.delete("out/latest.json")
-    hook = ["call_before", f"job.state.publication:Publication.{place}", 1, "SIGKILL"]
-    bench.start(run_id, hooks=[hook]).ends(KILLED)
+    bench.start(run_id, hooks=[["call_before", f"job.state.{place}", 1, "SIGKILL"]]).ends(KILLED)
     second = bench.start(run_id).ends(0)
     assert second.event("already_complete")
     assert not second.events("run_started")

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -177,10 +177,13 @@ class Kind:
     name: str
     resume: str = "auto"
     setting: str = "a"
-    """What decides what is trained; another one is a change that is allowed."""
+    """What decides what is trained."""
+    allowed: bool = False
+    """Whether it may continue what another setting began."""
 
 
-AUTO, FRESH, CHANGED = Kind("auto"), Kind("fresh", resume="fresh"), Kind("changed", setting="b")
+AUTO, FRESH, CHANGED = Kind("auto"), Kind("fresh", resume="fresh"), Kind("changed", setting="b", allowed=True)
+OTHER = Kind("other", resume="fresh", setting="c")
 
 
 def story(store: Memory, kind: Kind, directory: Path) -> int:
@@ -211,7 +214,7 @@ def _story(
             publication.restore(published)
         else:
             publication.proclaim(published)
-            attempts.complete_late()
+            attempts.complete_late(published.attempt)
         return 0
     above = ledger.progress().attempt
     ledger.attempt = attempts.claim(PROCESS, fencing="auto", from_step=0, versions={}, above=above)
@@ -219,15 +222,19 @@ def _story(
     if kind.resume == "fresh":
         ledger.fence()
         ledger.start_over()
+    _same(kind, record.first())
     ledger.fence()
     restored = checkpoints.restore(ledger, directory / "restored", check=lambda *_: None)
+    _same(kind, restored and restored.body)
     if (published := _finished(publication, kind)) is not None:
         publication.proclaim(published)
         attempts.end("complete", exit_code=0)
         return 0
     first = restored.step + 1 if restored else 1
     if restored is None:
+        ledger.check()
         record.pin(settings={}, inputs={"files": []}, fingerprint={"s": kind.setting}, reproducibility_facts={})
+        _same(kind, record.first())
     kept = [restored.prefix] if restored else []
     for step in range(first, STEPS + 1):
         facts = checkpoints.upload(
@@ -245,6 +252,11 @@ def _story(
 
 
 PROCESS = SimpleNamespace(host="walk", pod=None, gpus=())
+
+
+def _same(kind: Kind, found: dict[str, Any] | None) -> None:
+    if found is not None and not kind.allowed and found["fingerprint"] != {"s": kind.setting}:
+        raise ConfigError("begun with other settings", remedy="")
 
 
 def _finished(publication: Publication, kind: Kind) -> Published | None:
@@ -393,11 +405,12 @@ class World:
 
     def finish(self) -> None:
         """End all attempts; then one more, alone, has to finish the run, and everything has to agree."""
+        undisturbed = all(actor.done and actor.code is not None and not actor.store.faults for actor in self.actors)
         for actor in self.actors:
             actor.kill()
         while self.objects.late:
             self.deliver()
-        settings = dict.fromkeys([kind for kind in reversed(self.kinds) if kind is not FRESH] + [AUTO])
+        settings = dict.fromkeys([replace(kind, name="last", resume="auto") for kind in reversed(self.kinds)] + [AUTO])
         codes = [self._alone(kind) for kind in settings]
         if 0 not in codes:
             raise WrongError(f"the run can never end: the last attempts end with {codes}")
@@ -407,6 +420,14 @@ class World:
         newest = Ledger(store=Memory(self.objects, lambda: None), run_id=RUN).progress().published
         if "record" in done and (newest is None or newest.number != done["record"]):
             raise WrongError(f"done.json is of record {done['record']}, the newest is {newest and newest.number}")
+        if undisturbed and "prefix" in done:
+            self._check_copies(done)
+
+    def _check_copies(self, done: dict[str, Any]) -> None:
+        wanted = {f"{RUN}/{file['name']}": file["sha256"] for file in done["artifacts"]}
+        copies = {key: _sha256(data) for key, data in self.objects.content.items() if key.startswith(f"{RUN}/adapter/")}
+        if copies != wanted:
+            raise WrongError(f"the copies in adapter/ are not those of record {done['record']}")
 
     def _alone(self, kind: Kind) -> int | None:
         """The exit code of an attempt that nothing disturbs, or of its successors."""
@@ -518,7 +539,7 @@ class Walk:
             def act(world: World, source: random.Random = source) -> None:
                 for _ in range(attempts):
                     faults = {source.randrange(60): source.choice(FAULTS) for _ in range(source.choice((0, 0, 1, 2)))}
-                    world.start(source.choice((AUTO, AUTO, FRESH, CHANGED)), faults)
+                    world.start(source.choice((AUTO, AUTO, FRESH, CHANGED, OTHER)), faults)
                 while left := [actor for actor in world.actors if not actor.done]:
                     actor = source.choice(left)
                     world.run(actor, source.choice((1, 1, 2, 5, 20, 60)))

@@ -137,6 +137,21 @@ def test_lost_reply_of_a_lost_create(through: Any) -> None:
     assert stores[0].create("claim", b"mine") is False
 
 
+@pytest.mark.parametrize(("status", "code"), [(501, "NotImplemented"), (400, "InvalidArgument")])
+def test_a_store_that_does_not_know_if_match(through: Any, status: int, code: str) -> None:
+    """What was read is compared, and replaced without the condition."""
+
+    def rule(seen: Seen) -> None:
+        if seen.method == "PUT" and seen.headers.get("if-match"):
+            seen.refuse = (status, code)
+
+    store = through(rule)
+    store.write("latest", b"old")
+    assert store.replace("latest", b"new", expected=b"other") is False
+    assert store.replace("latest", b"new", expected=b"old") is True
+    assert store.read("latest") == b"new"
+
+
 @pytest.mark.parametrize("size", [1000, LARGE], ids=["small", "large"])
 def test_transfers_survive_an_unreliable_network(through: Any, tmp_path: Path, size: int) -> None:
     """Every third request fails, every fourth body ends early: the files still come back whole."""

@@ -158,6 +158,11 @@ def is_precondition_failed(error: aws.ClientError) -> bool:
     return error_code(error) in {"PreconditionFailed", "412", "InvalidRange", "416"}
 
 
+def is_not_implemented(error: aws.ClientError) -> bool:
+    """Whether the store does not know a header of the request, such as `If-Match`."""
+    return error_code(error) in {"NotImplemented", "InvalidArgument", "InvalidRequest"}
+
+
 def is_upload_lost(error: aws.ClientError) -> bool:
     """Whether the store no longer knows a multipart upload: aborted by a rule, or complete and its reply was lost."""
     return error_code(error) == "NoSuchUpload"

@@ -9,13 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError, FlexibleChecksumError
 
+from job.runtime.errors import StorageError
 from job.storage.base import Entry
 from job.storage.faults import DamagedError, MissingError
 from job.storage.s3.bucket import Bucket
 from job.storage.s3.checksum import upload_arguments
 from job.storage.s3.client import Connection
 from job.storage.s3.download import again_if_damaged, download
-from job.storage.s3.failures import Kind, classify, error_code, is_missing, is_precondition_failed
+from job.storage.s3.failures import (
+    Kind,
+    classify,
+    error_code,
+    in_words,
+    is_missing,
+    is_not_implemented,
+    is_precondition_failed,
+)
 from job.storage.s3.upload import upload
 from job.storage.uri import S3Address, checked_key
 
@@ -144,7 +153,13 @@ class S3Store:
 
         with _absent():
             found, etag = self._bucket.call("GetObject", name, act)
-            return found == expected and self._put_if(key, data, IfMatch=etag)
+            try:
+                return found == expected and self._put_if(key, data, IfMatch=etag)
+            except StorageError as error:
+                if not (isinstance(error.__cause__, ClientError) and is_not_implemented(error.__cause__)):
+                    raise
+                self.write(key, data)  # the store knows `If-None-Match` at most
+                return True
         return False
 
     def _put_if(self, key: str, data: bytes, **condition: str) -> bool:
@@ -198,7 +213,9 @@ class S3Store:
             self._bucket.call("CopyObject", name, act)
         except ClientError as error:
             if not is_missing(error):
-                raise
+                raise StorageError(
+                    f"{self.uri}/{key} could not be read or written: {in_words(error)}.", remedy="Check the bucket."
+                ) from error
             raise MissingError(f"{self.uri}/{key} does not exist any more.", remedy="Restore it.") from None
 
     def remove_unfinished(self, prefix: str) -> int:
