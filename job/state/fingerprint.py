@@ -98,8 +98,8 @@ def check(
         )
         raise ConfigError(
             f"Run {run_id} was started with other settings or contents.",
-            remedy="Restore the old ones, or set another TUNE_RUN_ID for the new ones; TUNE_RESUME=fresh archives the "
-            f"old run and starts over{allow}.",
+            remedy="Restore the old ones, or set another TUNE_RUN_ID for the new ones; TUNE_RESUME=fresh starts "
+            f"this run over{allow}.",
             problems=[f"{name} was {before[name]!r}, is {now[name]!r}" for name in rejected],
         )
     return changed

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import structlog
 
 from job.runtime.errors import ConfigError, StorageError
 from job.state import json_object
@@ -16,14 +15,7 @@ from tests.state.walk import AUTO, DONE, FRESH, OTHER, RUN, Kind, Memory, Object
 COMMITS = f"{RUN}/checkpoints/commits/"
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    """No pauses and no log lines."""
-    config = structlog.get_config()
-    monkeypatch.setattr(json_object, "PAUSE_SECONDS", 0.0)
-    walk.quiet()
-    yield
-    structlog.configure(**config)
+pytestmark = pytest.mark.usefixtures("quiet_walk")
 
 
 @pytest.fixture

@@ -4,26 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
-import structlog
 
 from job.runtime.errors import FencedError, StorageError
 from job.runtime.hashing import hashes
-from job.state import checkpoints, json_object
+from job.state import checkpoints
 from job.state.attempts import Attempts
 from job.state.ledger import Ledger
 from job.state.record import Record
 from tests.state import walk
 from tests.state.walk import AUTO, CHANGED, FRESH, RUN, STEPS, Kind, Memory, Walk, WrongError
 
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    """No pauses and no log lines."""
-    config = structlog.get_config()
-    monkeypatch.setattr(json_object, "PAUSE_SECONDS", 0.0)
-    walk.quiet()
-    yield
-    structlog.configure(**config)
+pytestmark = pytest.mark.usefixtures("quiet_walk")
 
 
 @pytest.mark.parametrize("second", [AUTO, FRESH, CHANGED], ids=lambda kind: kind.name)
