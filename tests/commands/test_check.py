@@ -92,13 +92,12 @@ def settings(place: dict, **changed) -> dict:
 
 
 def test_good_data(place, tmp_path):
-    """Good settings and data give 0 in under ten seconds for a thousand rows; counts, lengths and estimate are told,
-    nothing is written to the output, and the weights are not downloaded."""
+    """Good settings and data give 0; counts, lengths and estimate are reported, nothing is written to the output,
+    and the weights are not downloaded."""
     before = keys(place["bucket"])
     page = tmp_path / "page.html"
     checked = check(tmp_path, "--report", str(page), **settings(place))
     assert checked.code == 0, checked.found["problems"]
-    assert checked.cpu_seconds < 10
     found = checked.found
     assert (found["problems"], found["output"]["conditional_writes"]) == ([], True)
     assert found["files"][0]["rows"] == 1000 == found["train"]["rows"] + found["evaluation"]["rows"]
@@ -112,6 +111,12 @@ def test_good_data(place, tmp_path):
     assert weights
     original = boto3.client("s3").get_object(Bucket=place["bucket"], Key=f"model/{weights[0].name}")["Body"].read()
     assert weights[0].stat().st_size == len(original)
+
+
+@pytest.mark.full  # how long it takes depends on the machine, which others may share
+def test_a_thousand_rows_are_checked_in_ten_seconds(place, tmp_path):
+    """Most of it is spent on imports; the clock would count the waiting for other processes, too."""
+    assert check(tmp_path, **settings(place)).cpu_seconds < 10
 
 
 def test_large_weights_are_not_downloaded(place, tiny_model, tmp_path):
