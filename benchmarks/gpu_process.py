@@ -37,7 +37,7 @@ SMOOTHED = 20
 
 @dataclass(kw_only=True)
 class Ended:
-    """A process that ended. The job tells by its log, the scripts by their side.json."""
+    """A process that ended. The job says it in its log, the scripts by their side.json."""
 
     code: int
     began: float
@@ -99,7 +99,7 @@ class Ended:
 
     def was_fed(self, tokens: Sequence[int]) -> bool:
         """Whether it trained on so many tokens in each step, so that rows and order are those of the other sides. The
-        job tells only a running mean."""
+        job reports only a running mean."""
         if self.said is not None:
             passes, cut = self.said["pass_tokens"], self.said["accumulation"]
             return [sum(passes[at : at + cut]) for at in range(0, len(tokens) * cut, cut)] == list(tokens)

@@ -2,7 +2,7 @@
 
 A Llama shape of 1B parameters (random weights), 4-bit, padding-free batches, with and without dropout. For each: one
 run that nothing disturbs; one that is killed (SIGKILL, all of it) after a checkpoint and some steps more; and its
-resume. Meanwhile another is told to stop (SIGTERM) while its first step compiles. Then a run whose adapter is so large
+resume. Meanwhile another is asked to stop (SIGTERM) while its first step compiles. Then a run whose adapter is so large
 that its checkpoints are gigabytes shows how long training waits for one.
 
 The runs of one stage share the card, so their speed means nothing; the last stage has it to itself.

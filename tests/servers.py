@@ -90,7 +90,7 @@ class Seen:
     number: int  # of its method, from 1
     refuse: tuple[int, str] | None = None  # an S3 error instead of an answer
     cut: bool = False  # the server acts, the client gets no reply
-    lose: bool = False  # the client is told that its write succeeded, and the server hears nothing
+    lose: bool = False  # the client gets a success, and the server hears nothing
     hang_seconds: float = 0.0
     flip: bool = False  # one byte of the body changes
     truncate: bool = False  # the connection ends in the middle of the body

@@ -392,7 +392,7 @@ def test_a_second_signal_ends_at_once(settings, tmp_path):
 
 
 def test_several_processes_are_refused(settings, tmp_path):
-    """A launcher that starts several ranks is told that this job is one process."""
+    """A launcher that starts several ranks hears that this job is one process."""
     ended = run(tmp_path, **settings, WORLD_SIZE=2, RANK=1)
     assert ended.code == 78
     assert ended.lines[-1]["rank"] == 1

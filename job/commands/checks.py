@@ -172,13 +172,13 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
 
 def _read_evaluation(checked: Checked, config: Config, pulled: Inputs) -> None:
     """The evaluation files alone, so that what is wrong with the training files hides nothing of them."""
-    told = {problem.error.message for problem in checked.problems}
+    already_said = {problem.error.message for problem in checked.problems}
     alone = dataclasses.replace(pulled, dataset=pulled.eval_dataset, eval_dataset=())
     with checked.collecting("evaluation dataset"):
         try:
             read(dataclasses.replace(config, eval_fraction=0.0), alone)
         except JobError as error:
-            if error.message not in told:  # where only these files are wrong, they were the reason already
+            if error.message not in already_said:  # where only these files are wrong, they were the reason already
                 raise
 
 

@@ -1,4 +1,4 @@
-"""`python -m job check`: a real process, real S3 over HTTP, a real small model; what is wrong is told with its code."""
+"""`python -m job check`: a real process, real S3 over HTTP, a real small model; each fault has its code."""
 
 import json
 import os
@@ -134,7 +134,7 @@ def test_large_weights_are_not_downloaded(place, tiny_model, tmp_path):
 
 
 def test_in_words(place, tmp_path):
-    """Without --json it tells the same in words on stdout, and nothing else. Neither torch nor Unsloth is imported:
+    """Without --json it says the same in words on stdout, and nothing else. Neither torch nor Unsloth is imported:
     that alone would take longer than the whole check."""
     done = execute(tmp_path, python=("-X", "importtime"), **settings(place))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -148,7 +148,7 @@ def test_in_words(place, tmp_path):
 
 
 def test_everything_at_once(place, tmp_path):
-    """Problems of the output, the model and the data are told together; the code is that of the first."""
+    """Problems of the output, the model and the data are reported together; the code is that of the first."""
     client = boto3.client("s3")
     client.put_object(Bucket=place["bucket"], Key="bad/b.jsonl", Body=(chat(1) + '{"messages": []}\n').encode())
     changed = {"dataset": f"s3://{place['bucket']}/bad/", "model": f"s3://{place['bucket']}/nothing"}
@@ -161,20 +161,20 @@ def test_everything_at_once(place, tmp_path):
 
 def test_training_and_evaluation_files(tiny_model, tmp_path):
     """What is wrong with training files hides neither the evaluation files' problems nor those of the settings; what is
-    wrong with the evaluation files alone is told once."""
+    wrong with the evaluation files alone is reported once."""
     good, bad, worse = (tmp_path / name for name in ("good.jsonl", "bad.jsonl", "worse.jsonl"))
     good.write_text(chat(1) + chat(2))
     bad.write_text(chat(1) + '{"messages": []}\n')
     worse.write_text(chat(1) + chat(2) + '{"messages": "no"}\n')
-    told = {"model": tiny_model, "output": tmp_path / "runs", "max_length": 256, "lora_targets": "q_proj,wq"}
-    checked = check(tmp_path, dataset=bad, eval_dataset=worse, **told)
+    named = {"model": tiny_model, "output": tmp_path / "runs", "max_length": 256, "lora_targets": "q_proj,wq"}
+    checked = check(tmp_path, dataset=bad, eval_dataset=worse, **named)
     kinds = [problem["check"] for problem in checked.found["problems"]]
     assert (kinds, checked.code) == (["model", "dataset", "evaluation dataset"], 78)
     assert "bad.jsonl:2" in checked.problem("dataset")["message"]
     assert "worse.jsonl:3" in checked.problem("evaluation dataset")["message"]
     assert "wq, which match no linear layer" in checked.problem("model")["message"]
     assert "q_proj" in checked.problem("model")["remedy"]
-    checked = check(tmp_path, dataset=good, eval_dataset=worse, **told | {"lora_targets": "q_proj"})
+    checked = check(tmp_path, dataset=good, eval_dataset=worse, **named | {"lora_targets": "q_proj"})
     assert [problem["check"] for problem in checked.found["problems"]] == ["dataset"]
     assert "worse.jsonl:3" in checked.problem("dataset")["message"]
 
@@ -308,7 +308,7 @@ def test_bad_arguments(tmp_path):
 
 
 def test_a_page_that_cannot_be_written(rows, tmp_path):
-    """A page that cannot be written is told, and the object on stdout is whole anyway."""
+    """A page that cannot be written is reported, and the object on stdout is whole anyway."""
     nowhere = tmp_path / "nowhere"
     checked = check(tmp_path, "--report", str(nowhere / "r"), model=nowhere, dataset=rows, output=tmp_path / "o")
     assert checked.code == 65

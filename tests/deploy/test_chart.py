@@ -207,7 +207,7 @@ def test_long_names_do_not_collide():
 
 @pytest.mark.parametrize(("keep", "annotations"), [(False, None), (True, {"helm.sh/resource-policy": "keep"})])
 def test_keep_on_upgrade(keep, annotations):
-    """keepOnUpgrade tells Helm to leave the Job alone."""
+    """With keepOnUpgrade Helm leaves the Job alone."""
     assert only(render(values(keepOnUpgrade=keep)), "Job")["metadata"].get("annotations") == annotations
 
 

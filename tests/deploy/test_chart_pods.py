@@ -54,7 +54,7 @@ def test_job_defaults():
     ],
 )
 def test_grace(more, pod, job):
-    """The job is told what the platform really leaves, and never more than the pod asks for."""
+    """The job gets the time that the platform really leaves, and never more than the pod asks for."""
     objects = render(values(**more))
     assert job_spec(objects)["template"]["spec"]["terminationGracePeriodSeconds"] == pod
     assert environment(objects)["TUNE_GRACE_SECONDS"] == job
@@ -81,7 +81,7 @@ def test_spot_nodes(provider, label, taint):
 
 
 def test_without_a_gpu():
-    """Without a GPU the pod asks for none, is told to use the CPU, and sees none by accident."""
+    """Without a GPU the pod asks for none, is set to use the CPU, and sees none by accident."""
     objects = render(values(gpu={"count": 0}))
     spec = job_spec(objects)["template"]["spec"]
     assert "nvidia.com/gpu" not in spec["containers"][0]["resources"]["limits"]
@@ -270,5 +270,5 @@ def test_notes_name_the_next_commands(more):
 
 
 def test_oldest_cluster_is_declared():
-    """The chart tells Helm that it needs the Kubernetes version from which on its objects are validated."""
+    """The chart states the Kubernetes version from which on its objects are validated."""
     assert ">={}.{}.0-0".format(*manifests.OLDEST) == manifests.chart().metadata["kubeVersion"]

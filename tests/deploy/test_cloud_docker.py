@@ -1,4 +1,4 @@
-"""cloud/docker: the loop around a container, run with a program in docker's place that ends as it is told."""
+"""cloud/docker: the loop around a container, run with a program in docker's place that ends as the test says."""
 
 import os
 import shutil

@@ -141,7 +141,7 @@ def test_how_it_is_confined(yard):
 
 
 def test_no_gpu(yard, measured):
-    """A container without a GPU refuses to train on its CPU unless told to, within seconds, and says what to do."""
+    """A container without a GPU refuses to train on its CPU unless configured to, within seconds, and says how."""
     started = time.monotonic()
     container = yard.start(**{**DEMO, "TUNE_DEVICE": "cuda"})
     assert container.wait() == 78
@@ -191,7 +191,7 @@ def test_sigterm_and_resume(yard, undisturbed, measured):
 
 
 def test_second_signal(yard):
-    """A container whose first process is told twice ends at once, with 75."""
+    """A container whose first process gets the signal twice ends at once, with 75."""
     container = yard.start(**{**DEMO, "TUNE_RUN_ID": "twice"})
     container.until("run_started")
     container.signal(signal.SIGTERM)

@@ -2,7 +2,7 @@
 
     python -m tests.faults.soak --runs 200 [--seed 7] [--workers 2] [--out summary.json]
 
-Each run gets one to four disturbed attempts, one after the other: killed, told to stop, frozen (and woken when the run
+Each run gets one to four disturbed attempts, one after the other: killed, asked to stop, frozen (and woken when the run
 is over), their uploader killed, their store refusing, cutting and truncating, a file of their newest checkpoint
 damaged; then one that nothing disturbs. The seed is printed, and repeats the choices, though not the exact moments.
 """

@@ -34,10 +34,10 @@ def test_every_end_leaves_its_message(bench, message, code, kind, variables, hoo
     bench.start(bench.name("message"), hooks=[["termination_log", str(message)], *hooks], **variables).ends(code)
     data = message.read_bytes()
     assert len(data) < 4096
-    told = json.loads(data)
-    assert (told["kind"], told["exit_code"]) == (kind, code)
-    assert told["message"]
-    assert told["remedy"]
+    written = json.loads(data)
+    assert (written["kind"], written["exit_code"]) == (kind, code)
+    assert written["message"]
+    assert written["remedy"]
 
 
 def test_the_third_failure_says_that_it_is_permanent(bench, message):

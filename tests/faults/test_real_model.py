@@ -20,7 +20,7 @@ def smollm2(tmp_path_factory):
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 def test_kill_and_stop_with_a_real_model(bench, smollm2):
-    """SmolLM2, 4-bit with dropout, killed, then told to stop, then left alone, ends with the adapter and losses of an
+    """SmolLM2, 4-bit with dropout, killed, then asked to stop, then left alone, ends with the adapter and losses of an
     undisturbed run; no checkpoint makes training wait for a second."""
     orders = ROOT / "examples/orders"
     variables = {

@@ -115,7 +115,7 @@ def test_denied_from_the_start(bench):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_throttled(bench, seed):
-    """Seven of ten requests are told to slow down, though none more than twice in a row: the run takes longer."""
+    """Seven of ten requests get 'slow down', though none more than twice in a row: the run takes longer."""
     run_id, chance, row, lock = bench.name("slow"), random.Random(seed), Counter(), threading.Lock()
 
     def throttle(seen):
@@ -188,7 +188,7 @@ def test_a_token_expires(bench):
 
 
 def test_deletes_are_denied(bench):
-    """Whoever may not delete keeps all checkpoints, is told so once, and loses nothing."""
+    """Whoever may not delete keeps all checkpoints, is warned once, and loses nothing."""
     run_id = bench.name("keep")
     with through(bench, Fault(on=r"DELETE|POST .*\?delete", act=NO_ENTRY)) as url:
         job = bench.start(run_id, endpoint=url, hooks=SLOW).ends(0)

@@ -116,7 +116,7 @@ def test_unreachable(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_offline(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user who is offline gets what the cache holds, or is told at once that it holds nothing."""
+    """A user who is offline gets what the cache holds, or hears at once that it holds nothing."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(StorageError, match="HF_HUB_OFFLINE"):
         fetch_model("org/model", tmp_path)

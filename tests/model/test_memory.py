@@ -91,7 +91,7 @@ def test_a_warm_up_as_long_as_the_run_is_rejected():
 
 
 def test_the_shape_by_tensors_and_by_configuration_is_the_same(tiny_model):
-    """Of a Llama, the headers of the weights and config.json tell the same linear layers."""
+    """Of a Llama, the headers of the weights and config.json give the same linear layers."""
     base = inspect(tiny_model, name="m")
     by_tensors, by_config = shape.of(base), shape._of_config(base.config, base)
     assert by_tensors == by_config

@@ -232,7 +232,7 @@ class CallbackHandler:
 
 @pytest.mark.process
 def test_a_process_is_changed_from_outside(tmp_path):
-    """The fraction waits for the card's first use, what is told of memory is less, and trainers get a callback more.
+    """The fraction waits for the card's first use, less memory is reported, and trainers get a callback more.
 
     A card and transformers' trainer, which takes ten seconds to import, are stood in for.
     """
@@ -256,7 +256,7 @@ print(queued.count("set_fraction"), torch.cuda.mem_get_info(0), [type(one).__nam
 
 
 def test_what_a_process_left_is_read(tmp_path):
-    """The job's log and a script's side.json tell the same: ends of steps, losses, tokens, the settings said last."""
+    """The job's log and a script's side.json give the same: ends of steps, losses, tokens, the settings said last."""
     stamps = ["2026-11-22T10:00:10.500000Z", "2026-11-22T10:00:12.000000Z"]
     lines = [
         {"event": "model_loaded", "plan": {"micro_batch": 8, "accumulation": 1}},

@@ -40,7 +40,7 @@ NEED_NO_ENTRY = {
 EVENTS_WITHOUT_ENTRY = {"run_failed": "not a warning: the page begins with it"}
 
 
-def told(said: messages.Said, quotes: list[str]) -> bool:
+def quoted(said: messages.Said, quotes: list[str]) -> bool:
     key = f"{said.where.rpartition(':')[0]}: {said.text}"
     return key in NEED_NO_ENTRY or any(messages.says(quote, said.text) for quote in quotes)
 
@@ -55,8 +55,8 @@ def test_every_message_quoted_is_in_the_source():
 def test_every_error_has_an_entry():
     """Every error that a run can end with, and every problem that is part of one, is quoted on the page."""
     quotes = documents.quotes(TEXT)
-    untold = [said for said in messages.errors() if not told(said, quotes)]
-    assert [(said.where, said.text.replace(messages.HOLE, messages.ELLIPSIS)) for said in untold] == []
+    unquoted = [said for said in messages.errors() if not quoted(said, quotes)]
+    assert [(said.where, said.text.replace(messages.HOLE, messages.ELLIPSIS)) for said in unquoted] == []
 
 
 def test_nothing_is_excused_that_does_not_exist():

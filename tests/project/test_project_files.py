@@ -33,7 +33,7 @@ PUBLIC = sorted(
         *(path for folder in ("helm", "k8s", "benchmarks", ".github") for path in (ROOT / folder).rglob("*.md")),
         *GITHUB.rglob("*.yml"),
     }
-    - {ROOT / "CHANGELOG.md"}  # which also tells of what was
+    - {ROOT / "CHANGELOG.md"}  # which also names what was
 )
 SOURCE = "\n".join(
     path.read_text() for path in [*(ROOT / "job").rglob("*.py"), ROOT / "pyproject.toml", ROOT / "Dockerfile"]

@@ -15,7 +15,7 @@ SIGNED = (
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         pytest.param("https://user:pass@host:9000/a", "https://***@host:9000/a", id="user and password"),
         pytest.param("https://tok@host", "https://***@host", id="a token as the user"),
@@ -51,10 +51,10 @@ SIGNED = (
         ),
     ],
 )
-def test_addresses_are_shown_without_secrets(text, told):
+def test_addresses_are_shown_without_secrets(text, expected):
     """Users, passwords and signatures become ***; hosts, paths and the names of parameters stay, and once is enough."""
-    assert shown(text) == told
-    assert shown(told) == told
+    assert shown(text) == expected
+    assert shown(expected) == expected
 
 
 @pytest.mark.parametrize(

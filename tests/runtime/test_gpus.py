@@ -55,7 +55,7 @@ def said(directory, code):
 
 @COMPILER
 def test_nvml_names_the_cards(tmp_path):
-    """Driver, names, kinds and memory come from NVML; memory that it does not tell is unknown."""
+    """Driver, names, kinds and memory come from NVML; memory that it does not report is unknown."""
     library(tmp_path / "libnvidia-ml.so.1", NVML % {"init": 0})
     found = json.loads(said(tmp_path, FIND))
     assert found == ["580.82.07", ["NVIDIA H100"] * 2, ["NVIDIA H100 sm_90"], [80 << 30, None]]

@@ -83,7 +83,7 @@ def test_missing_bucket(s3_env):
 
 
 def test_bad_endpoint(tmp_path, s3_env):
-    """An endpoint without a scheme is a mistake in the configuration, and is told with the way to write it."""
+    """An endpoint without a scheme is a mistake in the configuration, and the message shows the right form."""
     code, _, failed = _preflight(TUNE_OUTPUT=f"s3://{s3_env}/runs", AWS_ENDPOINT_URL_S3="minio:9000")
     assert code == 78
     assert "minio:9000" in failed["message"]
@@ -111,7 +111,7 @@ def test_bad_configuration():
 
 @pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="this machine has a GPU")
 def test_everything_wrong_with_the_machine_at_once(tmp_path):
-    """No GPU and no place to write are told in one go, each with its remedy."""
+    """No GPU and no place to write are reported together, each with its remedy."""
     (tmp_path / "file").touch()
     code, _, failed = _preflight(TUNE_OUTPUT=tmp_path, TUNE_DEVICE="cuda", TMPDIR=tmp_path / "file")
     assert code == 78

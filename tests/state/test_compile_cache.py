@@ -408,13 +408,13 @@ def test_a_store_that_comes_late_is_left_as_it_is(s3_env, machine, monkeypatch, 
         assert restored(late) == {}
     compiled(late, a=b"1", b=b"2")
     assert len(kept(uri)) == 1
-    (told,) = events(logged, "compile_cache_not_saved")
-    assert told["reason"] == "the archives could not be listed at the start"
+    (event,) = events(logged, "compile_cache_not_saved")
+    assert event["reason"] == "the archives could not be listed at the start"
 
 
 @pytest.fixture
 def silent():
-    """A server that takes connections, tells of the first, and never answers."""
+    """A server that takes connections, reports the first, and never answers."""
     called = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -433,7 +433,7 @@ def silent():
 
 @pytest.mark.parametrize("answers", ["refused", "silent", "no bucket"])
 def test_a_store_that_is_down_costs_seconds(answers, silent, s3_env, machine, monkeypatch, logged):
-    """Unreachable, silent or no bucket: the run continues within the patience, and is told so at both ends."""
+    """Unreachable, silent or no bucket: the run continues within the patience, and a warning says so at both ends."""
     for name in ("PATIENCE_SECONDS", "STORE_PATIENCE_SECONDS", "SAVING_PATIENCE_SECONDS", "LAST_SECONDS"):
         monkeypatch.setattr(compile_cache, name, 0.4)
     uri = f"s3://{s3_env}/kept"

@@ -165,7 +165,7 @@ def test_unsafe_keys_are_refused(key: str, tmp_path: Path) -> None:
 
 
 def test_create_once(conditional: Store) -> None:
-    """The first creator wins, the second is told, the content stays the first's; after a delete it starts over."""
+    """The first creator wins, the second learns of it, the content stays the first's; after a delete it starts over."""
     assert conditional.create("claims/1", b"first") is True
     assert conditional.create("claims/1", b"second") is False
     assert conditional.create("claims/1", b"first") is False

@@ -112,7 +112,7 @@ def test_hang_is_noticed(through: Any) -> None:
 
 
 def test_lost_reply_of_own_create(through: Any) -> None:
-    """When the reply of a successful create is lost and the retry is told that the key exists, that is a success."""
+    """When the reply of a successful create is lost and the retry hears that the key exists, that is a success."""
 
     def rule(seen: Seen) -> None:
         seen.cut = seen.method == "PUT" and seen.number == 1

@@ -1,4 +1,4 @@
-"""A checkpoint for which there is no room, told from other errors by their cause."""
+"""A checkpoint for which there is no room, distinguished from other errors by the cause."""
 
 import contextlib
 import errno

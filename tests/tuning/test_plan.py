@@ -53,7 +53,7 @@ def ordered(config=None, shape=ONE_B, *, rate=FAST, graphs=True, device=None):
 
 
 def kind(candidate) -> tuple[int, str]:
-    """What a candidate is told apart by where there are no graphs."""
+    """What distinguishes candidates where there are no graphs."""
     return candidate.pass_config.micro_batch, candidate.pass_config.gradient_checkpointing
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint for which there is no room on the disk: how that is told from other errors, and what is done then."""
+"""A checkpoint for which there is no room on the disk: how it is recognised, and what is done then."""
 
 from __future__ import annotations
 

@@ -252,7 +252,7 @@ def test_the_real_smollm2_gets_its_real_eos() -> None:
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(st.sampled_from("ab \n\t1é日🙂न्\u0301<|im_end|>.,'"), max_size=40))
 def test_offsets_that_are_counted_are_those_of_the_library(name: str, text: str) -> None:
-    """Byte-level tokenizers: bytes of tokens added up tell the same places, whatever characters tokens are torn in."""
+    """Byte-level tokenizers: bytes of tokens added up give the same places, whatever characters tokens are torn in."""
     found = model_templates.tokenizer(name)
     backend = found.hf.backend_tokenizer
     (encoded,) = found.encode_batch([text])
