@@ -98,6 +98,7 @@ class Seen:
     after: Callable[[], None] = field(default=lambda: None)  # runs when the server has acted, before the reply
     reset: bool = False  # the connection is reset, and the server hears nothing
     drip_seconds: float = 0.0  # between one eighth of the body and the next
+    without: str = ""  # a header that the reply lacks, in lower case
 
 
 Rule = Callable[[Seen], None]
@@ -180,6 +181,7 @@ class _Passing(BaseHTTPRequestHandler):
 
     def _pass_on(self, seen: Seen, body: bytes) -> None:
         status, headers, content = _forward(self.server.upstream, self, body)
+        headers = [(name, value) for name, value in headers if name.lower() != seen.without]
         seen.after()
         if seen.cut:
             self.close_connection = True

@@ -151,6 +151,20 @@ def test_vanished_object_is_named(store: Store, tmp_path: Path) -> None:
         store.download(entry, tmp_path / "target")
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_copy(store: Store, tmp_path: Path, large: bool) -> None:
+    """The copy has all bytes and replaces what was there; without a source there is an error that names it."""
+    source = _large(tmp_path / "source") if large else tmp_path / "source"
+    if not large:
+        source.write_bytes(b"content")
+    store.upload(source, "results/file")
+    store.write("file", b"older")
+    store.copy("results/file", "file")
+    assert store.read("file") == source.read_bytes() == store.read("results/file")
+    with pytest.raises(MissingError, match="gone-file"):
+        store.copy("gone-file", "file")
+
+
 @pytest.mark.parametrize("key", ["../a", "a/../b", "/a", "a//b", "a\\b", "a\0b", "", ".", "a/"])
 def test_unsafe_keys_are_refused(key: str, tmp_path: Path) -> None:
     """A key that could leave the directory it belongs to is refused wherever it appears."""

@@ -88,6 +88,20 @@ def test_patience_ends(through: Any) -> None:
     assert store.uri.split("/")[2] in str(caught.value)
 
 
+def test_no_etags(through: Any) -> None:
+    """A store that names no ETags copies, and an object of the expected content is replaced."""
+
+    def rule(seen: Seen) -> None:
+        seen.without = "etag"
+
+    store = through(rule)
+    store.write("key", b"data")
+    store.copy("key", "copy")
+    assert store.replace("copy", b"new", expected=b"other") is False
+    assert store.replace("copy", b"new", expected=b"data") is True
+    assert (store.read("key"), store.read("copy")) == (b"data", b"new")
+
+
 def test_unreachable(s3_env: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is not there is an outage, not a missing object."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")

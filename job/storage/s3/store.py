@@ -13,7 +13,7 @@ from job.runtime.errors import StorageError
 from job.storage.base import Entry
 from job.storage.faults import DamagedError, MissingError
 from job.storage.s3.bucket import Bucket
-from job.storage.s3.checksum import upload_arguments
+from job.storage.s3.checksum import upload_algorithm, upload_arguments
 from job.storage.s3.client import Connection
 from job.storage.s3.download import again_if_damaged, download
 from job.storage.s3.failures import (
@@ -30,6 +30,8 @@ from job.storage.uri import S3Address, checked_key
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+_COPIED_IN_ONE_REQUEST = 5 << 30  # bytes; S3's limit for CopyObject
 
 
 class S3Store:
@@ -149,12 +151,17 @@ class S3Store:
 
         def act(client: S3Client) -> tuple[bytes, str]:
             reply = client.get_object(Bucket=self._bucket.name, Key=name)
-            return reply["Body"].read(), reply["ETag"]
+            return reply["Body"].read(), reply.get("ETag", "")
 
         with _absent():
             found, etag = self._bucket.call("GetObject", name, act)
+            if found != expected:
+                return False
+            if not etag:  # nothing that a condition could name
+                self.write(key, data)
+                return True
             try:
-                return found == expected and self._put_if(key, data, IfMatch=etag)
+                return self._put_if(key, data, IfMatch=etag)
             except StorageError as error:
                 if not (isinstance(error.__cause__, ClientError) and is_not_implemented(error.__cause__)):
                     raise
@@ -202,12 +209,17 @@ class S3Store:
             )
 
     def copy(self, key: str, target: str) -> None:
-        """See `Store.copy`. The server copies; boto3 does so in parts where the object is large."""
-        source = {"Bucket": self._bucket.name, "Key": self._key(key)}
+        """See `Store.copy`. The server copies, in parts where the object is too large for one request."""
+        source: Any = {"Bucket": self._bucket.name, "Key": self._key(key)}
         name = self._key(target)
 
         def act(client: S3Client) -> None:
-            client.copy(source, self._bucket.name, name)  # type: ignore[arg-type]
+            if client.head_object(**source)["ContentLength"] <= _COPIED_IN_ONE_REQUEST:
+                algorithm = upload_algorithm(client)
+                extra: Any = {"ChecksumAlgorithm": algorithm} if algorithm else {}
+                client.copy_object(CopySource=source, Bucket=self._bucket.name, Key=name, **extra)
+            else:
+                client.copy(source, self._bucket.name, name)  # needs an ETag, which not every store gives
 
         try:
             self._bucket.call("CopyObject", name, act)
