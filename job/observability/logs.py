@@ -268,7 +268,7 @@ class _Handler(logging.Handler):
 
 def _capture() -> None:
     """Let everything that is written to the file descriptors 1 and 2 go through the pump."""
-    with contextlib.suppress(OSError):  # without a pipe, lines go to stdout as they are
+    with contextlib.suppress(OSError, RuntimeError):  # without a pipe or a thread, lines go to stdout as they are
         _state.pump = LogPump(_facts)
         faulthandler.enable(file=_state.pump.stderr)  # raw, and straight to the real stderr
 
@@ -278,7 +278,6 @@ def _inform_pump() -> None:
         _state.pump.control()
 
 
-def _facts() -> str:
+def _facts() -> dict[str, Any]:
     """What the pump needs to know."""
-    facts = {"context": redact(_state.context), "secrets": _state.redactor.forms, "plain": _state.plain}
-    return json.dumps(facts, default=words)
+    return {"context": redact(_state.context), "secrets": _state.redactor.forms, "plain": _state.plain}

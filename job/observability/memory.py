@@ -138,14 +138,13 @@ class Machine:
 
 
 def container() -> Group | None:
-    """The nearest control group above this process that has a limit; None if only the machine limits it."""
+    """The control group of this process, or one above it, with the lowest limit: memory runs out there first. Of equal
+    ones it is the nearest; None if only the machine limits it."""
     machine = Machine().read()
-    for group in _groups():
-        usage = group.read()
-        # Without a limit, v1 shows a number that is larger than any machine.
-        if usage and not (machine and usage.limit_bytes >= machine.limit_bytes):
-            return group
-    return None
+    limits = [(group, usage.limit_bytes) for group in _groups() if (usage := group.read())]
+    # Without a limit, v1 shows a number that is larger than any machine.
+    limits = [(group, limit) for group, limit in limits if not (machine and limit >= machine.limit_bytes)]
+    return min(limits, key=lambda found: found[1])[0] if limits else None
 
 
 def container_limit() -> int | None:

@@ -50,6 +50,17 @@ def test_the_nearest_limit(kernel, tmp_path, line, directory, version):
 
 
 @pytest.mark.parametrize(
+    ("outer", "found"), [(GIB // 2, "user.slice"), (GIB, "user.slice/job"), (2 * GIB, "user.slice/job")]
+)
+def test_the_lowest_limit(kernel, tmp_path, outer, found):
+    """Of several limits the lowest counts, wherever it is; of equal ones the nearest."""
+    kernel("0::/user.slice/job")
+    ControlGroup(directory=tmp_path / "cgroup/user.slice", limit=outer).show(0.5)
+    ControlGroup(directory=tmp_path / "cgroup/user.slice/job").show(0.25)
+    assert memory.container().directory == tmp_path / "cgroup" / found
+
+
+@pytest.mark.parametrize(
     ("limit", "version"), [("max", 2), (9223372036854771712, 1), (8 * GIB, 2), ("", 2), ("a lot", 1)]
 )
 def test_no_limit(kernel, tmp_path, limit, version):

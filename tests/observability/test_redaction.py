@@ -1,11 +1,13 @@
 """Secrets vanish from texts; numbers, keys and JSON stay whole, whatever the environment holds."""
 
+import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
 import pytest
 
@@ -55,6 +57,15 @@ def secrets(monkeypatch):
         ("DB_PASSWORD_2", True),
         ("AZURE_CREDENTIAL", True),
         ("WEBHOOK_SIGNATURE", True),
+        ("DB_PASS", True),
+        ("GITHUB_PAT", True),
+        ("MY_JWT", True),
+        ("PASSWORD2", True),
+        ("SSH_KEY_BASE64", True),
+        ("GOOGLE_APPLICATION_CREDENTIALS_JSON", True),
+        ("AWS_BEARER_TOKEN_BEDROCK", True),
+        ("DOCKER_AUTH_CONFIG", True),
+        ("COMPASS", False),
         ("PUBLIC_KEY", False),
         ("MY_API_KEY", True),
         ("MAX_TOKENS", False),
@@ -179,7 +190,7 @@ def test_records_of_failures_hold_no_secret(tmp_path, secrets):
     ],
 )
 def test_a_secret_is_found_however_it_is_quoted(text):
-    """As it is, as JSON writes it, as Python shows it in a message, and as an address holds it."""
+    """As it is, as JSON writes it, as Python shows it in a message, as an address holds it, and in base64."""
     redact = Redactor(frozenset({text}))
     for form in (
         text,
@@ -187,6 +198,10 @@ def test_a_secret_is_found_however_it_is_quoted(text):
         json.dumps(text, ensure_ascii=False),
         f"x={text!r}.",
         f"?a={quote(text, safe='')}",
+        f"?a={quote(text)}",
+        f"?a={quote_plus(text)}",
+        "?a=" + re.sub("%..", lambda found: found[0].lower(), quote(text, safe="")),
+        f"Authorization: Basic {base64.b64encode(text.encode()).decode()}",
     ):
         assert text not in redact.text(form)
         assert "***" in redact.text(form)
