@@ -89,7 +89,7 @@ class _Loop:
             evaluated=evaluator.evaluated,
             evaluate_every=every,
             save=self.save,
-            save_every=config.checkpoint_steps or math.ceil(steps / SAVES),
+            save_every=min(config.checkpoint_steps or steps, math.ceil(steps / SAVES)),
             save_minutes=config.checkpoint_minutes,
             worth_saving=self.worth_saving,
             poll=self.uploader.check,
