@@ -317,9 +317,7 @@ REJECTED = {
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(
-    "command", [["train"], ["check"], ["check", "--json"], ["env"], ["https://u:planted-pw14@host"]]
-)
+@pytest.mark.parametrize("command", [["train"], ["check", "--json"], ["env"], ["https://u:planted-pw14@host"]])
 def test_rejected_values_show_no_credentials(tmp_path, command):
     """Whatever is wrong with a value, and wherever it is shown, its passwords and signatures are not."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TUNE_")}
