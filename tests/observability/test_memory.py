@@ -165,7 +165,8 @@ def test_the_peak_is_that_of_this_process():
     first, with_launcher, after, at_the_end = map(int, done.stdout.split())
     assert first < 300 << 20
     assert with_launcher > 400 << 20
-    assert at_the_end == after >= first + (60 << 20)
+    assert after >= first + (60 << 20)
+    assert at_the_end == pytest.approx(after, rel=0.05)  # the kernel's own count is not exact
 
 
 def test_the_peak_where_the_kernel_does_not_show_it(kernel, tmp_path):
