@@ -1,7 +1,6 @@
 """One input tried against one target: what came of it that should not have."""
 
 import hashlib
-import json
 import shutil
 import signal
 import sys
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
+import zstandard
 from hypothesis import strategies as st
 
 from job.runtime.errors import JobError
@@ -40,7 +40,7 @@ class TooSlow(BaseException):
     """An input took longer than `CPU_SECONDS`."""
 
 
-class Unexpected(Exception):
+class UnexpectedError(Exception):
     """What should not have come of an input.
 
     Args:
@@ -56,23 +56,23 @@ def check(target: Target, data: bytes, work: Path) -> None:
     """Run a target on an input.
 
     Raises:
-        Unexpected: it did not answer as it should.
+        UnexpectedError: it did not answer as it should.
     """
     directory = work / "input"
     directory.mkdir()
     try:
         with _bounded():
             target.run(data, directory)
-    except Unexpected:
+    except UnexpectedError:
         raise
     except JobError as error:
         if error.exit_code not in target.codes:
-            raise Unexpected(f"exit-{error.exit_code}-{origin_of(error)}", str(error)) from error
+            raise UnexpectedError(f"exit-{error.exit_code}-{origin_of(error)}", str(error)) from error
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         if not isinstance(error, target.errors):
-            raise Unexpected(origin_of(error), f"{error}"[:500]) from error
+            raise UnexpectedError(origin_of(error), f"{error}"[:500]) from error
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -118,11 +118,22 @@ def _keep(_: object, __: str, event: structlog.typing.EventDict) -> structlog.ty
     raise structlog.DropEvent
 
 
-def file_name(target: str, origin: str, data: bytes) -> str:
-    """The name of a finding's file."""
-    return f"{target}--{origin}--{hashlib.sha256(data).hexdigest()[:8]}"
+class Input(bytes):
+    """An input, which hypothesis does not show whole."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} bytes>"
 
 
-def line(**facts: object) -> str:
-    """One line of JSON."""
-    return json.dumps(facts)
+def keep(directory: Path, target: str, origin: str, data: bytes) -> Path:
+    """Write a finding, compressed, to a file whose name says what it shows."""
+    path = directory / f"{target}--{origin}--{hashlib.sha256(data).hexdigest()[:8]}.zst"
+    path.write_bytes(zstandard.ZstdCompressor(level=19).compress(data))
+    return path
+
+
+def kept(directory: Path) -> Iterator[tuple[Path, str, str, bytes]]:
+    """Each finding's file, target, origin and input."""
+    for path in sorted(directory.glob("*--*--*.zst")):
+        target, origin, _ = path.name.split("--")
+        yield path, target, origin, zstandard.ZstdDecompressor().decompressobj().decompress(path.read_bytes())

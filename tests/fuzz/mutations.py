@@ -1,6 +1,7 @@
-"""Bytes that are nearly right: seeds that were cut, doubled, flipped, and JSON with strange values in strange places."""
+"""Bytes that are nearly right: seeds that were cut, doubled and flipped, and JSON with strange values in it."""
 
 import copy
+import functools
 import gzip
 import json
 from collections.abc import Callable, Sequence
@@ -66,7 +67,9 @@ def places(value: Any, path: tuple[Any, ...] = (), depth: int = 5) -> list[tuple
     if depth and isinstance(value, dict):
         found += [place for key in list(value)[:40] for place in places(value[key], (*path, key), depth - 1)]
     elif depth and isinstance(value, list):
-        found += [place for index in range(min(3, len(value))) for place in places(value[index], (*path, index), depth - 1)]
+        found += [
+            place for index in range(min(3, len(value))) for place in places(value[index], (*path, index), depth - 1)
+        ]
     return found
 
 
@@ -107,6 +110,12 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@functools.cache
+def bomb(kind: str, how: str) -> bytes:
+    """Millions of empty lines, or one line that is longer than any may be."""
+    return COMPRESSIONS[kind](b"\n" * (4 << 20) if how == "bomb" else b" " * (80 << 20))
+
+
 @st.composite
 def compressed(draw: st.DrawFn, inner: st.SearchStrategy[bytes], kind: str) -> bytes:
     """Compressed, or half of it, or changed afterwards, or twice, or a bomb."""
@@ -118,5 +127,5 @@ def compressed(draw: st.DrawFn, inner: st.SearchStrategy[bytes], kind: str) -> b
     if how == "twice":
         return pack(data)
     if how in ("bomb", "line"):
-        return data + pack((b"\n" if how == "bomb" else b" ") * (100 << 20))
+        return data + bomb(kind, how)
     return data

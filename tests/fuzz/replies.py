@@ -13,31 +13,48 @@ from tests.fuzz.harness import CONFIG, DATA, Target
 from tests.fuzz.mutations import BYTES, changed
 from tests.servers import ACCESS_KEY, SECRET_KEY
 
-LISTING = b"""<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>b</Name><Prefix>p/</Prefix>
-<KeyCount>1</KeyCount><IsTruncated>false</IsTruncated><Contents><Key>p/a</Key><Size>3</Size><ETag>"e"</ETag>
+LISTING = b"""<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>b</Name>
+<Prefix>p/</Prefix><KeyCount>1</KeyCount><IsTruncated>false</IsTruncated><Contents><Key>p/a</Key><Size>3</Size><ETag>"e"</ETag>
 <LastModified>2026-11-28T00:00:00Z</LastModified></Contents></ListBucketResult>"""
 ERROR = b'<?xml version="1.0"?><Error><Code>%s</Code><Message>m</Message></Error>'
 CODES = [
-    b"NoSuchKey", b"NoSuchBucket", b"AccessDenied", b"SlowDown", b"InternalError", b"PreconditionFailed", b"NotImplemented",
+    b"NoSuchKey", b"NoSuchBucket", b"AccessDenied", b"SlowDown", b"InternalError", b"PreconditionFailed",
+    b"NotImplemented",
     b"RequestTimeTooSkewed", b"InvalidAccessKeyId", b"SignatureDoesNotMatch", b"ExpiredToken", b"QuotaExceeded",
     b"InvalidObjectState", b"PermanentRedirect", b"XAmzContentSHA256Mismatch", b"MalformedXML", b"Strange",
 ]  # fmt: skip
 STATUS = [200, 204, 206, 301, 304, 307, 400, 403, 404, 405, 409, 411, 412, 416, 429, 500, 501, 503, 599, 999]
 HEADERS = [
-    b"ETag: \"e\"", b"ETag: ", b"Content-Type: application/xml", b"Content-Type: text/html", b"x-amz-request-id: 1",
-    b"x-amz-version-id: null", b"x-amz-checksum-crc32: AAAAAA==", b"x-amz-checksum-crc32: !", b"x-amz-checksum-sha256: x",
+    b'ETag: "e"', b"ETag: ", b"Content-Type: application/xml", b"Content-Type: text/html", b"x-amz-request-id: 1",
+    b"x-amz-version-id: null", b"x-amz-checksum-crc32: AAAAAA==", b"x-amz-checksum-crc32: !",
+    b"x-amz-checksum-sha256: x",
     b"Content-Range: bytes 0-2/3", b"Content-Range: bytes 9-2/x", b"Location: http://127.0.0.1:1/", b"Location: ://",
-    b"Retry-After: 99999", b"Retry-After: x", b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", b"Date: yesterday",
+    b"Retry-After: 99999", b"Retry-After: x", b"Transfer-Encoding: chunked", b"Content-Encoding: gzip",
+    b"Date: yesterday",
     b"x-amz-storage-class: GLACIER", b"x-amz-bucket-region: eu-west-9", b"Last-Modified: x", b"x: " + b"y" * 70_000,
 ]  # fmt: skip
 BODIES = [LISTING, b"", b"abc", b"<html>login</html>", b"<", b'{"message": "no"}', *(ERROR % code for code in CODES)]
 XML_WORDS = [
-    b"<Size>-1</Size>", b"<Size>x</Size>", b"<Size>", b"<Key>../a</Key>", b"<Key></Key>", b"<Key>p/</Key>", b"&lt;", b"&x;",
+    b"<Size>-1</Size>", b"<Size>x</Size>", b"<Size>", b"<Key>../a</Key>", b"<Key></Key>", b"<Key>p/</Key>", b"&lt;",
+    b"&x;",
     b"<IsTruncated>true</IsTruncated>", b"<Contents/>", b"<Contents></Contents>", b'<!DOCTYPE x [<!ENTITY a "b">]>',
-    b"<Size>99999999999999999999999</Size>", b"<LastModified>x</LastModified>", b"\xff", b"<EncodingType>url</EncodingType>",
+    b"<Size>99999999999999999999999</Size>", b"<LastModified>x</LastModified>", b"\xff",
+    b"<EncodingType>url</EncodingType>",
     b"<NextContinuationToken></NextContinuationToken>", b"<CommonPrefixes><Prefix>p/x/</Prefix></CommonPrefixes>",
 ]  # fmt: skip
-METHODS = ("list", "names", "head", "read", "read_start", "write", "create", "replace", "download", "delete", "unfinished")
+METHODS = (
+    "list",
+    "names",
+    "head",
+    "read",
+    "read_start",
+    "write",
+    "create",
+    "replace",
+    "download",
+    "delete",
+    "unfinished",
+)
 
 
 @st.composite
