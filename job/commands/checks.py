@@ -28,7 +28,7 @@ from job.model.memory import Estimate
 from job.observability import logs, termination
 from job.report import build
 from job.report.page import Page
-from job.runtime import errors, libraries, process
+from job.runtime import errors, libraries, process, signals
 from job.runtime.errors import AccessDeniedError, ConfigError, InterruptedError, JobError, StopRequested, StorageError  # noqa: A004
 from job.runtime.libraries import LibrarySettings
 from job.stages import preflight
@@ -95,14 +95,22 @@ class Checked:
         try:
             yield
         except StopRequested as stop:
-            if not (self.problems and isinstance(self.problems[-1].error, InterruptedError)):  # checks may be nested
-                ended = InterruptedError(f"{stop.signal_name} asked the run to stop.", remedy="Start it again.")
-                self.problems.append(Problem(check=check, error=ended))
+            self._stopped(check, stop.signal_name)
             raise
         except Exception as error:
+            if name := signals.asked():  # a library caught `StopRequested` and made an error of it
+                self._stopped(check, name)
+                raise StopRequested(name) from error
             if errors.known(error) is None:
                 log.exception("check_failed", check=check)
             self.problems.append(Problem(check=check, error=errors.as_job_error(error)))
+
+    def _stopped(self, check: str, signal_name: str) -> None:
+        """Note once that a signal ended the check: checks may be nested."""
+        signals.acknowledge()
+        if not any(isinstance(problem.error, InterruptedError) for problem in self.problems):
+            ended = InterruptedError(f"{signal_name} asked the run to stop.", remedy="Start it again.")
+            self.problems.append(Problem(check=check, error=ended))
 
     @property
     def exit_code(self) -> int:

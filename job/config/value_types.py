@@ -43,12 +43,16 @@ class _Names(fields.Field[Any]):
         return tuple(self._inner.deserialize(part, attr, data, **kwargs) for part in parts)
 
 
-def integer(minimum: int, maximum: int | None = None) -> Kind:
+MOST = 1_000_000_000
+"""No setting that counts something can be larger: libraries keep such numbers in 32 bits."""
+
+
+def integer(minimum: int, maximum: int = MOST) -> Kind:
     """A whole number within bounds."""
     return Kind(
         field=fields.Integer(validate=validate.Range(min=minimum, max=maximum)),
-        rule=f"a whole number, at least {minimum}" + (f" and at most {maximum}" if maximum is not None else ""),
-        schema={"type": "integer", "minimum": minimum} | ({"maximum": maximum} if maximum is not None else {}),
+        rule=f"a whole number, at least {minimum} and at most {maximum}",
+        schema={"type": "integer", "minimum": minimum, "maximum": maximum},
     )
 
 
@@ -57,7 +61,7 @@ def number(minimum: float, maximum: float | None = None, *, exclusive: bool = Fa
     low = f"above {minimum:g}" if exclusive else f"at least {minimum:g}"
     return Kind(
         field=fields.Float(validate=validate.Range(min=minimum, max=maximum, min_inclusive=not exclusive)),
-        rule=f"a number, {low}" + (f" and at most {maximum:g}" if maximum is not None else ""),
+        rule=f"a number, {low}" + (f" and at most {maximum:.10g}" if maximum is not None else ""),
         schema={"type": "number", ("exclusiveMinimum" if exclusive else "minimum"): minimum}
         | ({"maximum": maximum} if maximum is not None else {}),
     )

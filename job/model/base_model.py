@@ -21,9 +21,6 @@ MULTIMODAL = ("vision_config", "audio_config", "vision_tower", "audio_token_id",
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 COPY_AGAIN = "Copy the model to TUNE_MODEL again."
-# Learning rates that work for LoRA by model size in parameters (upper bound, rate); above the last, 5e-5.
-RATES = ((7e9, 2e-4), (13e9, 1e-4))
-RATE_ABOVE = 5e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +47,6 @@ class BaseModel:
         """Whether it may have layers with linear attention, by the names in its configuration
         (`linear_num_key_heads`, or `linear_attention` among the `layer_types`)."""
         return "linear_" in json.dumps(self.config)
-
-    def learning_rate(self) -> float:
-        """The usual LoRA learning rate for a model of this size."""
-        return next((rate for bound, rate in RATES if self.parameters <= bound), RATE_ABOVE)
 
 
 def inspect(path: Path, *, name: str) -> BaseModel:

@@ -17,6 +17,7 @@ from typing import Any
 
 import structlog
 
+from job.observability.json_text import encoded
 from job.runtime.errors import ConfigError, DataError, JobError, PermanentError
 from job.runtime.hashing import hashes
 from job.state.json_object import LAYOUT
@@ -168,9 +169,7 @@ def _note_damage(ledger: Ledger, entry: Entry, error: DataError) -> None:
     """Write a note for people. Nothing reads it: if the transfer was damaged, the object itself may be intact."""
     body = {"layout": LAYOUT, "commit": entry.number, "attempt": ledger.attempt, "reason": error.message}
     with contextlib.suppress(JobError):
-        ledger.store.write(
-            f"{ledger.run_id}/checkpoints/damaged/{entry.number:06d}.json", json.dumps(body, indent=1).encode()
-        )
+        ledger.store.write(f"{ledger.run_id}/checkpoints/damaged/{entry.number:06d}.json", encoded(body, indent=1))
 
 
 def prune(store: Store, *, run_id: str, attempts: range, kept: Iterable[str]) -> int:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from job.observability.json_text import encoded
 from job.runtime.errors import StorageError
 from job.storage.base import Store, create
 from job.storage.faults import DamagedError
@@ -23,7 +24,7 @@ PAUSE_SECONDS = 0.2
 
 def encode(body: dict[str, Any]) -> bytes:
     """The object with its layout first: indented UTF-8. Values that JSON does not have become text."""
-    return (json.dumps({"layout": LAYOUT, **body}, indent=2, ensure_ascii=False, default=str) + "\n").encode()
+    return encoded({"layout": LAYOUT, **body}, indent=2) + b"\n"
 
 
 def now() -> str:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import structlog
 
+from job.observability.json_text import encoded
 from job.runtime.errors import ConfigError, FencedError, StorageError
 from job.state.json_object import LAYOUT, decode, put, read
 from job.storage.base import Store
@@ -169,7 +170,7 @@ class Ledger:
         nonce = nonce or uuid.uuid4().hex
         body = {"layout": LAYOUT, "kind": kind, "attempt": self.attempt, "owner": self.owner, "life": self.life}
         body |= {"nonce": nonce, **facts}
-        data = json.dumps(body, indent=1, default=str).encode()
+        data = encoded(body, indent=1)
         for number in range(self.last + 1, self.last + 1 + TRIES):
             if self._take(number, data):
                 self.last = number

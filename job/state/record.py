@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 
 from job.observability import logs
+from job.observability.json_text import encoded
 from job.runtime import libraries
 from job.runtime.errors import AccessDeniedError, ConfigError, StorageError
 from job.state.json_object import decode, encode, put
@@ -104,7 +105,7 @@ class Record:
         """Add a line to the history that becomes `metrics.jsonl`."""
         entry = {**entry, "attempt": self.attempt}
         self._history.append(entry)
-        self._lines.append(json.dumps(logs.redact_data(entry), ensure_ascii=False, default=str).encode() + b"\n")
+        self._lines.append(encoded(logs.redact_data(entry)) + b"\n")
 
     def resume(self, history: bytes) -> None:
         """Continue the history of a checkpoint."""

@@ -33,6 +33,24 @@ class Checked:
         return next(problem for problem in self.found["problems"] if problem["check"] == check)
 
 
+STOPPED = """
+import os, runpy, signal, sys, time
+from job.commands import checks
+swallows = sys.argv[1] == "swallows"
+def stopped(*_, **__):
+    os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        time.sleep(20)
+    except BaseException as error:
+        if swallows:
+            raise RuntimeError("a library's own error") from error
+        raise
+checks.read = stopped
+sys.argv = ["job", "check", "--json"]
+runpy.run_module("job", run_name="__main__", alter_sys=True)
+"""
+
+
 def execute(tmp_path, *arguments, python=(), **variables):
     """`python -m job check` in the present environment."""
     named = {(name if name.isupper() else f"TUNE_{name.upper()}"): str(value) for name, value in variables.items()}
@@ -315,3 +333,22 @@ def test_a_page_that_cannot_be_written(rows, tmp_path):
     problem = checked.problem("report")
     assert (problem["exit_code"], checked.found["report"]) == (78, None)
     assert f"cannot be written to {nowhere / 'r'}: No such file or directory" in problem["message"]
+
+
+@pytest.mark.parametrize("library", ["passes it on", "swallows"])
+def test_a_signal_is_said_once(tiny_model, rows, tmp_path, library):
+    """SIGTERM ends a check with 75 and is one problem: in nested checks, and where a library makes an error of it."""
+    settings = {"TUNE_MODEL": str(tiny_model), "TUNE_DATASET": str(rows), "TUNE_OUTPUT": str(tmp_path / "out")}
+    settings["TUNE_MAX_LENGTH"] = "128"
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, library],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path), **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (line,) = done.stdout.splitlines()
+    problems = json.loads(line)["problems"]
+    assert [(problem["kind"], problem["check"]) for problem in problems] == [("interrupted", "dataset")], done.stderr
+    assert done.returncode == 75
