@@ -144,15 +144,9 @@ def _rename(base: str, right: str, wrong: str, within: str) -> str:
 
 def _contents(head: bytes, suffix: str) -> Contents | None:
     """What the file contains; None if nothing speaks against the suffix."""
-    for pattern, contents in _MARKS:
-        if re.match(pattern, head, re.DOTALL):
-            return contents
-    if not_text := _not_text(head):
-        return not_text
     text = head.removeprefix(BOM).lstrip()
-    for pattern, contents in _TEXTS:
-        if re.match(pattern, text):
-            return contents
+    if known := _matching(_MARKS, head) or _not_text(head) or _matching(_TEXTS, text):
+        return known
     if suffix in CODECS:
         return Contents(what="text")
     if re.match(rb'\[?\s*\{\s*["}]', text):
@@ -161,6 +155,10 @@ def _contents(head: bytes, suffix: str) -> Contents | None:
     if suffix == ".parquet":
         return Contents(what="text", remedy="Upload the file again, or rename it to what it is.")
     return _other_than_json(text) if suffix in JSON else None
+
+
+def _matching(kinds: tuple[tuple[bytes, Contents], ...], head: bytes) -> Contents | None:
+    return next((contents for pattern, contents in kinds if re.match(pattern, head, re.DOTALL)), None)
 
 
 def _not_text(head: bytes) -> Contents | None:
