@@ -10,6 +10,7 @@ SQLite's file format, NEP 1, POSIX pax), the first bytes that `file` knows (magi
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ def _not_text(head: bytes) -> Contents | None:
     if not head.strip(b"\0"):
         return Contents(what="nothing but zero bytes", remedy="Upload the file again: it was not written completely.")
     controls = len(head) - len(head.translate(None, _CONTROLS))
-    if any(zeros) or controls > max(len(head) // 20, 4):
+    if any(zeros) or (controls > len(head) // 20 and not _is_utf8(head)):
         return Contents(what="binary data of an unknown kind", remedy=UPLOAD)
     return None
 
@@ -185,6 +186,14 @@ def _other_than_json(text: bytes) -> Contents | None:
     if re.match(_HEADER, text) and not _is_json(first):
         return Contents(what="a table of cells", suffix=".tsv" if b"\t" in first else ".csv")
     return None
+
+
+def _is_utf8(head: bytes) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut off
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _is_json(line: bytes) -> bool:
