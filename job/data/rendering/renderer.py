@@ -37,7 +37,9 @@ Overlong = Literal["truncate", "drop", "fail"]
 MAX_CHARACTERS = 8_000_000
 """Of one text. It is tokenised as a whole even if most of it is cut off, since lengths are those of whole sequences; a
 character then takes about 350 bytes."""
-NOTHING_LEARNED = LearnedTokens(tokens=(), roles=())
+NOTHING_LEARNED = LearnedTokens(tokens=(), roles=(), cut=False)
+CUT = "characters that no learned token covers"
+"""In words, as `job.data.rendering.losses` has them: at an answer's ends."""
 MARKED = ("messages", "sharegpt")
 """Formats whose untrained turns are marked one by one; those of a conversational `prompt` follow from the column."""
 
@@ -215,8 +217,10 @@ class Renderer:
         ids, learned = encoding.ids, learned_tokens(encoding, piece, self.weights)
         if text.example.text is not None and self._lacks_eos(piece.text):
             ids = [*ids, self.tokenizer.eos_token_id]
-            learned = LearnedTokens(tokens=((1, len(ids)),), roles=("assistant",)) if len(ids) > 1 else NOTHING_LEARNED
+            tokens = ((1, len(ids)),)
+            learned = LearnedTokens(tokens=tokens, roles=("assistant",), cut=False) if len(ids) > 1 else NOTHING_LEARNED
         truncation = self._truncation(text, part, encoding, learned, len(ids))
+        answers_cut = learned.cut and text.example.text is None and self.train_on != "all"
         return Rendered(
             input_ids=ids[: truncation.keep] if truncation.keep < len(ids) else ids,
             source=text.example.source,
@@ -229,7 +233,8 @@ class Renderer:
             part=part,
             parts=len(text.pieces),
             header_differs=piece.header_differs,
-            not_rendered=piece.not_rendered,
+            not_rendered=piece.losses.not_rendered,
+            lost=(*piece.losses.of_answers, CUT) if answers_cut else piece.losses.of_answers,
             role_weights=self.weights if self.weighted else None,
         )
 

@@ -332,9 +332,9 @@ def test_no_secret_is_ever_shown(before: str, secret: str, after: str) -> None:
     assert core not in masking.masked(text)
     scan = scanned([talk("How do I log in?", text)])
     with capture_logs() as logs:
-        prepare.judge(scan, quality="warn")
+        prepare.judge(scan.findings, rows=scan.rows, quality="warn")
     with pytest.raises(DataError) as caught:
-        prepare.judge(scan, quality="fail")
+        prepare.judge(scan.findings, rows=scan.rows, quality="fail")
     assert core not in f"{scan.findings} {logs} {caught.value}"
     assert "secrets" in {line["code"] for line in logs}
 
@@ -394,7 +394,7 @@ def test_fail_names_everything_that_was_found(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [talk("Who is it?", ""), talk("Who?", "me@acme-mail.com it is"), *normal()])
     facts = prepare.read(config(), pulled(path))
     with pytest.raises(DataError, match=r"grave: empty_answers\.") as caught:
-        prepare.judge(facts.scan, quality="fail")
+        prepare.judge(facts.scan.findings, rows=facts.scan.rows, quality="fail")
     assert "empty_answers: 1 of 62 rows (1.6%) " in caught.value.message
     assert "email_addresses: 1 of 62 rows" in caught.value.message
     assert "First: a.jsonl:1. " in caught.value.message
@@ -407,7 +407,7 @@ def test_warn_says_each_finding_once(tmp_path: Path, quality: str, events: list[
     path = write(tmp_path / "a.jsonl", [talk("Who is it?", ""), talk("Who?", "me@acme-mail.com it is"), *normal()])
     found = scan_of(path, quality=quality)
     with capture_logs() as logs:
-        prepare.judge(found, quality=quality)
+        prepare.judge(found.findings, rows=found.rows, quality=quality)
     assert [line["event"] for line in logs] == events
     assert all(line.keys() >= {"code", "count", "first", "message", "remedy"} for line in logs)
 
