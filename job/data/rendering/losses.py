@@ -97,7 +97,7 @@ def _is_spaced_otherwise(answer: LearnedAnswer) -> bool:
 
 def _lost(answers: Sequence[LearnedAnswer]) -> Iterator[str]:
     for answer in answers:
-        content, calls = answer.turn.content.strip(), answer.turn.tool_calls
+        content, calls = answer.turn.content.strip(), answer.turn.message().get("tool_calls", ())
         if content and (kind := _kind(content, answer.text)):
             yield "text next to a tool call" if calls and not TAG.search(content) else kind
         reasoning = _as_answer(answer.turn.reasoning_content)

@@ -176,9 +176,13 @@ class _Conversation:
         """Raise RefusedError if the template leaves out a tool call of one of the first `count` turns."""
         for index, turn in enumerate(self.turns[:count]):
             for call in turn.tool_calls:
-                found, name = self.answer(index), str((call.get("function") or call).get("name"))
-                if name not in found.text[found.span.start : found.span.end]:
+                found, function = self.answer(index), call.get("function") or call
+                name, arguments = str(function.get("name")), function.get("arguments")
+                said = found.text[found.span.start : found.span.end]
+                if name not in said:
                     raise RefusedError(f"it does not print the tool call `{shown(name)}` of turn {index + 1}")
+                if arguments and isinstance(arguments, dict) and repr(arguments) in said:
+                    raise RefusedError(f"it prints the arguments of `{shown(name)}`, turn {index + 1}, as Python does")
             if len(turn.tool_calls) > 1 and self._ignores_last_call(index):
                 raise RefusedError(f"it prints only some of the {len(turn.tool_calls)} tool calls of turn {index + 1}")
 
