@@ -111,17 +111,15 @@ def _kind(said: str, text: str) -> str:
     """What a text lacks of what is said, in words; empty if nothing but white space that separates nothing."""
     if said in text or _is_json_printed(said, text):
         return ""
-    if "".join(said.split()) in "".join(text.split()):
-        return "" if _is_subsequence(said, text) else "white space inside the text"
+    squeezed, at = "".join(said.split()), "".join(text.split()).find("".join(said.split()))
+    if at >= 0:
+        places = [place for place, character in enumerate(text) if not character.isspace()]
+        rest = iter(text[places[at] : places[at + len(squeezed) - 1] + 1])
+        more_space_only = all(character in rest for character in said)  # in their order
+        return "" if more_space_only else "white space inside the text"
     tags = (tag for tag in TAG.findall(said) if tag not in text)
     tag = next(tags, "") or next(iter(TAG.findall(said)), "")
-    return f"text with `{tag}`" if tag else "text"
-
-
-def _is_subsequence(said: str, text: str) -> bool:
-    """Whether all characters of a text are in another, in their order."""
-    rest = iter(text)
-    return all(character in rest for character in said)
+    return f"text with `{tag.replace('/', '', 1)}`" if tag else "text"
 
 
 def _is_json_printed(said: str, text: str) -> bool:

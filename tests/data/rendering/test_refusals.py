@@ -99,26 +99,21 @@ def refusal(found: Tokenizer, row: Example, **options: Any) -> RowError:
     return caught.value
 
 
-def test_a_reason_about_tools_needs_tools() -> None:
-    """A row without tools, calls and results is never refused because of them."""
-    thinking = (
-        "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}"
-        "{% endif %}{{ m.content }}"
-    )
-    turns = (Turn(role="user", content="a"), Turn(role="assistant", content="22", reasoning_content="17 + 3 is 20."))
-    error = refusal(template(thinking, "<think>\n\n</think>\n\n"), called(turns=turns, tools=()))
-    assert "tool" not in error.message + error.remedy
+THINKING = (
+    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+)
+THOUGHT = Turn(role="assistant", content="22", reasoning_content="17 + 3 is 20.")
+
+
+@pytest.mark.parametrize("before", [(), (Turn(role="system", content="Be brief."),)], ids=["alone", "system"])
+def test_a_reason_is_tried_against_the_test_that_failed(before: tuple[Turn, ...]) -> None:
+    """A row without tools, calls and results is never refused because of them, nor because of a system turn without
+    which it would be refused all the same."""
+    row = called(turns=(*before, Turn(role="user", content="a"), THOUGHT), tools=())
+    error = refusal(template(THINKING + "{{ m.content }}", "<think>\n\n</think>\n\n"), row)
+    assert not {"tool", "system"} & set((error.message + error.remedy).split())
     assert "it has no place for reasoning" in error.message
     assert error.remedy.startswith("Remove the reasoning")
-
-
-def test_a_reason_is_tried_against_the_test_that_failed() -> None:
-    """A change that the template renders, but that would be refused all the same, is not called the reason."""
-    odd = "{% if m.role == 'assistant' %}{{ loop.length }}{% endif %}{{ m.content }}"
-    text = f"{OPEN}{odd}{CLOSE}".replace("<|im_start|>assistant\n", "{{ messages | length }}")
-    turns = (Turn(role="system", content="Brief."), Turn(role="user", content="a"), Turn(role="assistant", content="b"))
-    error = refusal(wrap_tokenizer(tiny(), template_text=text, date=DATE), called(turns=turns, tools=()))
-    assert "system" not in error.message + error.remedy
 
 
 NO_SYSTEM = "{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
