@@ -168,7 +168,8 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
         data = render(config, inputs, checked.rows, directory=work)
         checked.rendered = Rendered(data=data)
         checked.rendered = Rendered(data=data, expected=build.expect(config, checked.base, data))
-        judge(data.losses(), rows=checked.rows.scan.rows, quality=config.quality)
+        with checked.collecting("quality"):
+            judge(data.losses(), rows=checked.rows.scan.rows, quality=config.quality)
 
 
 def _read_evaluation(checked: Checked, config: Config, pulled: Inputs) -> None:

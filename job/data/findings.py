@@ -57,6 +57,10 @@ TEXTS = {
         "{rows} contain characters that nobody typed ({kinds}).",
         "Read the source again in its own encoding (most often UTF-8), and remove what is not text.",
     ),
+    "embedded_media": (
+        "{rows} contain pictures or other media as base64 text.",
+        "Remove them: the model does not see a picture, and would learn to spell it.",
+    ),
     "secrets": (
         "{rows} contain what looks like a key, a token or a password, which the trained model can reveal.",
         "Remove it from the data, and revoke it if it is real.",

@@ -132,7 +132,7 @@ class ExampleStream:
             example = self._example(source, row, format_)
             if example and not self._invalid.total:
                 empty += _ends_empty(example)
-                unread.update(_unread(example))
+                unread.update(name for name in _unread(example) if name in unread or len(unread) < 10 * MOST_UNREAD)
                 yield example
         if not known:
             format_ = format_ if self._rows > before else ""

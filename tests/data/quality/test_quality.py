@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 import random
@@ -97,6 +98,7 @@ def found(examples: Iterable[Example], held_out: Iterable[Example] = ()) -> dict
 
 
 LONG = sentence(99, 80)
+PICTURE = f"data:image/png;base64,{base64.b64encode(bytes(range(250))).decode()}"
 TABLE = "| a | b |\n|---|---|\n" + "=" * 200 + "\n" + "-" * 120
 
 
@@ -127,6 +129,7 @@ TABLE = "| a | b |\n|---|---|\n" + "=" * 200 + "\n" + "-" * 120
         pytest.param("garbage", [talk("It isnâ€™t so", "It is so, I say")], [1], id="apostrophe"),
         pytest.param("garbage", [talk("NaÃ¯ve", "Ã–sterreich ist ein Land")], [1], id="capital umlaut"),  # noqa: RUF001
         pytest.param("garbage", [talk("Who?", "so it goes " + "a" * 160)], [1], id="one letter"),
+        pytest.param("embedded_media", [talk(f"What is on {PICTURE}?", "It is a heron")], [1], id="picture"),
         pytest.param("email_addresses", [talk("Who?", "Write to jane.doe@acme-mail.com please")], [1], id="address"),
         *(
             pytest.param("secrets", [talk("How do I log in?", f"You use {secret} for that")], [1], id=name)
