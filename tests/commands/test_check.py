@@ -290,7 +290,7 @@ def test_what_is_not_learned_and_not_read_is_said(tiny_model, tmp_path):
     named = {"model": tiny_model, "dataset": data, "output": tmp_path / "runs", "chat_template": template}
     named |= {"max_length": 256, "eval_fraction": 0, "quality": "fail"}
     checked = check(tmp_path, "--report", str(page), **named)
-    assert (checked.code, [problem["check"] for problem in checked.found["problems"]]) == (65, ["quality"])
+    assert (checked.code, {problem["check"] for problem in checked.found["problems"]}) == (65, {"quality"})
     (finding,) = [one for one in checked.found["findings"] if one["code"] == "answers_not_learned"]
     assert (finding["count"], finding["first"]) == (3, [f"{data}:{line}" for line in (1, 2, 3)])
     assert checked.found["files"][0]["unread"] == {"source": 3, "messages[].score": 3}
