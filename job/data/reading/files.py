@@ -104,10 +104,11 @@ def read_rows(name: str, path: Path) -> Iterator[Row]:
 @contextmanager
 def _opened(name: str, path: Path, kind: FileType) -> Iterator[io.BufferedReader]:
     """Decompress as a stream. Arrow's readers, unlike zstandard's, notice a file that was cut off."""
-    with path.open("rb", buffering=BUFFER) as stored:
+    with path.open("rb", buffering=BUFFER) as opened:
+        stored = cast("io.BufferedReader", opened)
         check_contents(name, stored.peek(HEAD)[:HEAD], kind.compression or kind.type)
         if not kind.compression:
-            yield cast("io.BufferedReader", stored)
+            yield stored
             return
         stream = io.BufferedReader(pa.CompressedInputStream(stored, CODECS[kind.compression]), BUFFER)
         check_contents(name, stream.peek(HEAD)[:HEAD], kind.type, within=kind.compression)

@@ -54,7 +54,7 @@ CHECKED = frozenset({*UNDESIRED, *EXCLUDED, *WEIGHTS, *MASKED})
 """Columns that are followed if they hold a number or a boolean."""
 CONVERSATIONS = ("messages", "sharegpt")
 RENAME = "Remove these rows, or rename the column if it means something else."
-NONE = (None, "", [], {}, False)
+NONE: tuple[Any, ...] = (None, "", [], {}, False)
 
 
 def learned_mark(message: JsonObject, where: str) -> bool | None:
