@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from job.data.examples import JsonObject
 from job.data.reading.fields import Fields, InvalidError, quoted, value_of
