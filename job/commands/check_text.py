@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from job.report.page import shown_bytes
+from job.report.page import shown_bytes, unread_names
 
 Facts = Mapping[str, Any]
 VERDICTS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 SKIPPED = 5
 """Files left out that are named."""
+UNREAD = 12
+"""Columns and keys without effect that are named."""
 WIDTH = 110
 """Where the output is not a terminal."""
 
@@ -22,7 +24,7 @@ WIDTH = 110
 def show(facts: Facts, stdout: TextIO) -> None:
     """Print the summary; `facts` as `job.commands.check` gives them to programs."""
     console = Console(file=stdout, highlight=False, soft_wrap=True, width=None if stdout.isatty() else WIDTH)
-    for part in (_data, _estimate, _findings, _problems):
+    for part in (_data, _unread, _estimate, _findings, _problems):
         part(facts, console)
     if facts["report"]:
         console.print(f"Report: {escape(facts['report'])}")
@@ -59,6 +61,14 @@ def _data(facts: Facts, console: Console) -> None:
     )
     for note in facts["tokenizer_notes"]:
         console.print(f"[yellow]tokenizer[/]   {escape(note)}")
+
+
+def _unread(facts: Facts, console: Console) -> None:
+    """Columns and keys that have no effect: what a person may have meant to be read."""
+    names = [f"{name} ({count:,})" for name, count in unread_names(facts["files"]).items()]
+    if names:
+        more = f" and {len(names) - UNREAD:,} more" if len(names) > UNREAD else ""
+        console.print(f"not read    {escape(', '.join(names[:UNREAD]) + more)}: in so many rows, without effect")
 
 
 def _held_out(facts: Facts) -> str:

@@ -166,7 +166,7 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
         if inputs.dataset:
             checked.rows = read(config, inputs)
             with checked.collecting("quality"):
-                judge(checked.rows.scan, quality=config.quality)
+                judge(checked.rows.scan.findings, rows=checked.rows.scan.rows, quality=config.quality)
     if inputs.eval_dataset and not checked.rows:
         _read_evaluation(checked, config, inputs)
     if not (checked.base and checked.rows):
@@ -176,6 +176,8 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
         data = render(config, inputs, checked.rows, directory=work)
         checked.rendered = Rendered(data=data)
         checked.rendered = Rendered(data=data, expected=build.expect(config, checked.base, data))
+        with checked.collecting("quality"):
+            judge(data.losses(), rows=checked.rows.scan.rows, quality=config.quality)
 
 
 def _read_evaluation(checked: Checked, config: Config, pulled: Inputs) -> None:

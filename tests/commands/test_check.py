@@ -1,5 +1,6 @@
 """`python -m job check`: a real process, real S3 over HTTP, a real small model; each fault has its code."""
 
+import io
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import boto3
 import pytest
 
+from job.commands.check_text import show
 from job.config.schema import Config
 from job.inputs.pull import Sources, listing
 from tests.hub_server import serve_hub
@@ -290,6 +292,30 @@ def test_files_left_out_are_named(tiny_model, rows, tmp_path):
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("left out")]
     assert "notes.docx" in line
     assert "notes.docx" in page.read_text()
+
+
+def test_what_is_not_learned_and_not_read_is_said(tiny_model, tmp_path):
+    """A template that drops reasoning from answers, and keys that nothing reads, are in JSON, in words and on the page;
+    under TUNE_QUALITY=fail the run would end with 65."""
+    said = {"role": "assistant", "content": "<think>\n17 + 3 is 20, 2 more is 22.\n</think>\n\n22", "score": 1}
+    data, template, page = tmp_path / "a.jsonl", tmp_path / "t.jinja", tmp_path / "page.html"
+    row = {"messages": [{"role": "user", "content": "What is 17 + 5?"}, said], "source": "exam"}
+    data.write_text(f"{json.dumps(row)}\n" * 3)
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    named = {"model": tiny_model, "dataset": data, "output": tmp_path / "runs", "chat_template": template}
+    named |= {"max_length": 256, "eval_fraction": 0, "quality": "fail"}
+    checked = check(tmp_path, "--report", str(page), **named)
+    assert (checked.code, {problem["check"] for problem in checked.found["problems"]}) == (65, {"quality"})
+    (finding,) = [one for one in checked.found["findings"] if one["code"] == "answers_not_learned"]
+    assert (finding["count"], finding["first"]) == (3, [f"{data}:{line}" for line in (1, 2, 3)])
+    assert checked.found["files"][0]["unread"] == {"source": 3, "messages[].score": 3}
+    assert "messages[].score (3)" in page.read_text()
+    words = io.StringIO()
+    show(checked.found, words)
+    assert "not read    source (3), messages[].score (3)" in words.getvalue()
 
 
 def test_a_model_on_the_hub(tiny_model, rows, tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def full(tmp_path, texts) -> Page:
     expected = expect(config, BASE_1B, data)
     made = check_page(config, data, expected, [])
     finding = Finding(code="odd", count=1, first=(f"{words}:1",), message=words, remedy=words)
-    facts = {"name": words, "format": words, "rows": 1, "bytes": 1, "sha256": "0" * 64}
+    facts = {"name": words, "format": words, "rows": 1, "bytes": 1, "sha256": "0" * 64, "unread": {words: 1}}
     return Page(
         title=words,
         state="complete",

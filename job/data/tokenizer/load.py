@@ -28,6 +28,8 @@ class Tokenizer(Encoder):
 
     blocks: Mapping[str, Template]
     """The text block for each format without roles."""
+    named: Mapping[str, Template]
+    """The tokenizer's other templates by name, such as `tool_use`, if its own are in effect."""
     end_of_turn_ids: tuple[int, ...]
     """The tokens that end an assistant turn; empty without a template, or if the template puts nothing there."""
     eos_token_id: int
@@ -147,7 +149,7 @@ def wrap_tokenizer(
     hf.backend_tokenizer.no_truncation()
     hf.backend_tokenizer.no_padding()
     hf.backend_tokenizer.encode_special_tokens = False
-    own = _own_template(hf)
+    own, others = _own_template(hf), _other_templates(hf) if chat_template == "tokenizer" and not template_text else {}
     notes = _correct_eos(hf, _template(hf, "tokenizer", own, date)) if own else ()
     chat = _chosen(hf, own, chat_template, template_text, date)
     end_ids = tuple(hf(chat.end_of_turn, add_special_tokens=False)["input_ids"]) if chat else ()
@@ -159,10 +161,11 @@ def wrap_tokenizer(
         hf=hf,
         chat=chat,
         blocks={name: _template(hf, name, bundled_template(name), date) for name in TEXT_BLOCKS},
+        named={name: _template(hf, name, text, date) for name, text in others.items()},
         bos_ids=_bos_ids(hf),
         end_of_turn_ids=end_ids,
         eos_token_id=hf.eos_token_id,
-        notes=(*notes, *_end_notes(chat, end_ids)),
+        notes=(*notes, *_end_notes(chat, end_ids), *_named_notes(others)),
     )
 
 
@@ -170,6 +173,25 @@ def _own_template(hf: Any) -> str | None:
     """The tokenizer's template; of several, the one called `default`, or the first."""
     own = hf.chat_template
     return own.get("default", next(iter(own.values()), None)) if isinstance(own, dict) else own
+
+
+def _other_templates(hf: Any) -> dict[str, str]:
+    """The templates besides that one, by name."""
+    named = hf.chat_template if isinstance(hf.chat_template, dict) else {}
+    usual = "default" if "default" in named else next(iter(named), "")
+    return {name: text for name, text in named.items() if name != usual}
+
+
+def _named_notes(others: Mapping[str, str]) -> tuple[str, ...]:
+    used = [name for name in others if name == "tool_use"]
+    unused = ", ".join(f"`{name}`" for name in others if name not in used)
+    return (
+        *(
+            "rows with tools are rendered by the tokenizer's template `tool_use`, all others by its usual one"
+            for _ in used
+        ),
+        *([f"the tokenizer's templates {unused} are not used"] if unused else []),
+    )
 
 
 def _chosen(hf: Any, own: str | None, chat_template: str, template_text: str | None, date: dt.date) -> Template | None:
