@@ -190,7 +190,8 @@ def _unread(example: Example) -> Iterable[str]:
     """What nothing reads of a row, each once; see `FileFacts.unread`."""
     if not any(turn.unread for turn in example.turns):
         return example.unread
-    return {*example.unread, *(f"{UNREAD_IN}.{key}" for turn in example.turns for key in turn.unread)}
+    in_messages = (f"{UNREAD_IN}.{key}" for turn in example.turns for key in turn.unread)
+    return dict.fromkeys((*example.unread, *in_messages))
 
 
 def _facts(source: Source, format_: str, count: int, empty: int, unread: Counter[str]) -> FileFacts:

@@ -136,9 +136,8 @@ def _joined(before: Turn, call: Turn, where: str) -> Turn:
             f"{where}the call and the assistant's turn before it are one answer, but only one of them is learned",
             remedy="Give both the same mark.",
         )
-    return replace(
-        before, tool_calls=(*before.tool_calls, *call.tool_calls), unread=tuple({*before.unread, *call.unread})
-    )
+    unread = tuple(dict.fromkeys((*before.unread, *call.unread)))
+    return replace(before, tool_calls=(*before.tool_calls, *call.tool_calls), unread=unread)
 
 
 def _openai_turn(message: JsonObject, where: str) -> tuple[Turn, bool]:
