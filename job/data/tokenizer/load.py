@@ -20,6 +20,7 @@ from job.data.tokenizer import settings
 from job.data.tokenizer.chat_template import TEXT_BLOCKS, RefusedError, Template, bundled_template
 from job.data.tokenizer.encoder import Encoder
 from job.data.tokenizer.file_check import Difference, check_embeddings, class_contradicts, find_difference, prepare
+from job.data.tokenizer.own_templates import notes_on, other_templates, own_template
 from job.data.tokenizer.trial import Trial
 from job.inputs import model_files
 from job.runtime.errors import DataError
@@ -133,8 +134,9 @@ def load_tokenizer(
         if difference is not None:
             hf = _of_file(difference, directory, name, trial)
             notes = (*notes, FILE_USED.format(settings.class_name(directory, name)))
-        own, variables = _own_template(hf), {**hf.special_tokens_map, "date_string": str(date)}
-        for text, what in ((own, f"chat template of {name}"), (template_text, "chat template `file`")):
+        own, variables = own_template(hf), {**hf.special_tokens_map, "date_string": str(date)}
+        others = ((text, f"chat template `{which}` of {name}") for which, text in other_templates(hf).items())
+        for text, what in ((own, f"chat template of {name}"), *others, (template_text, "chat template `file`")):
             if text:
                 trial.render(text, variables, what=what)
     found = wrap_tokenizer(hf, chat_template=chat_template, template_text=template_text, date=date)
@@ -213,7 +215,7 @@ def wrap_tokenizer(
             remedy="Convert it to a tokenizer.json.",
         )
     prepare(hf)
-    own, others = _own_template(hf), _other_templates(hf) if chat_template == "tokenizer" and not template_text else {}
+    own, others = own_template(hf), other_templates(hf) if chat_template == "tokenizer" and not template_text else {}
     notes = _correct_eos(hf, _template(hf, "tokenizer", own, date)) if own else ()
     chat = _chosen(hf, own, chat_template, template_text, date)
     end_ids = tuple(hf(chat.end_of_turn, add_special_tokens=False)["input_ids"]) if chat else ()
@@ -229,32 +231,7 @@ def wrap_tokenizer(
         bos_ids=_bos_ids(hf),
         end_of_turn_ids=end_ids,
         eos_token_id=hf.eos_token_id,
-        notes=(*notes, *_end_notes(chat, end_ids), *_named_notes(others)),
-    )
-
-
-def _own_template(hf: Any) -> str | None:
-    """The tokenizer's template; of several, the one called `default`, or the first."""
-    own = hf.chat_template
-    return own.get("default", next(iter(own.values()), None)) if isinstance(own, dict) else own
-
-
-def _other_templates(hf: Any) -> dict[str, str]:
-    """The templates besides that one, by name."""
-    named = hf.chat_template if isinstance(hf.chat_template, dict) else {}
-    usual = "default" if "default" in named else next(iter(named), "")
-    return {name: text for name, text in named.items() if name != usual}
-
-
-def _named_notes(others: Mapping[str, str]) -> tuple[str, ...]:
-    used = [name for name in others if name == "tool_use"]
-    unused = ", ".join(f"`{name}`" for name in others if name not in used)
-    return (
-        *(
-            "rows with tools are rendered by the tokenizer's template `tool_use`, all others by its usual one"
-            for _ in used
-        ),
-        *([f"the tokenizer's templates {unused} are not used"] if unused else []),
+        notes=(*notes, *_end_notes(chat, end_ids), *notes_on(others)),
     )
 
 
