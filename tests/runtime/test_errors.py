@@ -16,7 +16,8 @@ GIVEN = StorageError("message", remedy="remedy")
         pytest.param(RuntimeError("I/O error: No space left on device (os error 28)"), StorageError, id="in words"),
         pytest.param(PermissionError(errno.EACCES, "Permission denied"), AccessDeniedError, id="no access"),
         pytest.param(MemoryError(), PermanentError, id="no memory"),
-        pytest.param(OSError(errno.EIO, "Input/output error"), JobError, id="another error of the system"),
+        pytest.param(OSError(errno.EIO, "Input/output error"), StorageError, id="broken disk"),
+        pytest.param(OSError(errno.ENOENT, "No such file or directory"), JobError, id="another error of the system"),
         pytest.param(ValueError("a bug"), JobError, id="unexpected"),
     ],
 )
