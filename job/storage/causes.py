@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import enum
 import functools
+import re
 import socket
 import ssl
 from collections.abc import Callable, Iterable
@@ -20,6 +21,8 @@ from job.runtime.errors import AccessDeniedError, ConfigError, JobError, Storage
 
 E = TypeVar("E", bound=BaseException)
 LONGEST_REASON = 500
+_HEADER = re.compile(r"((?:Invalid|Illegal) header value).*")
+"""How http.client and h11 quote a header, which may hold a key and a signature."""
 
 
 class Patience(enum.Enum):
@@ -128,7 +131,7 @@ def find(table: Iterable[Cause], it: Evidence) -> Cause | None:
 def in_words(error: BaseException) -> str:
     """An error in one short line; what was sent is cut off."""
     text = " ".join(f"{type(error).__name__}: {words(error)}".split())
-    return shown(text.partition("Invalid header value")[0] or text)[:LONGEST_REASON]
+    return shown(_HEADER.sub(r"\1 (not shown)", text))[:LONGEST_REASON]
 
 
 def any_of(*kinds: type[BaseException]) -> Callable[[Evidence], bool]:
