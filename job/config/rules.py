@@ -45,7 +45,7 @@ def problems(config: Config) -> list[str]:
         )
     if config.run_id is not None and RESERVED.fullmatch(config.run_id):
         found.append(
-            f"TUNE_RUN_ID={config.run_id!r} is the name of an object that lies among the runs of an output. Use another."
+            f"TUNE_RUN_ID={config.run_id!r} is the name of an object that lies among an output's runs. Use another."
         )
     found += _doubled_columns(config.columns)
     found += role_weights.problems(config.role_weights, train_on=config.train_on, rows=config.format)

@@ -210,5 +210,5 @@ def check_ca() -> None:
     if path and not Path(path).is_file():
         raise ConfigError(
             f"{NAMES.ca}={path} is not a file.",
-            remedy=f"Correct it, mount the file, or unset it: it names trusted CAs in PEM.",
+            remedy="Correct it, mount the file, or unset it: it names trusted CAs in PEM.",
         )

@@ -84,14 +84,14 @@ def is_scratch(path: Path) -> bool:
     temporary = os.environ.get("TMPDIR")
     parent = Path(temporary or tempfile.gettempdir()).resolve()
     place = path.resolve()
-    own = parent / f"finetune-job-{os.getuid()}"
-    return place.is_relative_to(own) or (bool(temporary) and str(parent) not in SHARED and place.is_relative_to(parent))
+    private = bool(temporary) and str(parent) not in SHARED
+    return place.is_relative_to(parent if private else parent / f"finetune-job-{os.getuid()}")
 
 
 def expand_no_proxy() -> None:
     """Add to `NO_PROXY` the addresses of its ranges that a run may ask: stores and services for credentials.
 
-    Go's programs and curl take ranges (10.0.0.0/8) there; Python's compare hosts by name only (urllib, botocore, httpx).
+    Go's programs and curl take ranges (10.0.0.0/8) there; Python's libraries compare names only (urllib, botocore).
     """
     endpoints = (value for name, value in variables().items() if "ENDPOINT" in name or name.endswith("_URI"))
     hosts = [*METADATA, *filter(None, map(_host, endpoints))]
