@@ -250,7 +250,7 @@ def test_settings_of_the_hub(
 def test_a_ca_file_of_the_hub_that_is_not_there(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It is named with its variable, by a real process, without a second try."""
     monkeypatch.setenv("SSL_CERT_FILE", "/no/ca.pem")
-    with pytest.raises(ConfigError, match="SSL_CERT_FILE=/no/ca.pem"):
+    with pytest.raises(ConfigError, match=r"SSL_CERT_FILE=/no/ca\.pem"):
         fetch_model("org/model", tmp_path / "model", patience_seconds=600)
 
 
