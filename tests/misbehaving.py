@@ -1,23 +1,15 @@
-"""What misbehaves in tests, for real: a server that answers anything, certificates of every bad kind, and system calls
-that the kernel refuses, as a file system without them does."""
+"""What misbehaves in tests, for real: a server that answers anything, and system calls that the kernel refuses, as a
+file system without them does."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import datetime
-import ipaddress
 import platform
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,48 +84,6 @@ def serve_answers(choose: Callable[[str, str, int], Answer]) -> Iterator[Answeri
     finally:
         server.shutdown()
         server.server_close()
-
-
-def certificate(
-    directory: Path, *, host: str = "127.0.0.1", days: tuple[int, int] = (-1, 1), own: bool = False
-) -> Path:
-    """A server's certificate (`server.pem`), and the CA that signed it (`ca.pem`).
-
-    Args:
-        host: that it is for.
-        days: from when to when it is valid, from now.
-        own: whether it is signed by itself.
-    """
-    directory.mkdir(exist_ok=True)
-    key, signer = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    now, issuer = datetime.datetime.now(datetime.UTC), "itself" if own else "a test's CA"
-
-    def sign(
-        subject: str, holder: ec.EllipticCurvePrivateKey, by: ec.EllipticCurvePrivateKey, *, ca: bool
-    ) -> x509.Certificate:
-        names = [x509.IPAddress(ipaddress.ip_address(host)) if host[0].isdigit() else x509.DNSName(host)]
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
-            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
-            .public_key(holder.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now + datetime.timedelta(days=-30 if ca else days[0]))
-            .not_valid_after(now + datetime.timedelta(days=30 if ca else days[1]))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-        )
-        return (builder if ca else builder.add_extension(x509.SubjectAlternativeName(names), critical=False)).sign(
-            by, hashes.SHA256()
-        )
-
-    server = sign(issuer if own else host, key, key if own else signer, ca=False)
-    ca = server if own else sign(issuer, signer, signer, ca=True)
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    (directory / "ca.pem").write_bytes(ca.public_bytes(serialization.Encoding.PEM))
-    (directory / "server.pem").write_bytes(private + server.public_bytes(serialization.Encoding.PEM))
-    return directory
 
 
 CALLS = {

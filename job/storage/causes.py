@@ -92,7 +92,7 @@ class Evidence:
     def certificate_says(self) -> str:
         """The same in OpenSSL's words."""
         error = self.first(ssl.SSLCertVerificationError)
-        return "" if error is None else error.verify_message
+        return words(self.chain[-1]) if error is None else error.verify_message
 
     @property
     def file(self) -> str:
@@ -205,7 +205,7 @@ NETWORK: tuple[Cause, ...] = (
         remedy="Correct this machine's clock; if it is right, the server's certificate has the wrong dates.",
     ),
     Cause(
-        when=_untrusted(62, 64),
+        when=lambda it: _untrusted(62, 64)(it) or it.says("doesn't match '", "doesn't match either of"),  # urllib3's
         kind=ConfigError,
         patience=Patience.BRIEF,
         says="{it.what}: the server's certificate is for another name: {it.certificate_says}",
@@ -219,7 +219,7 @@ NETWORK: tuple[Cause, ...] = (
         remedy="Point {it.names.ca} at a file with this very certificate in PEM, or give the server one from a CA.",
     ),
     Cause(
-        when=_untrusted(2, 19, 20, 21),
+        when=_untrusted(2, 7, 19, 20, 21, 30),  # 7, 30: another CA of the same name
         kind=ConfigError,
         patience=Patience.BRIEF,
         says="{it.what}: the server's certificate is not trusted: {it.certificate_says}",

@@ -21,8 +21,8 @@ from job.inputs.hub_files import data_files, model_files
 from job.runtime.child import Failed
 from job.runtime.errors import AccessDeniedError, ConfigError, DataError, StorageError
 from tests.hub_server import COMMIT, Hub, serve_hub
-from tests.misbehaving import Answer, certificate, serve_answers
-from tests.servers import serve_proxy
+from tests.misbehaving import Answer, serve_answers
+from tests.servers import make_certificates, serve_proxy
 
 pytestmark = pytest.mark.process
 
@@ -266,7 +266,7 @@ def test_what_is_no_hub_is_waited_for_briefly(hub: Hub, monkeypatch: pytest.Monk
 
 def test_a_hub_with_a_certificate_of_a_private_ca(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The variable that the hub's library reads is named."""
-    made = certificate(tmp_path / "made")
+    made = make_certificates(tmp_path / "made")
     with serve_proxy("http://127.0.0.1:9", lambda _: None, tls=made) as endpoint:
         found = _answered(monkeypatch, endpoint)
     assert (found.kind, "not trusted" in found.message, "SSL_CERT_FILE" in found.remedy) == ("config", True, True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import email.utils
 import re
@@ -16,8 +15,8 @@ from job.runtime import process
 from job.runtime.errors import JobError
 from job.storage.base import Store
 from job.storage.open import open_store
-from tests.misbehaving import EMPTY, Answer, Answering, certificate, serve_answers
-from tests.servers import SECRET_KEY, serve_proxy
+from tests.misbehaving import EMPTY, Answer, Answering, serve_answers
+from tests.servers import SECRET_KEY, make_certificates, serve_proxy
 
 ACTS: dict[str, Callable[[Store, Path], object]] = {
     "list": lambda store, _: store.list_objects(),
@@ -30,7 +29,7 @@ ACTS: dict[str, Callable[[Store, Path], object]] = {
     "upload": lambda store, path: store.upload(path, "key"),
     "abort": lambda store, _: store.remove_unfinished(""),
 }
-PATIENT = {"patience_seconds": 600, "denied_patience_seconds": 600}
+PATIENT = {"patience_seconds": 20, "denied_patience_seconds": 20}
 NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
@@ -44,6 +43,8 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # of what botocore asks by itself for credentials
+    monkeypatch.setattr("botocore.utils.ContainerMetadataFetcher.SLEEP_TIME", 0.0)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
 
@@ -57,7 +58,7 @@ def large(tmp_path: Path) -> Path:
 
 
 def _store(**options: Any) -> Store:
-    return open_store("s3://bucket/run", **{"patience_seconds": 0.3, "denied_patience_seconds": 0.1, **options})
+    return open_store("s3://bucket/run", **{"patience_seconds": 0.05, "denied_patience_seconds": 0.0, **options})
 
 
 def _ended(act: Callable[[], object]) -> JobError:
@@ -68,17 +69,38 @@ def _ended(act: Callable[[], object]) -> JobError:
     return caught.value
 
 
+class Shared:
+    """One server in the place of S3, and one store: making a client takes a while. A test says what is answered."""
+
+    def __init__(self, server: Answering, store: Any) -> None:
+        self.server, self._store = server, store
+        self.choose: Callable[[str, str, int], Answer] = lambda *_: EMPTY
+
+    def __call__(self, choose: Callable[[str, str, int], Answer], **options: float) -> Store:
+        """The store, which has never worked, with these answers from now on."""
+        self.choose = choose
+        self.server.seen.clear()
+        bucket = self._store._bucket
+        for name, value in {"patience_seconds": 0.05, "denied_patience_seconds": 0.02, **options}.items():
+            setattr(bucket, name, value)
+        bucket.connection.worked = False
+        store: Store = self._store
+        return store
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Shared]:
+    """See `Shared`."""
+    with serve_answers(lambda *seen: found.choose(*seen)) as server:  # noqa: PLW0108 - it changes
+        found = Shared(server, open_store("s3://bucket/run"))
+        yield found
+
+
 @pytest.fixture
-def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Answering]]:
-    """`answering(choose)`: a server in the place of S3."""
-    with contextlib.ExitStack() as stack:
-
-        def start(choose: Callable[[str, str, int], Answer]) -> Answering:
-            server = stack.enter_context(serve_answers(choose))
-            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.endpoint)
-            return server
-
-        yield start
+def answering(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> Shared:
+    """The same, at the endpoint that the environment names."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", shared.server.endpoint)
+    return shared
 
 
 def _ago(**time: int) -> str:
@@ -243,12 +265,12 @@ REPLIES = [
     [pytest.param(*row, id=f"{row[0]}-{row[1].status}-{number}") for number, row in enumerate(REPLIES)],
 )
 def test_replies(
-    answering: Any, tmp_path: Path, act: str, answer: Answer, code: int, says: str, remedy: str, again: bool
+    answering: Shared, tmp_path: Path, act: str, answer: Answer, code: int, says: str, remedy: str, again: bool
 ) -> None:
     """Each reply ends with its code, its words and its remedy. What cannot get better is not tried again: a minute of
     patience would be seen."""
-    answering(lambda *_: answer)
-    ended = _ended(lambda: ACTS[act](_store() if again else _store(**PATIENT), tmp_path))
+    store = answering(lambda *_: answer, **({} if again else PATIENT))
+    ended = _ended(lambda: ACTS[act](store, tmp_path))
     assert ended.exit_code == code, ended
     assert re.search(says, ended.message), ended.message
     assert re.search(remedy, ended.remedy), ended.remedy
@@ -258,79 +280,73 @@ def test_replies(
     ("code", "exit_code", "says"),
     [("InvalidObjectState", 65, "archived"), ("ExpiredToken", 77, "expired"), ("KMS.DisabledException", 77, "KMS key")],
 )
-def test_a_head_without_a_reason(answering: Any, tmp_path: Path, code: str, exit_code: int, says: str) -> None:
+def test_a_head_without_a_reason(answering: Shared, tmp_path: Path, code: str, exit_code: int, says: str) -> None:
     """A refused HEAD has no body: a GET of one byte says why."""
-    answering(lambda method, *_: Answer(status=400) if method == "HEAD" else Answer.error(400, code))
+    store = answering(lambda method, *_: Answer(status=400) if method == "HEAD" else Answer.error(400, code))
     for act in ("head", "copy"):
-        ended = _ended(lambda act=act: ACTS[act](_store(), tmp_path))
+        ended = _ended(lambda act=act: ACTS[act](store, tmp_path))
         assert (ended.exit_code, says in ended.message) == (exit_code, True), ended
 
 
-def test_a_head_that_stays_without_a_reason(answering: Any, tmp_path: Path) -> None:
+def test_a_head_that_stays_without_a_reason(answering: Shared, tmp_path: Path) -> None:
     """Where the GET gives none either, it is a refusal, with the permission that a HEAD needs."""
-    answering(lambda *_: Answer(status=403))
-    ended = _ended(lambda: _store().head("key"))
+    store = answering(lambda *_: Answer(status=403))
+    ended = _ended(lambda: store.head("key"))
     assert (ended.exit_code, "s3:ListBucket" in ended.remedy) == (77, True), ended
 
 
-@pytest.mark.parametrize("answer", [Answer.page(), Answer(), Answer(body=b"{}"), Answer(body=b"<ListBuck")], ids=str)
-def test_a_store_that_worked_before(answering: Any, answer: Answer) -> None:
+@pytest.mark.parametrize(
+    "answer",
+    [Answer.page(), Answer(), Answer(body=b"{}"), Answer(body=b"<ListBuck")],
+    ids=["page", "empty", "json", "cut"],
+)
+def test_a_store_that_worked_before(answering: Shared, answer: Answer) -> None:
     """What would be a wrong address at first is an outage of a store that has answered: it is waited for, then 74."""
-    answering(lambda *seen: EMPTY if seen[2] in {1, 4} else answer)
-    store = _store(patience_seconds=5)
+    store = answering(lambda *seen: EMPTY if seen[2] in {1, 3} else answer, patience_seconds=0.6)
     assert store.list_objects() == []
-    assert store.list_objects() == []  # after two bad replies
-    ended = _ended(lambda: _again(store, 0.3).list_objects())
-    assert ended.exit_code == 74, ended
+    assert store.list_objects() == []  # after a bad reply
+    assert _ended(store.list_objects).exit_code == 74
 
 
-def _again(store: Any, patience_seconds: float) -> Any:
-    store._bucket.patience_seconds = patience_seconds
-    return store
-
-
-def test_signatures_refused_only_with_checksums(answering: Any) -> None:
+def test_signatures_refused_only_with_checksums(answering: Shared) -> None:
     """Where listings are accepted and uploads with a checksum are not, the checksum is named."""
-    answering(lambda method, *_: EMPTY if method == "GET" else Answer.error(403, "SignatureDoesNotMatch"))
-    store = _store()
+    store = answering(lambda method, *_: EMPTY if method == "GET" else Answer.error(403, "SignatureDoesNotMatch"))
     store.list_objects()
     ended = _ended(lambda: store.write("key", b"data"))
     assert (ended.exit_code, "when_required" in ended.remedy) == (78, True), ended
 
 
-def test_a_multipart_upload_without_fields(answering: Any, large: Path) -> None:
+def test_a_multipart_upload_without_fields(answering: Shared, large: Path) -> None:
     """Replies without the upload's id, or without the parts' ETags, are none of S3's."""
-    answering(lambda *_: Answer(body=b"<?xml version='1.0'?><InitiateMultipartUploadResult/>"))
-    assert _ended(lambda: _store().upload(large, "key")).exit_code == 78
+    store = answering(lambda *_: Answer(body=b"<?xml version='1.0'?><InitiateMultipartUploadResult/>"))
+    assert _ended(lambda: store.upload(large, "key")).exit_code == 78
     begun = (
         b"<?xml version='1.0'?><InitiateMultipartUploadResult><UploadId>1</UploadId></InitiateMultipartUploadResult>"
     )
-    answering(lambda method, *_: Answer(body=begun) if method == "POST" else Answer())
-    ended = _ended(lambda: _store().upload(large, "key"))
+    store = answering(lambda method, *_: Answer(body=begun) if method == "POST" else Answer())
+    ended = _ended(lambda: store.upload(large, "key"))
     assert ended.exit_code in {74, 78}
     assert "s3://bucket/run/key" in ended.message
 
 
-def test_an_empty_object_has_no_range(answering: Any) -> None:
+def test_an_empty_object_has_no_range(answering: Shared) -> None:
     """S3 answers 416 to a range of an empty object: its start is empty."""
-    answering(lambda *_: Answer.error(416, "InvalidRange"))
-    assert _store().read_start("key", 100) == b""
+    assert answering(lambda *_: Answer.error(416, "InvalidRange")).read_start("key", 100) == b""
 
 
-def test_a_delete_marker(answering: Any) -> None:
+def test_a_delete_marker(answering: Shared) -> None:
     """A version that is a delete marker is an object that is not there."""
-    answering(lambda *_: Answer(status=405, headers={"x-amz-delete-marker": "true"}))
-    assert _store().head("key") is None
+    assert answering(lambda *_: Answer(status=405, headers={"x-amz-delete-marker": "true"})).head("key") is None
 
 
-def test_an_upload_that_is_aborted_meanwhile(answering: Any) -> None:
+def test_an_upload_that_is_aborted_meanwhile(answering: Shared) -> None:
     """What somebody else removed need not be removed."""
     listing = (
         b"<?xml version='1.0'?><ListMultipartUploadsResult><Upload><Key>run/a</Key><UploadId>1</UploadId></Upload>"
         b"<IsTruncated>false</IsTruncated></ListMultipartUploadsResult>"
     )
-    answering(lambda method, *_: Answer(body=listing) if method == "GET" else Answer.error(404, "NoSuchUpload"))
-    assert _store().remove_unfinished("") == 1
+    store = answering(lambda method, *_: Answer(body=listing) if method == "GET" else Answer.error(404, "NoSuchUpload"))
+    assert store.remove_unfinished("") == 1
 
 
 @pytest.mark.parametrize(
@@ -341,25 +357,20 @@ def test_an_upload_that_is_aborted_meanwhile(answering: Any) -> None:
         (400, "InvalidArgument", ""),
     ],
 )
-def test_conditions_that_are_not_known(answering: Any, status: int, code: str, more: str) -> None:
+def test_conditions_that_are_not_known(answering: Shared, status: int, code: str, more: str) -> None:
     """A store that refuses `If-None-Match` is one that ignores it: the object is written, each time."""
-    seen: list[str] = []
-
-    def choose(method: str, _path: str, number: int) -> Answer:
-        seen.append(method)
-        return Answer.error(status, code, more=more) if number % 2 else Answer(headers={"ETag": '"1"'})
-
-    answering(choose)
-    store = _store()
+    store = answering(
+        lambda *seen: Answer.error(status, code, more=more) if seen[2] % 2 else Answer(headers={"ETag": '"1"'})
+    )
     assert store.create("key", b"one") is True
     assert store.create("key", b"two") is True
-    assert seen == ["PUT"] * 4
+    assert [method for method, _ in answering.server.seen] == ["PUT"] * 4
 
 
-def test_a_store_that_refuses_more_than_conditions(answering: Any) -> None:
+def test_a_store_that_refuses_more_than_conditions(answering: Shared) -> None:
     """Where the plain write is refused too, the reason is that one's."""
-    answering(lambda *_: Answer.error(501, "NotImplemented", "A header is not implemented: x-amz-checksum-sha256"))
-    ended = _ended(lambda: _store().create("key", b"data"))
+    store = answering(lambda *_: Answer.error(501, "NotImplemented", "not implemented: x-amz-checksum-sha256"))
+    ended = _ended(lambda: store.create("key", b"data"))
     assert "when_required" in ended.remedy
 
 
@@ -496,7 +507,7 @@ def _environment(
 
 @pytest.mark.parametrize(("variables", "files", "code", "says", "remedy"), _cases(ENVIRONMENTS))
 def test_environments(
-    answering: Any,
+    answering: Shared,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     variables: dict[str, str],
@@ -506,18 +517,18 @@ def test_environments(
     remedy: str,
 ) -> None:
     """A mistake in boto3's configuration, in an address or a key ends with 78, before anything is sent."""
-    server = answering(lambda *_: EMPTY)
+    answering(lambda *_: EMPTY)
     places = _environment(monkeypatch, tmp_path, variables, files)
     ended = _ended(lambda: _store().list_objects())
     assert ended.exit_code in (code if isinstance(code, tuple) else (code,)), ended
     assert re.search(says.format(**places) if "{" in says else says, ended.message), ended.message
     assert re.search(remedy, ended.remedy), ended.remedy
-    assert server.seen == []
+    assert answering.server.seen == []
 
 
 @pytest.mark.parametrize(("variables", "files", "code", "says", "remedy"), _cases(FOUND))
 def test_credentials_by_source(
-    answering: Any,
+    answering: Shared,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     variables: dict[str, str],
@@ -543,26 +554,25 @@ def test_credentials_by_source(
     ids=str,
 )
 def test_a_container_without_credentials(
-    answering: Any, monkeypatch: pytest.MonkeyPatch, answer: Answer, code: int, says: str
+    answering: Shared, monkeypatch: pytest.MonkeyPatch, answer: Answer, code: int, says: str
 ) -> None:
     """The service for credentials answers with something else."""
     for name in NAMES:
         monkeypatch.delenv(name)
-    monkeypatch.setattr("botocore.utils.ContainerMetadataFetcher.SLEEP_TIME", 0.0)
-    server = answering(lambda *_: answer)
-    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{server.endpoint}/x")
+    answering(lambda *_: answer)
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{answering.server.endpoint}/x")
     ended = _ended(lambda: _store().list_objects())
     assert (ended.exit_code, says in ended.message) == (code, True), ended
 
 
-def test_a_role_that_does_not_trust(answering: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_role_that_does_not_trust(answering: Shared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """STS's refusal is about the role, not about the bucket."""
     for name in NAMES:
         monkeypatch.delenv(name)
     (tmp_path / "token").write_text("a-token")
     refused = "<ErrorResponse><Error><Code>AccessDenied</Code><Message>Not authorized</Message></Error></ErrorResponse>"
-    server = answering(lambda *_: Answer(status=403, body=refused.encode()))
-    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", server.endpoint)
+    answering(lambda *_: Answer(status=403, body=refused.encode()))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", answering.server.endpoint)
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/x")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
     ended = _ended(lambda: _store().list_objects())
@@ -571,7 +581,7 @@ def test_a_role_that_does_not_trust(answering: Any, monkeypatch: pytest.MonkeyPa
     assert "trust policy" in ended.remedy
 
 
-def test_nothing_of_a_bad_key_is_logged(answering: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_nothing_of_a_bad_key_is_logged(answering: Shared, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """A key with a line break is named, and neither it nor a signature stands anywhere."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIASECRETID\n")
     answering(lambda *_: EMPTY)
@@ -603,7 +613,7 @@ def test_certificates(
     remedy: str,
 ) -> None:
     """A certificate that is not accepted is named by what is wrong with it; only a CA that is missing asks for one."""
-    made, other = certificate(tmp_path / "made", **kind), certificate(tmp_path / "other")
+    made, other = make_certificates(tmp_path / "made", **kind), make_certificates(tmp_path / "other")
     monkeypatch.setenv("AWS_CA_BUNDLE", str((made if trusted else other) / "ca.pem"))
     with serve_proxy(moto, lambda _: None, tls=made) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
@@ -613,42 +623,44 @@ def test_certificates(
 
 @pytest.mark.parametrize("content", [None, "", "no certificate", "directory"], ids=str)
 def test_a_ca_bundle_that_is_none(
-    answering: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None
+    answering: Shared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None
 ) -> None:
     """It is named at once, where TLS is spoken."""
     bundle = tmp_path if content == "directory" else tmp_path / "ca.pem"
     if content not in {None, "directory"}:
         bundle.write_text(content or "")
-    server = answering(lambda *_: EMPTY)
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.endpoint.replace("http", "https"))
+    answering(lambda *_: EMPTY)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", answering.server.endpoint.replace("http", "https"))
     monkeypatch.setenv("AWS_CA_BUNDLE", str(bundle))
     ended = _ended(lambda: _store(**PATIENT).list_objects())
     assert (ended.exit_code, "AWS_CA_BUNDLE" in ended.remedy) == (78, True), ended
 
 
-def test_tls_where_none_is_spoken(answering: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls_where_none_is_spoken(answering: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     """A port without TLS is named."""
-    server = answering(lambda *_: EMPTY)
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.endpoint.replace("http", "https"))
+    answering(lambda *_: EMPTY)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", answering.server.endpoint.replace("http", "https"))
     ended = _ended(lambda: _store().list_objects())
     assert (ended.exit_code, "http://" in ended.remedy) == (78, True), ended
 
 
 @pytest.mark.parametrize(("status", "code"), [(407, 77), (403, 77), (404, 78), (502, 74)])
-def test_a_proxy_that_opens_no_tunnel(answering: Any, monkeypatch: pytest.MonkeyPatch, status: int, code: int) -> None:
+def test_a_proxy_that_opens_no_tunnel(
+    answering: Shared, monkeypatch: pytest.MonkeyPatch, status: int, code: int
+) -> None:
     """What a proxy answers to CONNECT decides."""
-    proxy = answering(lambda *_: Answer(status=status))
+    answering(lambda *_: Answer(status=status))
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "https://store.invalid")
-    monkeypatch.setenv("HTTPS_PROXY", proxy.endpoint)
+    monkeypatch.setenv("HTTPS_PROXY", answering.server.endpoint)
     ended = _ended(lambda: _store().list_objects())
     assert ended.exit_code == code, ended
     assert code == 74 or "NO_PROXY" in ended.remedy
 
 
 @pytest.mark.parametrize(("ranges", "direct"), [("10.0.0.0/8,127.0.0.0/8", True), (".svc,10.0.0.0/8", False)])
-def test_ranges_in_no_proxy(answering: Any, monkeypatch: pytest.MonkeyPatch, ranges: str, direct: bool) -> None:
+def test_ranges_in_no_proxy(answering: Shared, monkeypatch: pytest.MonkeyPatch, ranges: str, direct: bool) -> None:
     """An endpoint inside a range of NO_PROXY is asked without the proxy, as Go's programs and curl do it."""
-    server = answering(lambda *_: EMPTY)
+    answering(lambda *_: EMPTY)
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", ranges)
     process.expand_no_proxy()
@@ -656,4 +668,4 @@ def test_ranges_in_no_proxy(answering: Any, monkeypatch: pytest.MonkeyPatch, ran
         assert _store().list_objects() == []
     else:
         assert _ended(lambda: _store().list_objects()).exit_code == 74
-    assert bool(server.seen) is direct
+    assert bool(answering.server.seen) is direct

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import http.client
 import ssl
+from http import HTTPStatus
 
 import urllib3.exceptions
 from botocore import exceptions as aws
@@ -32,6 +33,7 @@ _BROKEN_CONNECTION = (
     TimeoutError,
     ssl.SSLError,
 )
+_REDIRECTS = {HTTPStatus.FOUND, HTTPStatus.SEE_OTHER, HTTPStatus.PERMANENT_REDIRECT}
 _SHAPE = (ForeignReplyError, ResponseParserError, KeyError, TypeError, ValueError, AttributeError, RecursionError)
 """What is raised while a reply of another shape is read, by botocore and by the code that calls it."""
 
@@ -39,8 +41,8 @@ _SHAPE = (ForeignReplyError, ResponseParserError, KeyError, TypeError, ValueErro
 def _is_foreign(it: Failed) -> bool:
     """Whether the reply is none of S3's: it cannot be parsed, lacks a field, or is a page where XML should be."""
     parsed = it.reply is not None and isinstance(it.error, _SHAPE) and not it.first(*_BROKEN_CONNECTION)
-    page = it.answer is not None and it.succeeded and (not it.code or it.code.isdecimal())
-    return parsed or page
+    coded = it.code and not it.code.isdecimal()
+    return parsed or (it.answer is not None and not coded and (it.succeeded or it.status in _REDIRECTS))
 
 
 def _is_broken(it: Failed) -> bool:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from http import HTTPStatus
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -72,7 +74,7 @@ class Connection:
             CredentialsError: it has no credentials.
             ConfigError: the credentials have characters that no key has.
         """
-        self._thread.reply = None
+        self._thread.reply, self._thread.redirected = None, False
         with self._lock:
             if self._session is None or self._client is None:
                 self._session = _session()
@@ -107,6 +109,7 @@ class Connection:
             used.s3 = {**(used.s3 or {}), "payload_signing_enabled": False}
         if self._requester_pays:
             client.meta.events.register("before-call.s3", _requester_pays)
+        client.meta.events.register("before-call.s3.HeadBucket", self._redirect_once)
         client.meta.events.register("before-parse.s3", self._see)
         client.meta.events.register("needs-retry.s3", self._see_status)
         return client
@@ -124,6 +127,14 @@ class Connection:
         for name, value in zip(names, (keys.access_key, keys.secret_key, keys.token), strict=True):
             _check_key(name, value or "", found.method)
 
+    def _redirect_once(self, **_: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Botocore asks for a bucket's region after each redirect, also after that of this very question, without end:
+        the second one is not sent, and answered without a region."""
+        if not self._thread.redirected:
+            self._thread.redirected = True
+            return None
+        return SimpleNamespace(status_code=HTTPStatus.OK), {"ResponseMetadata": {"HTTPHeaders": {}}}
+
     def _see(self, response_dict: dict[str, Any], **_: Any) -> None:
         """Keep what is needed to say what a bad reply was."""
         body = response_dict.get("body", b"")
@@ -137,7 +148,8 @@ class Connection:
     def _see_status(self, response: Any, **_: Any) -> None:
         """Botocore makes 500 of a page that came with 200; the status of the reply itself is here."""
         if response is not None and self.reply is not None:
-            self._thread.reply = dataclasses.replace(self.reply, status=response[0].status_code)
+            reply, _ = response
+            self._thread.reply = dataclasses.replace(self.reply, status=getattr(reply.raw, "status", reply.status_code))
 
     @property
     def reply(self) -> Reply | None:

@@ -5,6 +5,7 @@ It knows how to read replies; what they mean for a run is in the table of `cause
 
 from __future__ import annotations
 
+import configparser
 import datetime
 import email.utils
 import functools
@@ -152,9 +153,15 @@ class Failed(Evidence):
     @property
     def reason(self) -> str:
         """See `Evidence.reason`."""
-        if isinstance(self.error, ConfigurationError | CredentialsError):
-            return in_words(self.error.__cause__ or self.error)
-        return describe(self.error)
+        if not isinstance(self.error, ConfigurationError | CredentialsError):
+            return describe(self.error)
+        said = in_words(self.error.__cause__ or self.error)
+        parsing = self.first(configparser.Error)  # quotes the line, which may hold a key
+        if parsing is None:
+            return said
+        several = getattr(parsing, "errors", None)
+        line = several[0][0] if several else getattr(parsing, "lineno", None)
+        return f"{said} ({type(parsing).__name__}, line {line})"
 
     @property
     def succeeded(self) -> bool:
@@ -196,7 +203,8 @@ class Failed(Evidence):
     @property
     def variable(self) -> str:
         """The variable that names the file which cannot be read."""
-        names = [name for name, value in process.variables().items() if value and value == self.file]
+        named = process.variables().items()
+        names = [name for name, value in named if name.startswith("AWS_") and value and value == self.file]
         return names[0] if names else "the AWS configuration"
 
     @property

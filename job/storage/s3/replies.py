@@ -52,8 +52,9 @@ def _is_elsewhere(it: Failed) -> bool:
 
 
 def _is_quota(it: Failed) -> bool:
-    full = it.status == HTTPStatus.INSUFFICIENT_STORAGE
-    return it.answer is not None and (full or _QUOTA.search(f"{it.code} {it.message}") is not None)
+    if it.answer is None or may_get_better(it):  # a limit of requests is no quota
+        return it.status == HTTPStatus.INSUFFICIENT_STORAGE
+    return _QUOTA.search(f"{it.code} {it.message}") is not None
 
 
 def _is_denied(it: Failed) -> bool:
