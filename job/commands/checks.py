@@ -29,7 +29,7 @@ from job.observability import logs, termination
 from job.report import build
 from job.report.page import Page
 from job.runtime import errors, libraries, process, signals
-from job.runtime.errors import AccessDeniedError, ConfigError, InterruptedError, JobError, StopRequested, StorageError  # noqa: A004
+from job.runtime.errors import ConfigError, InterruptedError, JobError, StopRequested  # noqa: A004
 from job.runtime.libraries import LibrarySettings
 from job.stages import preflight
 from job.stages.claim import finished
@@ -154,7 +154,7 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
     with checked.collecting("output"):
         checked.output = Output(conditional_writes=preflight.probe_output(config.output))
         checked.output = _earlier_attempt(checked.output, config)
-    if any(isinstance(problem.error, AccessDeniedError | StorageError) for problem in checked.problems):
+    if checked.output is None:
         config = dataclasses.replace(config, storage_patience_minutes=PATIENCE_SPENT_SECONDS / 60)
     read_before = checked.output.inputs if checked.output else None
     before = len(checked.problems)

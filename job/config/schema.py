@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from job.config import role_weights as roles
+from job.config.addresses import S3, broken_rule
 from job.config.field import PREFIX, Setting, setting
 from job.config.value_types import MOST, auto_or, choice, flag, integer, names, number, text
 
@@ -37,14 +38,22 @@ MOST_MINUTES = 1_000_000
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text")
 
 
-_S3 = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
-_MODEL = text(rf"{HUB_NAME.pattern}|{_S3}|/.+", "org/name[@revision], s3://bucket/prefix, or an absolute path")
-_PLACE = text(rf"{_S3}|/.+", "s3://bucket/prefix, or an absolute path")
-_DATA = text(
-    rf"{_S3}|hf://datasets/.+|/.+",
-    "s3://bucket/key, an absolute path, or hf://datasets/org/name[@revision][:split]; several separated by commas",
+_MODEL = text(
+    rf"{HUB_NAME.pattern}|{S3}|/.+",
+    "org/name[@revision], s3://bucket/prefix, or an absolute path",
+    broken=broken_rule,
 )
-_TEMPLATE = text(rf"[a-z][\w.-]*|{_S3}|/.+", "tokenizer, a template's name such as chatml, or the URI of a Jinja file")
+_PLACE = text(rf"{S3}|/.+", "s3://bucket/prefix, or an absolute path", broken=broken_rule)
+_DATA = text(
+    rf"{S3}|hf://datasets/.+|/.+",
+    "s3://bucket/key, an absolute path, or hf://datasets/org/name[@revision][:split]; several separated by commas",
+    broken=broken_rule,
+)
+_TEMPLATE = text(
+    rf"[a-z][\w.-]*|{S3}|/.+",
+    "tokenizer, a template's name such as chatml, or the URI of a Jinja file",
+    broken=broken_rule,
+)
 _RUN = text(RUN_ID, "letters, digits, '.', '_' and '-', at most 128, starting with a letter or digit")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ class Kind:
     field: fields.Field[Any]
     rule: str
     schema: dict[str, Any]
+    broken: Callable[[str], str] = lambda _: ""
+    """Which part of the rule a value breaks, in a sentence; empty where the rule says it all."""
 
 
 class _Auto(fields.Field[Any]):
@@ -76,13 +79,14 @@ def choice(*options: str) -> Kind:
     )
 
 
-def text(pattern: re.Pattern[str] | str, rule: str) -> Kind:
-    """A text that a pattern matches whole; the rule says it in words."""
+def text(pattern: re.Pattern[str] | str, rule: str, *, broken: Callable[[str], str] = lambda _: "") -> Kind:
+    """A text that a pattern matches whole; the rule says it in words, `broken` which part of it a value breaks."""
     expression = pattern if isinstance(pattern, str) else pattern.pattern
     return Kind(
         field=fields.String(validate=validate.Regexp(f"(?:{expression})\\Z")),
         rule=rule,
         schema={"type": "string", "pattern": f"^(?:{expression})$"},
+        broken=broken,
     )
 
 
@@ -99,5 +103,10 @@ def auto_or(kind: Kind) -> Kind:
 
 def names(kind: Kind, rule: str) -> Kind:
     """A comma-separated list, kept in order as a tuple."""
-    # `items` does not apply to strings: it is for programs that write the list part by part.
-    return Kind(field=_Names(kind.field), rule=rule, schema={"type": "string", "minLength": 1, "items": kind.schema})
+    return Kind(
+        field=_Names(kind.field),
+        rule=rule,
+        # `items` does not apply to strings: it is for programs that write the list part by part.
+        schema={"type": "string", "minLength": 1, "items": kind.schema},
+        broken=lambda value: " ".join(filter(None, (kind.broken(part.strip()) for part in value.split(",")))),
+    )

@@ -63,7 +63,17 @@ def _split(repo: str, asked: str | None, splits: dict[str, list[str]]) -> str:
 
 def _declared_splits(repo: str, readme: str, data: list[str]) -> dict[str, list[str]]:
     """The `data_files` of the default configuration in the README's header; empty when it declares none."""
-    configs = [config for config in _configs(repo, readme) if config.get("data_files")]
+    try:
+        return _declared(repo, readme, data)
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, re.error, yaml.YAMLError) as error:
+        raise DataError(
+            f"The header of README.md in {repo} is not valid: {type(error).__name__}: {' '.join(str(error).split())}.",
+            remedy="Correct it, or copy the files that are meant to S3 or a directory.",
+        ) from None
+
+
+def _declared(repo: str, readme: str, data: list[str]) -> dict[str, list[str]]:
+    configs = [config for config in _configs(readme) if config.get("data_files")]
     if len(configs) > 1:
         default = [config for config in configs if config.get("default") or config.get("config_name") == "default"]
         configs = default[:1] or _ambiguous(repo, [str(config.get("config_name")) for config in configs])
@@ -75,16 +85,10 @@ def _declared_splits(repo: str, readme: str, data: list[str]) -> dict[str, list[
     return {split: files for split, files in splits.items() if files}
 
 
-def _configs(repo: str, readme: str) -> list[dict[str, Any]]:
+def _configs(readme: str) -> list[dict[str, Any]]:
     if not readme.lstrip().startswith("---"):
         return []
-    try:
-        return DatasetCard(readme).data.get("configs") or []
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise DataError(
-            f"The header of README.md in {repo} is not valid: {' '.join(str(error).split())}.",
-            remedy="Correct it, or copy the files that are meant to S3 or a directory.",
-        ) from None
+    return DatasetCard(readme).data.get("configs") or []
 
 
 def _ambiguous(repo: str, names: list[str]) -> NoReturn:

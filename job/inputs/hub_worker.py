@@ -12,15 +12,14 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, errors, get_token, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from job.inputs import model_files, safetensors_stub
-from job.inputs.hub import Downloaded, Request, Unreachable
+from job.inputs import hub_failures, model_files, safetensors_stub
+from job.inputs.hub import Downloaded, Request
 from job.inputs.hub_files import data_files
-from job.runtime.child import Failed, Message, Parent, serve
-from job.runtime.credentials import shown
-from job.runtime.errors import AccessDeniedError, DataError, JobError, StorageError, known
+from job.runtime.child import Message, Parent, serve
+from job.runtime.errors import StorageError
 from job.storage.disk import require_free
 from job.storage.progress import Progress
 
@@ -31,10 +30,10 @@ def program(parent: Parent) -> None:
     """Answer one request."""
     request = parent.receive(Request)
     try:
+        hub_failures.check_ca()
         answer: Message = _download(request)
     except Exception as error:  # noqa: BLE001 - the parent decides
-        failure = known(error) or _failure(request, error)
-        answer = Failed.of(failure) if failure else Unreachable(reason=shown(f"{type(error).__name__}: {error}")[:500])
+        answer = hub_failures.answer(request, error)
     parent.send(answer)
 
 
@@ -146,43 +145,6 @@ def _dataset_files(request: Request, commit: str, names: list[str]) -> list[str]
 
 def _text(path: str | Path) -> str:
     return Path(path).read_text(encoding="utf-8", errors="replace")
-
-
-def _failure(request: Request, error: Exception) -> JobError | None:
-    """What the hub's answer means; None where it may be another one soon."""
-    page = f"{constants.ENDPOINT}/{'datasets/' if request.kind == 'dataset' else ''}{request.repo}"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    where = f"{request.repo} at {page}"
-    if isinstance(error, errors.GatedRepoError):
-        return AccessDeniedError(
-            f"{where} is gated (HTTP {status}). {_token()}",
-            remedy=f"Accept its licence at {page} with the token's account, or set HF_TOKEN to one that has access.",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return DataError(
-            f"{request.repo} has no revision {request.revision!r}.", remedy=f"{page}/tree/main shows those it has."
-        )
-    if status in {401, 403} or isinstance(error, errors.DisabledRepoError):
-        return AccessDeniedError(
-            f"{where} was denied (HTTP {status}): it does not exist or is private. {_token()}",
-            remedy="Correct its name, or set HF_TOKEN to one that has access.",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return DataError(f"{where} does not exist. {_token()}", remedy="Correct its name.")
-    if isinstance(error, errors.HFValidationError):
-        return DataError(f"{where} does not have a valid name: {error}.", remedy="Correct its name.")
-    return None
-
-
-def _token() -> str:
-    """Which token was found, without its value."""
-    token, file = get_token(), Path(constants.HF_TOKEN_PATH)
-    if token is None:
-        return f"No token was found: looked at HF_TOKEN and {file}."
-    with contextlib.suppress(OSError):
-        if file.read_text(encoding="utf-8").strip() == token:
-            return f"The token in {file} was used."
-    return "The token in HF_TOKEN was used."
 
 
 if __name__ == "__main__":

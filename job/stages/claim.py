@@ -72,11 +72,12 @@ def finished(config: Config, record: Record, publication: Publication) -> Publis
     """What a run has published that was finished on what it would read now; None while it is not finished.
 
     Raises:
-        ConfigError: it was finished, but with other settings, or the inputs changed since.
+        ConfigError: it was finished, but with other settings, or the inputs changed or the results were deleted since.
     """
     published = publication.published()
     if published is None:
         return None
+    publication.check_results(published)
     now = fingerprint.settings(config)
     fingerprint.check(record.run_id, published.body["fingerprint"], now, allowed=(), finished=True)
     if not fingerprint.contents_may_change(config.allow_change):

@@ -32,6 +32,13 @@ SHAPES: dict[str, dict[str, type]] = {
     "final": {"steps": int, "plan": dict, "fingerprint": dict, "results": dict, "versions": dict},
     "published": {"final": int, "prefix": str, "artifacts": list, "fingerprint": dict, "promoted": bool},
 }
+PLAN: dict[str, Any] = {
+    "micro_batch": int,
+    "tokens_in_pass": int | None,
+    "gradient_checkpointing": str,
+    "cuda_graphs": bool,
+    "batching": str,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +182,7 @@ class Ledger:
             if self._take(number, data):
                 self.last = number
                 return number
-        raise StorageError(f"No free number after {self.last} under {self._key(0)}.", remedy="Use another TUNE_RUN_ID.")
+        raise StorageError(f"No free number after {self.last} at {self._uri(0)}.", remedy="Use another TUNE_RUN_ID.")
 
     def _take(self, number: int, data: bytes) -> bool:
         """Create the record with this number; returns whether it is this attempt's."""
@@ -188,7 +195,7 @@ class Ledger:
     def _yield_to(self, entry: Entry) -> None:
         if entry.body is None:
             raise StorageError(
-                f"{self._key(entry.number)} is in the place of this attempt's next record and is not readable: another "
+                f"{self._uri(entry.number)} is in the place of this attempt's next record and is not readable: another "
                 "attempt may have written it, or the store damaged it.",
                 remedy="Start the run again: it continues after this record.",
             )
@@ -212,7 +219,7 @@ class Ledger:
         body = decode(data)
         if body and isinstance(body.get("layout"), int) and body["layout"] > LAYOUT:
             raise ConfigError(
-                f"{self._key(number)} has layout {body['layout']}, this version reads up to {LAYOUT}: a newer "
+                f"{self._uri(number)} has layout {body['layout']}, this version reads up to {LAYOUT}: a newer "
                 "version of the job has worked on this run.",
                 remedy="Use that version again, or another TUNE_RUN_ID.",
             )
@@ -254,6 +261,9 @@ class Ledger:
     def _key(self, number: int) -> str:
         return f"{self.run_id}/checkpoints/commits/{number:06d}.json"
 
+    def _uri(self, number: int) -> str:
+        return f"{self.store.uri.rstrip('/')}/{self._key(number)}"
+
 
 def _life(entry: Entry) -> int:
     """The life that a readable record belongs to; a `fresh` record begins one."""
@@ -268,9 +278,18 @@ def _is_record(body: Any) -> bool:
     shape = {"layout": int, "attempt": int, "owner": str, "life": int, "nonce": str} | SHAPES[body["kind"]]
     if not all(isinstance(body.get(name), wanted) for name, wanted in shape.items()):
         return False
+    if not is_plan(body.get("plan", {})):
+        return False
     return body["kind"] != "published" or (
         body["prefix"] == results_prefix(body["final"]) and are_artifacts(body["artifacts"])
     )
+
+
+def is_plan(found: Any) -> bool:
+    """Whether all that a later attempt reads of a plan has the right type; an older layout may lack fields."""
+    if not isinstance(found, dict) or ("micro_batch" in found and "batching" not in found):
+        return False
+    return all(isinstance(found[name], PLAN[name]) for name in PLAN.keys() & found.keys())
 
 
 def are_artifacts(found: Any) -> bool:

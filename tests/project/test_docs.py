@@ -22,10 +22,11 @@ PAGE_NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
 NEED_NO_ENTRY = {
     "job/__main__.py: \0.": "argparse's own words; the entry for the command line quotes the usage",
     "job/runtime/errors.py: \0: \0": "an unexpected error's own words; the entry for exit 1 quotes the remedy",
-    "job/storage/s3/client.py: \0.": "boto3's own words; the entry for the profile quotes the remedy",
-    "job/storage/s3/upload.py: \0: \0.": "the store's own words; an entry quotes the remedy",
     "job/data/tokenizer/trial.py: \0: \0.": "the library's own words; the entry for a tokenizer quotes the limits",
     "job/data/tokenizer/trial_worker.py: ": "within the program: what the parent says of it has an entry",
+    "job/storage/s3/setup.py: \0": "boto3's own words; the entry for the profile quotes the remedy",
+    "job/storage/s3/store.py: the reply is no listing": "within the program: an entry shows the reply",
+    "job/inputs/hub_failures.py: \0": "within the program: an outage, which ends as the entry for an unreachable hub",
     "job/data/reading/dataset.py: ": "passes a row's problem on, each of which has an entry",
     "job/data/reading/files.py: ": "passes an element's problem on, each of which has an entry",
     "job/data/examples.py: ": "the list of invalid rows; its first line has an entry",

@@ -1,0 +1,28 @@
+"""Addresses in settings: the patterns that they match, and which rule one breaks that does not.
+
+Without look-ahead, since Helm reads the patterns too (Go's RE2).
+"""
+
+from __future__ import annotations
+
+import re
+
+BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+_PART = r"(?:[^/\\.][^/\\]*|\.[^/\\.][^/\\]*|\.\.[^/\\]+)"
+S3 = rf"s3://{BUCKET}(?:/{_PART})*/?"
+"""A bucket and a key or prefix, which may end with a slash."""
+
+
+def broken_rule(value: str) -> str:
+    """The rule that an address breaks, in a sentence; empty for one that is not of S3."""
+    if not value.startswith("s3://"):
+        return ""
+    bucket, _, key = value.removeprefix("s3://").partition("/")
+    if not re.fullmatch(BUCKET, bucket):
+        return (
+            f"{bucket!r} is not the name of a bucket: it has 3 to 63 lower-case letters, digits, dots and hyphens, and "
+            "begins and ends with a letter or digit."
+        )
+    if not re.fullmatch(rf"(?:{_PART}/)*(?:{_PART})?", key):
+        return f"{key!r} is not a key: it has no empty, '.' or '..' part between its slashes, and no backslash."
+    return ""
