@@ -30,7 +30,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _explained(error: OSError, path: Path) -> JobError:
-    return system_error(error, path) or StorageError(
+    # A folder that cannot be made since a file has its name; who creates files handles that by itself.
+    number = errno.ENOTDIR if error.errno == errno.EEXIST else error.errno
+    return system_error(error, path, number=number) or StorageError(
         f"{path} could not be read or written: {error.strerror or error}.", remedy="Check the volume that holds it."
     )
 

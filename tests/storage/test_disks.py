@@ -115,7 +115,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
 def test_too_many_open_files(tmp_path: Path) -> None:
     """So can a limit of open files."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) - 1, before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
     try:
         with pytest.raises(ConfigError, match="Too many files"):
             open_store(str(tmp_path)).write("key", b"x")
