@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from job.config import role_weights as roles
-from job.config.addresses import S3, broken_rule
+from job.config.addresses import DATA, MODEL, PLACE, TEMPLATE
 from job.config.field import PREFIX, Setting, setting
 from job.config.value_types import MOST, auto_or, choice, flag, integer, names, number, text
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 TARGET = re.compile(r"[A-Za-z_][\w.-]*")
 EXPORTS = ("adapter", "merged_16bit")
 CONTENTS = ("base_weights", "model_config", "tokenizer", "training_data")
@@ -38,22 +37,6 @@ MOST_MINUTES = 1_000_000
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text")
 
 
-_MODEL = text(
-    rf"{HUB_NAME.pattern}|{S3}|/.+",
-    "org/name[@revision], s3://bucket/prefix, or an absolute path",
-    broken=broken_rule,
-)
-_PLACE = text(rf"{S3}|/.+", "s3://bucket/prefix, or an absolute path", broken=broken_rule)
-_DATA = text(
-    rf"{S3}|hf://datasets/.+|/.+",
-    "s3://bucket/key, an absolute path, or hf://datasets/org/name[@revision][:split]; several separated by commas",
-    broken=broken_rule,
-)
-_TEMPLATE = text(
-    rf"[a-z][\w.-]*|{S3}|/.+",
-    "tokenizer, a template's name such as chatml, or the URI of a Jinja file",
-    broken=broken_rule,
-)
 _RUN = text(RUN_ID, "letters, digits, '.', '_' and '-', at most 128, starting with a letter or digit")
 
 
@@ -61,11 +44,11 @@ _RUN = text(RUN_ID, "letters, digits, '.', '_' and '-', at most 128, starting wi
 class Config:
     """One run's settings, in the order of the table in docs/configuration.md."""
 
-    model: str = setting(_MODEL, "base model", fingerprint=True)
+    model: str = setting(MODEL, "base model", fingerprint=True)
     dataset: tuple[str, ...] = setting(
-        names(_DATA, _DATA.rule), "training data: objects, prefixes, paths or hub names", fingerprint=True
+        names(DATA, DATA.rule), "training data: objects, prefixes, paths or hub names", fingerprint=True
     )
-    output: str = setting(_PLACE, "a run writes under `<output>/<run id>/`, and `<output>/latest.json`")
+    output: str = setting(PLACE, "a run writes under `<output>/<run id>/`, and `<output>/latest.json`")
     run_id: str | None = setting(
         _RUN, "run id; none = a hash of the variables marked * (which decide the result)", default=None
     )
@@ -75,7 +58,7 @@ class Config:
         default="auto",
     )
     eval_dataset: tuple[str, ...] = setting(
-        names(_DATA, _DATA.rule),
+        names(DATA, DATA.rule),
         "separate evaluation dataset; none = a share of the training data is held out",
         default=(),
         fingerprint=True,
@@ -107,7 +90,7 @@ class Config:
         default="warn",
     )
     chat_template: str = setting(
-        _TEMPLATE,
+        TEMPLATE,
         "`tokenizer` = the model's own; or a name (`chatml`, `llama-3.1`, ...); or a Jinja file's URI",
         default="tokenizer",
         fingerprint=True,
@@ -261,7 +244,7 @@ class Config:
         default=("adapter",),
     )
     cache: str | None = setting(
-        _PLACE,
+        PLACE,
         "where compile caches are kept between runs; anyone who can write there can run code in the job: protect it "
         "like the image",
         default=None,

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.config.schema import HUB_NAME, Config
+from job.config.addresses import HUB_NAME
+from job.config.schema import Config
 from job.inputs import hub, model_files, safetensors_stub
 from job.runtime.errors import DataError
 from job.runtime.hashing import sha256

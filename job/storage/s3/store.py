@@ -14,7 +14,7 @@ from job.runtime.errors import DataError, JobError
 from job.storage.base import Entry
 from job.storage.faults import DamagedError, MissingError
 from job.storage.s3.bucket import Bucket
-from job.storage.s3.checksum import upload_algorithm, upload_arguments
+from job.storage.s3.checksum import algorithm_argument, upload_arguments
 from job.storage.s3.client import Connection
 from job.storage.s3.download import again_if_damaged, download
 from job.storage.s3.failures import (
@@ -248,12 +248,10 @@ class S3Store:
         name = self._key(target)
 
         def act(client: S3Client) -> None:
-            if head(client, **source)["ContentLength"] <= _COPIED_IN_ONE_REQUEST:
-                algorithm = upload_algorithm(client)
-                extra: Any = {"ChecksumAlgorithm": algorithm} if algorithm else {}
-                client.copy_object(CopySource=source, Bucket=self._bucket.name, Key=name, **extra)
-            else:
+            if head(client, **source)["ContentLength"] > _COPIED_IN_ONE_REQUEST:
                 client.copy(source, self._bucket.name, name)  # needs an ETag, which not every store gives
+            else:
+                client.copy_object(CopySource=source, Bucket=self._bucket.name, Key=name, **algorithm_argument(client))
 
         try:
             self._bucket.call("CopyObject", name, act, expected=is_missing)

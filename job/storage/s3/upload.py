@@ -22,7 +22,7 @@ from job.storage.faults import DamagedError
 from job.storage.parallel import Stopped, each
 from job.storage.progress import Progress
 from job.storage.s3.bucket import Bucket
-from job.storage.s3.checksum import upload_algorithm, upload_arguments
+from job.storage.s3.checksum import algorithm_argument, upload_arguments
 from job.storage.s3.client import WORKERS
 from job.storage.s3.failures import describe, head, is_missing, is_upload_lost
 
@@ -135,9 +135,9 @@ class _Upload:
             raise
 
     def _begin(self, client: S3Client) -> str:
-        algorithm = upload_algorithm(client)
-        extra: Any = {"ChecksumAlgorithm": algorithm} if algorithm else {}
-        return client.create_multipart_upload(Bucket=self.bucket.name, Key=self.key, **extra)["UploadId"]
+        return client.create_multipart_upload(Bucket=self.bucket.name, Key=self.key, **algorithm_argument(client))[
+            "UploadId"
+        ]
 
     def _send(self, upload_id: str, part: _Part | None, stop: threading.Event) -> dict[str, Any]:
         """Send one part; None instead of a part hashes the whole file, in parallel with the sending."""
