@@ -366,10 +366,11 @@ def test_a_signal_is_said_once(tiny_model, rows, tmp_path, library):
     """SIGTERM ends a check with 75 and is one problem: in nested checks, and where a library makes an error of it."""
     settings = {"TUNE_MODEL": str(tiny_model), "TUNE_DATASET": str(rows), "TUNE_OUTPUT": str(tmp_path / "out")}
     settings["TUNE_MAX_LENGTH"] = "128"
+    (scratch := tmp_path / "scratch").mkdir()
     done = subprocess.run(
         [sys.executable, "-c", STOPPED, library],
         cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path), **settings},
+        env={**os.environ, "TMPDIR": str(scratch), **settings},
         capture_output=True,
         text=True,
         check=False,
