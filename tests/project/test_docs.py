@@ -23,6 +23,7 @@ NEED_NO_ENTRY = {
     "job/__main__.py: \0.": "argparse's own words; the entry for the command line quotes the usage",
     "job/runtime/errors.py: \0: \0": "an unexpected error's own words; the entry for exit 1 quotes the remedy",
     "job/storage/s3/setup.py: \0": "boto3's own words; the entry for the profile quotes the remedy",
+    "job/storage/s3/store.py: s3://\0/\0: \0": "passes a key's problem on, which has an entry",
     "job/storage/s3/store.py: the reply is no listing": "within the program: an entry shows the reply",
     "job/inputs/hub_failures.py: \0": "within the program: an outage, which ends as the entry for an unreachable hub",
     "job/model/base_model.py: \0 has \0.": "both things that it can lack are quoted",
