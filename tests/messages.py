@@ -59,10 +59,8 @@ def errors() -> Iterator[Said]:
         name = _called(node)
         words = {keyword.arg: keyword.value for keyword in node.keywords}
         where = f"{path.relative_to(ROOT)}:{node.lineno}"
-        if name == "Cause":
+        if name in ("Cause", "SystemCause"):
             yield Said(where=where, name=name, text=_FIELD.sub(HOLE, template(words["says"])))
-        elif name == "SystemCause":
-            yield Said(where=where, name=name, text=f"{template(words['says'])}: {HOLE}")
         elif name == "RowError":
             yield Said(where=where, name=name, text=template(words["reason"]))
         elif name == "Row" and "problem" in words:

@@ -184,11 +184,9 @@ class S3Store:
             found, etag = self._bucket.call("GetObject", name, act, expected=is_missing)
             if found != expected:
                 return False
-            try:
+            with contextlib.suppress(ClientError):  # the store knows `If-None-Match` at most
                 if etag:  # else there is nothing that a condition could name
                     return self._put_if(key, data, IfMatch=etag)
-            except ClientError:  # the store knows `If-None-Match` at most
-                pass
             self.write(key, data)
             return True
         return False
