@@ -1,7 +1,7 @@
 """The process that tries inputs: it has little memory, and says in lines of JSON what it found.
 
-`python -m tests.fuzz.child <work> <findings>` tries each kept finding again (`again`, and `still` for those that show
-their fault), then looks for others (`found`, and `tried` after each target). Before each input it writes it to
+`python -m tests.fuzz.child <work> <findings>` tries each kept finding again (`again`, with the fault that it shows, if
+any), then looks for others (`found`, and `tried` after each target). Before each input it writes it to
 `<work>/current`, so that whoever started it knows what was tried when it died.
 """
 
@@ -33,12 +33,11 @@ def main(asked: argparse.Namespace) -> None:
     chosen = {name: target for name, target in targets().items() if not asked.target or name in asked.target}
     _limit_memory()
     known = set()
-    for path, name, origin, data in harness.kept(asked.findings):
-        if origin.startswith(DEADLY) or name not in chosen:
-            continue
-        shown = _origin(chosen[name], data, asked.work)
-        known |= {shown} - {""}
-        say(again=path.name) if not shown else say(still=path.name, origin=shown)
+    for path, name, origin, data in (*harness.kept(asked.findings), *harness.kept(asked.findings / harness.OPEN)):
+        if name in chosen and not origin.startswith(DEADLY):
+            shown = _origin(chosen[name], data, asked.work)
+            known |= {shown} - {""}
+            say(again=path.relative_to(asked.findings).as_posix(), origin=shown)
     for name, target in chosen.items():
         for origin, data in _search(target, asked, known).items():
             known.add(origin)

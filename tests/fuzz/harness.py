@@ -20,6 +20,8 @@ from tests.jobs import ROOT
 CPU_SECONDS = 20
 """What one input may take; it takes milliseconds."""
 DATA, CONFIG = 65, 78
+OPEN = "open"
+"""The folder of findings whose fault is known and not mended yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
