@@ -77,7 +77,7 @@ def fetch_model(name: str, directory: Path, *, patience_seconds: float = 3600.0,
         weights: False downloads stubs with the headers and sizes of the weights.
 
     Raises:
-        DataError: no such repository or revision, or no safetensors in it.
+        DataError: no such repository or revision, or it is not a model (`job.inputs.model_files`).
         AccessDeniedError: gated or private, and the token does not give access.
         StorageError: unreachable past the patience, or offline.
     """

@@ -1,4 +1,4 @@
-"""Which files of a hub repository are meant: a model's safetensors and configuration, the data files of one split.
+"""Which files of a dataset on the hub are meant: the data files of one split.
 
 Knows names and the README's header; downloads nothing.
 """
@@ -10,13 +10,9 @@ from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import DatasetCard
-from huggingface_hub.utils import filter_repo_objects
 
 from job.runtime.errors import DataError
 
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*"]
-_NOT_MODEL_FILES = ["consolidated*.safetensors", "*/*.safetensors", "*.bin.index.json"]
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DATA_FILE = re.compile(r"\.(?P<kind>jsonl?|csv|parquet)(\.(gz|zst))?$")
 _NOT_DATA_FILES = re.compile(r"(^|/)(dataset_infos?|dataset_dict|state|config)\.json$|(^|/)\.")
 _SPLITS = {
@@ -25,25 +21,6 @@ _SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }  # the hub's words: huggingface.co/docs/datasets/repository_structure
 _LISTED = 12
-
-
-def model_files(repo: str, names: list[str]) -> list[str]:
-    """The files that loading a model needs: safetensors, configuration, tokenizer, templates.
-
-    Raises:
-        DataError: there are no safetensors; pickles are listed.
-    """
-    chosen = filter_repo_objects(names, allow_patterns=MODEL_FILES, ignore_patterns=_NOT_MODEL_FILES)
-    files = [name for name in chosen if "/" not in name or name.startswith("additional_chat_templates/")]
-    if any(name.endswith(".safetensors") for name in files):
-        return files
-    pickles = [name for name in names if name.endswith(_PICKLES)]
-    if pickles:
-        raise DataError(
-            f"{repo} has its weights only as pickles, which can run code when loaded: {_list(pickles)}.",
-            remedy="Choose a repository with safetensors, or convert it.",
-        )
-    raise DataError(f"{repo} has no weights as safetensors. It has: {_list(names)}.", remedy="Correct the name.")
 
 
 def data_files(repo: str, split: str | None, names: list[str], readme: str) -> list[str]:

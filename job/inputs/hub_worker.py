@@ -15,9 +15,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, errors, get_token, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from job.inputs import safetensors_stub
+from job.inputs import model_files, safetensors_stub
 from job.inputs.hub import Downloaded, Request, Unreachable
-from job.inputs.hub_files import MODEL_FILES, data_files, model_files
+from job.inputs.hub_files import data_files
 from job.runtime.child import Failed, Message, Parent, serve
 from job.runtime.credentials import shown
 from job.runtime.errors import AccessDeniedError, DataError, JobError, StorageError, known
@@ -44,8 +44,8 @@ def _download(request: Request) -> Downloaded:
         return _from_cache(request)
     info = HfApi().repo_info(repo, repo_type=kind, revision=request.revision, files_metadata=True)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-    files = model_files(repo, list(sizes)) if kind == "model" else _dataset_files(request, info.sha, list(sizes))
-    stubs = [] if request.weights else [name for name in files if name.endswith(safetensors_stub.SUFFIX)]
+    files = _model_files(request, info.sha, sizes) if kind == "model" else _dataset_files(request, info.sha, [*sizes])
+    stubs = [] if request.weights else [name for name in files if name.endswith(model_files.SUFFIX)]
     complete = [name for name in files if name not in stubs]
     total = sum(sizes[name] for name in complete)
     directory.mkdir(parents=True, exist_ok=True)
@@ -79,11 +79,8 @@ def _read_start(repo: str, commit: str, name: str, size: int) -> bytes:
 
 def _from_cache(request: Request) -> Downloaded:
     """The files in the user's own cache: `HF_HUB_OFFLINE` was set by the user."""
-    patterns = list(MODEL_FILES) if request.kind == "model" else None
     try:
-        place = Path(
-            snapshot_download(request.repo, repo_type=request.kind, revision=request.revision, allow_patterns=patterns)
-        )
+        place = Path(snapshot_download(request.repo, repo_type=request.kind, revision=request.revision))
     except (OSError, ValueError) as error:
         raise StorageError(
             f"HF_HUB_OFFLINE is set and the local cache does not hold {request.repo}.",
@@ -91,7 +88,8 @@ def _from_cache(request: Request) -> Downloaded:
         ) from error
     names = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*")) if path.is_file()]
     if request.kind == "model":
-        files = model_files(request.repo, names)
+        sizes = {name: (place / name).stat().st_size for name in names}
+        files = model_files.choose(request.repo, sizes, lambda name: (place / name).read_bytes())
     else:
         readme = place / "README.md"
         files = data_files(request.repo, request.split, names, _text(readme) if readme.is_file() else "")
@@ -126,6 +124,14 @@ def _bytes_below(directory: Path, files: list[str]) -> int:
         with contextlib.suppress(OSError):
             sizes += path.stat().st_size
     return sizes
+
+
+def _model_files(request: Request, commit: str, sizes: dict[str, int]) -> list[str]:
+    def read(name: str) -> bytes:
+        place = request.directory
+        return Path(hf_hub_download(request.repo, name, revision=commit, local_dir=place)).read_bytes()
+
+    return model_files.choose(request.repo, sizes, read)
 
 
 def _dataset_files(request: Request, commit: str, names: list[str]) -> list[str]:

@@ -5,22 +5,22 @@ Knows places, not contents.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
-import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from job.config.schema import HUB_NAME, Config
-from job.inputs import hub, safetensors_stub
+from job.inputs import hub, model_files, safetensors_stub
 from job.runtime.errors import DataError
 from job.runtime.hashing import sha256
-from job.storage.fetch import Fetched, fetch, list_objects
+from job.storage.base import Entry
+from job.storage.fetch import Fetched, Resolved, fetch, list_objects, resolve
 
-MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
 NAMED_TEMPLATE = ("s3://", "/")
 
 
@@ -69,7 +69,7 @@ class ModelFiles:
     """The base model on this disk."""
 
     path: Path
-    """A directory with a neutral name."""
+    """A directory with a neutral name, in which there is nothing but these files (`model_files.folder_of`)."""
     files: tuple[File, ...]
     revision: str | None
     """The commit of a model from the hub."""
@@ -118,20 +118,22 @@ def listing(sources: Sources, *, pinned: dict[str, Any]) -> dict[str, Any]:
     """
     template = [sources.chat_template] if sources.chat_template.startswith(NAMED_TEMPLATE) else []
     files = [file for file in pinned.get("files", []) if not file["name"].startswith(NAMED_TEMPLATE)]
-    uris = dict.fromkeys((*sources.dataset, *sources.eval_dataset, *template)) | {sources.model: _is_model_file}
-    for uri, wanted in uris.items():
+    uris = dict.fromkeys((*sources.dataset, *sources.eval_dataset, *template))
+    for uri in uris:
         if uri.startswith(NAMED_TEMPLATE):
-            found = list_objects(uri, patience_seconds=sources.patience_seconds, wanted=wanted)
-            files += [
-                {
-                    "name": name,
-                    "size": entry.size,
-                    "etag": _identity(name, entry.etag, None if wanted else Path(name)),
-                    "version": entry.version,
-                }
-                for name, entry in found.items()
-            ]
+            found = list_objects(uri, patience_seconds=sources.patience_seconds)
+            files += [_listed(name, entry, Path(name)) for name, entry in found.items()]
+    with contextlib.suppress(DataError):  # what is not a model any more is not listed
+        if sources.model.startswith(NAMED_TEMPLATE):
+            resolved = resolve(sources.model, sources.patience_seconds, None)
+            chosen = _chosen(sources.model, resolved, names=None)
+            files += [_listed(resolved.name(one), one, None) for one in resolved.entries if one.key in chosen]
     return {**pinned, "files": files}
+
+
+def _listed(name: str, entry: Entry, path: Path | None) -> dict[str, Any]:
+    etag = _identity(name, entry.etag, path)
+    return {"name": name, "size": entry.size, "etag": etag, "version": entry.version}
 
 
 def _identity(name: str, etag: str | None, path: Path | None) -> str | None:
@@ -142,12 +144,14 @@ def _identity(name: str, etag: str | None, path: Path | None) -> str | None:
     return None if path is None else f"sha256:{sha256(path)}"
 
 
-def _is_model_file(key: str) -> bool:
-    return key.endswith(MODEL_FILES) and "/" not in key
+def _chosen(model: str, resolved: Resolved, *, names: frozenset[str] | None) -> Collection[str]:
+    """The keys of the objects that are a model (`model_files.choose`), of those with these names."""
+    entries = [entry for entry in resolved.entries if names is None or resolved.name(entry) in names]
 
+    def read(key: str) -> bytes:
+        return resolved.store.read(key) or b""
 
-def _is_small_model_file(key: str) -> bool:
-    return _is_model_file(key) and not key.endswith(safetensors_stub.SUFFIX)
+    return frozenset(model_files.choose(model, {entry.key: entry.size for entry in entries}, read))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,18 +211,18 @@ class Puller:
         if HUB_NAME.fullmatch(name):
             patience = self.sources.patience_seconds
             found = hub.fetch_model(name, place, patience_seconds=patience, weights=self.weights)
-            return ModelFiles(path=found.path, files=_hub_files(found), revision=found.commit)
-        files = self._fetch(name, place, wanted=_is_model_file if self.weights else _is_small_model_file)
-        if not self.weights:
-            files += safetensors_stub.fetch_headers(name, place, patience_seconds=self.sources.patience_seconds)
-        if not name.startswith("s3://"):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            link = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
-            link.symlink_to(name)
-            link.replace(place)  # atomically: another run may be reading through it
+            path = model_files.folder_of({file: found.path / file for file in found.files}, self.directory)
+            return ModelFiles(path=path, files=_hub_files(found), revision=found.commit)
+        chosen = _chosen(name, resolve(name, self.sources.patience_seconds, None), names=self.names)
+        small = {key for key in chosen if self.weights or not key.endswith(model_files.SUFFIX)}
+        files = self._fetch(name, place, wanted=small.__contains__)
+        if small != chosen:
+            weights, patience = chosen - small, self.sources.patience_seconds
+            files += safetensors_stub.fetch_headers(name, place, wanted=weights, patience_seconds=patience)
         read = (_file(file, named=False) for file in files)
         identified = tuple(dataclasses.replace(f, etag=_identity(f.name, f.etag, None)) for f in read)
-        return ModelFiles(path=place, files=identified, revision=None)
+        path = model_files.folder_of({file.key: file.path for file in files}, self.directory)
+        return ModelFiles(path=path, files=identified, revision=None)
 
     def template(self, name: str) -> tuple[str | None, tuple[File, ...]]:
         """The text of a chat template that is a file, and the file; None for one that has a name."""

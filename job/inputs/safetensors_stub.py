@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from job.storage.base import Entry
 from job.storage.disk import disk_errors
-from job.storage.faults import MissingError
 from job.storage.fetch import WORKERS, Fetched, resolve
 from job.storage.parallel import each
 from job.storage.uri import parse
 
-SUFFIX = ".safetensors"
 FIRST_BYTES = 128 << 10
 """Most headers are shorter."""
-LONGEST_HEADER = 100_000_000
+LONGEST_HEADER = 16 << 20
+"""The library takes up to 100 MB; those of real models have less than one, and parsing takes ten times the memory."""
 LENGTH_BYTES = 8
 
 
@@ -38,12 +37,11 @@ def write_stub(path: Path, size: int, read: Callable[[int], bytes]) -> None:
         file.truncate(size)
 
 
-def fetch_headers(uri: str, directory: Path, *, patience_seconds: float = 3600.0) -> list[Fetched]:
-    """Like `fetch` for the safetensors files of a model, with stubs of remote files; empty when there are none."""
-    try:
-        resolved = resolve(uri, patience_seconds, lambda key: key.endswith(SUFFIX) and "/" not in key)
-    except MissingError:
-        return []
+def fetch_headers(
+    uri: str, directory: Path, *, wanted: Collection[str], patience_seconds: float = 3600.0
+) -> list[Fetched]:
+    """Like `fetch` for these files of weights, with stubs of remote ones."""
+    resolved = resolve(uri, patience_seconds, wanted.__contains__)
     if isinstance(parse(uri), Path):
         return [resolved.fetched(entry, Path(resolved.store.uri) / entry.key) for entry in resolved.entries]
 

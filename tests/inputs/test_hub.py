@@ -15,7 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from job.inputs.hub import fetch_dataset, fetch_model
-from job.inputs.hub_files import data_files, model_files
+from job.inputs.hub_files import data_files
 from job.runtime.errors import AccessDeniedError, ConfigError, DataError, StorageError
 from tests.hub_server import COMMIT, Hub, serve_hub
 
@@ -241,12 +241,6 @@ def test_unclear_splits(split: str | None, names: list[str], readme: str, text: 
     """Where it is not clear which files are meant, the error lists them."""
     with pytest.raises(DataError, match=text):
         data_files("org/data", split, names, readme)
-
-
-def test_model_files() -> None:
-    """Weights are taken once: not the copies that some repositories carry in other formats."""
-    names = ["consolidated.safetensors", "model-1.safetensors", "model.safetensors.index.json", "onnx/config.json"]
-    assert ["model-1.safetensors", "model.safetensors.index.json"] == model_files("org/model", names)
 
 
 def test_a_model_without_its_weights(hub: Hub, tmp_path: Path) -> None:
