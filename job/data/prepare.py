@@ -177,7 +177,11 @@ def _facts(files: _Files, scan: ScanResult, *, fraction: float) -> DatasetFacts:
 
 def _tokenizer(config: Config, inputs: Inputs) -> Tokenizer:
     tokenizer = load_tokenizer(
-        inputs.model, chat_template=config.chat_template, template_text=inputs.template_text, date=inputs.date
+        inputs.model,
+        name=config.model,
+        chat_template=config.chat_template,
+        template_text=inputs.template_text,
+        date=inputs.date,
     )
     for note in tokenizer.notes:
         log.warning("tokenizer_note", note=note)

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def _identity(name: str, etag: str | None, path: Path | None) -> str | None:
     return None if path is None else f"sha256:{sha256(path)}"
 
 
-def _chosen(model: str, resolved: Resolved, *, names: frozenset[str] | None) -> Collection[str]:
+def _chosen(model: str, resolved: Resolved, *, names: frozenset[str] | None) -> frozenset[str]:
     """The keys of the objects that are a model (`model_files.choose`), of those with these names."""
     entries = [entry for entry in resolved.entries if names is None or resolved.name(entry) in names]
 

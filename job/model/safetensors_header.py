@@ -10,7 +10,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from job.inputs.model_files import COPY_AGAIN, json_object
 from job.inputs.safetensors_stub import LENGTH_BYTES, LONGEST_HEADER
@@ -75,7 +75,7 @@ def _tensor(name: str, entry: Any, what: str) -> Tensor:
     return Tensor(dtype=dtype, shape=tuple(shape), start=start, end=end)
 
 
-def _counts(values: Any) -> bool:
+def _counts(values: Any) -> TypeGuard[list[int]]:
     """Whether this is a list of whole numbers, none negative."""
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 

@@ -263,7 +263,7 @@ class Finetune:
 
     def save_adapter(self, directory: Path, *, base: BaseModel) -> None:
         """Write the adapter and its tokenizer."""
-        adapters.save_adapter(self.model, self.tokenizer.hf, directory, base=base)
+        adapters.save_adapter(self.model, self.tokenizer, directory, base=base)
 
     def merge(self, adapter: Path, directory: Path, *, base: BaseModel) -> None:
         """Write base + adapter in 16 bit."""

@@ -129,7 +129,7 @@ def test_large_weights_are_not_downloaded(place, tiny_model, tmp_path):
     client.put_object(Bucket=place["bucket"], Key="model/model.safetensors", Body=weights)
     checked = check(tmp_path, **settings(place, dataset=f"s3://{place['bucket']}/nothing"))
     assert checked.found["model"]["parameters"] == 4 << 20
-    (stand_in,) = (tmp_path / "scratch").rglob("*.safetensors")
+    (stand_in,) = (path for path in (tmp_path / "scratch").rglob("*.safetensors") if not path.is_symlink())
     assert stand_in.read_bytes().rstrip(b"\0").count(b"w") < 1 << 20
 
 

@@ -30,6 +30,7 @@ from job.data.examples import Example, InvalidRows, RowError
 from job.data.rendering.labels import SequenceMeta
 from job.data.rendering.renderer import RenderedText, Renderer
 from job.data.tokenizer.encoding import Encoding
+from job.data.tokenizer.load import Tokenizer
 
 CHUNK = 1024
 """Rows that are tokenised at once; fewer if they are long."""
@@ -41,6 +42,8 @@ GC_THRESHOLD = 50_000
 """New objects between two garbage collections, instead of Python's 700: rows make hardly any cyclic garbage."""
 FIELDS = tuple(SequenceMeta.__slots__)
 _values = attrgetter(*FIELDS)
+_Meta = tuple[int, int, tuple[Any, ...]]
+"""The numbers of a row and a renderer, and the values of a `SequenceMeta`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +147,8 @@ class Draft:
         yield texts
 
     def _write(self, chunk: _Chunk, numbers: Sequence[int]) -> None:
-        tokens, metas = array("i"), []
+        tokens: array[int] = array("i")
+        metas: list[_Meta] = []
         for row, text, encodings in chunk.encoded(self.renderers[numbers[0]]):
             try:
                 for number in numbers:
@@ -153,8 +157,32 @@ class Draft:
                         metas.append((row, number, _values(sequence)))
             except RowError as error:
                 self._invalid.add(error)
+        self._check_embeddings(np.frombuffer(tokens, dtype=np.int32), metas, self.renderers[numbers[0]].tokenizer)
         self._tokens.write(tokens)
         self._metas.write(json.dumps(metas).encode() + b"\n")
+
+    def _check_embeddings(self, ids: NDArray[np.int32], metas: Sequence[_Meta], tokenizer: Tokenizer) -> None:
+        """Note the rows with a token that the model has no embedding for: training would end at the first of them."""
+        rows = tokenizer.embedding_rows
+        if rows is None or ids.max(initial=0) < rows:
+            return
+        start, noted = 0, set()
+        for row, _, values in metas:
+            meta = SequenceMeta(**dict(zip(FIELDS, values, strict=True)))
+            highest = int(ids[start : start + meta.keep].max(initial=0))
+            start += meta.keep
+            if highest >= rows and row not in noted:
+                noted.add(row)
+                self._invalid.add(_no_embedding(meta, tokenizer.hf.convert_ids_to_tokens(highest), highest, rows))
+
+
+def _no_embedding(meta: SequenceMeta, token: str, number: int, rows: int) -> RowError:
+    return RowError(
+        source=meta.source,
+        line=meta.line,
+        reason=f"its token {token!r} has the number {number}, and the model has embeddings for {rows} tokens only",
+        remedy="Remove the token from the rows, or use a model whose embeddings were resized for its tokenizer.",
+    )
 
 
 def _with_tokens(found: list[tuple[int, int, SequenceMeta]], ids: NDArray[np.int32]) -> Iterator[DraftSequence]:
