@@ -253,6 +253,11 @@ class Puller:
 
 
 def _text(file: File) -> str:
+    if file.size > model_files.LARGEST_JSON:
+        raise DataError(
+            f"{file.name} has {file.size:,} bytes, more than any chat template needs.",
+            remedy="Set TUNE_CHAT_TEMPLATE to the file with the template.",
+        )
     try:
         return file.path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

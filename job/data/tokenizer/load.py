@@ -165,7 +165,8 @@ def _loaded(directory: Path, name: str, trial: Trial) -> Any:
         return AutoTokenizer.from_pretrained(place, config=config, **local)
     except Exception as error:
         raise DataError(
-            f"The tokenizer of {name} cannot be loaded: {_words(error)}.",
+            f"The tokenizer of {name}, of the class {settings.class_name(directory, name)}, cannot be loaded: "
+            f"{_words(error)}.",
             remedy="The model needs a tokenizer.json that works without custom code; save one with "
             "AutoTokenizer.save_pretrained where its code is trusted.",
         ) from error

@@ -50,7 +50,7 @@ def stop_ids(directory: Path, name: str) -> tuple[int, ...]:
     """The tokens that end generation by `eos_token_id` of the generation configuration: one number or several."""
     given = _said(directory, GENERATION_CONFIG, name).get("eos_token_id")
     listed = given if isinstance(given, list) else [given]
-    return tuple(number for number in listed if type(number) is int)
+    return tuple(number for number in listed if type(number) is int and number >= 0)
 
 
 def template_notes(directory: Path, name: str) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ LONGEST = 1 << 20
 """Characters of a short conversation; templates write a few thousand around it."""
 
 
-class TooMuchError(BaseException):
+class TooMuch(BaseException):
     """What a template must not be able to catch, or be taken for refusing by."""
 
 
@@ -94,9 +94,9 @@ def _render(text: str, variables: dict[str, Any]) -> None:
                 messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **variables
             )
         except MemoryError as error:
-            raise TooMuchError("it needs more memory than it may have") from error
+            raise TooMuch("it needs more memory than it may have") from error
         if len(rendered) > LONGEST:
-            raise TooMuchError(f"it makes {len(rendered):,} characters of a question and its answer")
+            raise TooMuch(f"it makes {len(rendered):,} characters of a question and its answer")
         return rendered
 
     template = Template(name="trial", text=text, apply=apply, eos=variables.get("eos_token", ""))
