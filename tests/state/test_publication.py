@@ -1,5 +1,6 @@
 """What is published, where the output holds what no attempt of this version has left there: old, damaged, deleted."""
 
+import itertools
 import json
 
 import pytest
@@ -130,7 +131,7 @@ def test_results_without_their_ledger(world):
 
 def test_another_attempt_finishes_meanwhile(world):
     """An attempt that listed no record, and stood still until another had finished the run, sees that it is over."""
-    calls = iter(range(10))
+    calls = itertools.count()
 
     def turn() -> None:
         if next(calls) == 1:  # the listing was before
