@@ -21,6 +21,8 @@ def broken_rule(value: str) -> str:
     if not value.startswith("s3://"):
         return ""
     bucket, _, key = value.removeprefix("s3://").partition("/")
+    if "@" in bucket:
+        return "The name of a bucket has no user name or password before it: credentials have variables of their own."
     if not re.fullmatch(BUCKET, bucket):
         return (
             f"{bucket!r} is not the name of a bucket: it has 3 to 63 lower-case letters, digits, dots and hyphens, and "
