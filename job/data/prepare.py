@@ -115,6 +115,7 @@ def render(config: Config, inputs: Inputs, facts: DatasetFacts, *, directory: Pa
     with Draft(directory) as draft:
         _render_rows(draft, renderers, files.train, files.held_out)
         datasets = _write(draft, renderers, facts, directory=directory, micro_batch=config.rows_in_pass)
+    _log_ready(datasets, facts, renderers)
     return _data(datasets, facts, renderers, _prompts(renderers.train, files, facts.split, count=config.samples))
 
 
@@ -134,6 +135,7 @@ def prepare(config: Config, inputs: Inputs, *, directory: Path) -> Data:
         datasets = _write(draft, renderers, facts, directory=directory, micro_batch=config.rows_in_pass)
     data = _data(datasets, facts, renderers, _prompts(renderers.train, files, facts.split, count=config.samples))
     judge(data.losses(), rows=facts.scan.rows, quality=config.quality)
+    _log_ready(datasets, facts, renderers)
     return data
 
 
@@ -237,7 +239,7 @@ class _Datasets:
 
 
 def _write(draft: Draft, renderers: _Renderers, facts: DatasetFacts, *, directory: Path, micro_batch: int) -> _Datasets:
-    """Both sides of the split; logs `dataset_ready`."""
+    """Both sides of the split."""
     evaluation_files = facts.scan.held_out > 0
     plans = (
         DatasetPlan(name="train", rows=facts.split.train, renderer=renderers.train),
@@ -253,6 +255,11 @@ def _write(draft: Draft, renderers: _Renderers, facts: DatasetFacts, *, director
         log.warning(
             "evaluation_disabled", reason=f"none of the {held_out.counts.rows:,} held-out rows has a label left"
         )
+    return _Datasets(train=train, held_out=held_out)
+
+
+def _log_ready(datasets: _Datasets, facts: DatasetFacts, renderers: _Renderers) -> None:
+    train, held_out = datasets.train, datasets.held_out
     log.info(
         "dataset_ready",
         **asdict(train.counts),
@@ -267,7 +274,6 @@ def _write(draft: Draft, renderers: _Renderers, facts: DatasetFacts, *, director
         eval_note=facts.split.note,
         chat_template=renderers.train.tokenizer.name,
     )
-    return _Datasets(train=train, held_out=held_out)
 
 
 def _data(datasets: _Datasets, facts: DatasetFacts, renderers: _Renderers, prompts: tuple[Prompt, ...]) -> Data:

@@ -91,8 +91,10 @@ def _drops_reasoning(answer: LearnedAnswer) -> bool:
 
 def _is_spaced_otherwise(answer: LearnedAnswer) -> bool:
     """Whether an answer is there, but with other white space: most often without that at its ends."""
-    content = answer.turn.content
-    return bool(content.strip()) and content not in answer.text and not _is_json_printed(content, answer.text)
+    content, text = answer.turn.content, answer.text
+    if not content.strip() or content in text or _is_json_printed(content, text):
+        return False
+    return not _kind(content.strip(), text)
 
 
 def _lost(answers: Sequence[LearnedAnswer]) -> Iterator[str]:
