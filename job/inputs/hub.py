@@ -144,7 +144,7 @@ def _fetch(request: Request, patience_seconds: float) -> HubFetched:
     retrying = Retrying(
         retry=retry_if_exception_type(_UnreachableError),
         wait=wait_random_exponential(multiplier=0.5, max=min(60.0, max(patience_seconds, 0.1))),
-        stop=lambda state: state.seconds_since_start >= _limit(state, patience_seconds),
+        stop=lambda state: (state.seconds_since_start or 0.0) >= _limit(state, patience_seconds),
         before_sleep=before_sleep,
         reraise=True,
     )
