@@ -80,6 +80,7 @@ def restore(ledger: Ledger, directory: Path, *, check: Callable[[Path, dict[str,
 
     Raises:
         PermanentError: checkpoints exist, and none is intact.
+        FencedError: a later attempt has taken over.
         StorageError, AccessDeniedError: the store failed, which never counts as "no checkpoint".
     """
     damaged: list[str] = []
@@ -89,6 +90,7 @@ def restore(ledger: Ledger, directory: Path, *, check: Callable[[Path, dict[str,
         try:
             return _restore(ledger, entry, directory, check)
         except (DamagedError, MissingError, ChangedError) as error:
+            ledger.check_all()  # a later attempt deletes the checkpoints that it does not need
             damaged.append(f"commit {entry.number}: {error.message}")
             log.warning("checkpoint_damaged", commit=entry.number, reason=error.message)
             _note_damage(ledger, entry, error)

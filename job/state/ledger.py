@@ -99,15 +99,8 @@ class Ledger:
         """
         self.last = max([0, *self._numbers(), *self._numbers_of_results()])
         number = self.append("fence")
-        # A later attempt may have fenced in the meantime: then its record is below this one. Every record that is not
-        # a fence was written by the latest attempt so far, so that nothing below it has to be read.
-        for entry in self._backwards(below=number):
-            if entry.body is None:
-                continue
-            self._yield_to(entry)
-            if entry.kind != "fence":
-                self.life = _life(entry)
-                break
+        if (newest := self.check_all(below=number)) is not None:
+            self.life = _life(newest)
         return number
 
     def progress(self) -> Progress:
@@ -151,6 +144,23 @@ class Ledger:
         found = self.read(self.last + 1)
         if found is not None:
             self._yield_to(found)
+
+    def check_all(self, *, below: int | None = None) -> Entry | None:
+        """Check all records. Fences may stand in another order than their attempts; every other record was written by
+        the latest attempt so far, so that nothing before it has to be read.
+
+        Returns:
+            the newest readable record but fences.
+
+        Raises:
+            FencedError: it, or a fence after it, is of a later attempt.
+        """
+        for entry in self._backwards(below=below):
+            if entry.body is not None:
+                self._yield_to(entry)
+                if entry.kind != "fence":
+                    return entry
+        return None
 
     def append(self, kind: Kind, *, nonce: str | None = None, **facts: Any) -> int:
         """Create the next record.
