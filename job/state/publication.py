@@ -115,6 +115,8 @@ class Publication:
         """A run of which there is no record: new, or finished before there were `published` records and tidied up."""
         before = self._published_before()
         if before is None and "record" in (decode(read(self.store, self._key("done.json"))) or {}):
+            if self.ledger.progress().newest is not None:
+                return self.published()  # another attempt has finished the run in the meantime
             raise ConfigError(
                 f"{self._key('done.json')} says that run {self.ledger.run_id} is finished, and the records in "
                 "checkpoints/commits/ that would prove it are gone.",
