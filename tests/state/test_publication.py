@@ -126,6 +126,13 @@ def test_results_without_their_ledger(world):
     world.finish()
 
 
+def test_another_attempt_finishes_meanwhile(world):
+    """An attempt that listed no record, and stood still until another had finished the run, sees that it is finished."""
+    turns = iter((lambda: None, lambda: code(world)))  # the listing, then whatever is read next
+    store = Memory(world.objects, lambda: next(turns, lambda: None)())
+    assert Publication(ledger=Ledger(store=store, run_id=RUN)).published().number > 0
+
+
 def test_a_run_id_that_is_used_again(world):
     """Somebody deleted the run; latest.json still names its results. A new run of this id replaces it."""
     for kind in (AUTO, FRESH):
