@@ -115,8 +115,8 @@ class Publication:
         """A run of which there is no record: new, or finished before there were `published` records and tidied up."""
         before = self._published_before()
         if before is None and "record" in (decode(read(self.store, self._key("done.json"))) or {}):
-            if self.ledger.progress().newest is not None:
-                return self.published()  # another attempt has finished the run in the meantime
+            if self.ledger.progress().newest:
+                return self.published()  # another attempt has finished the run since
             raise ConfigError(
                 f"{self._key('done.json')} says that run {self.ledger.run_id} is finished, and the records in "
                 "checkpoints/commits/ that would prove it are gone.",
@@ -300,11 +300,8 @@ class Publication:
             if there["record"] <= body.get("record", 0):
                 return False
             found = self.ledger.read(there["record"])
-            return (
-                found is not None
-                and found.kind == "published"
-                and (found.body or {}).get("published_at") == there.get("published_at")
-            )
+            published = found.body if found is not None and found.kind == "published" else None
+            return published is not None and published.get("published_at") == there.get("published_at")
         times = [when if isinstance(when := it.get("published_at"), str) else "" for it in (there, body)]
         return times[0] > times[1]
 
