@@ -50,7 +50,12 @@ def of_the_file(directory: Path, found: Tokenizer) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["LlamaTokenizerFast", "LlamaTokenizer", "GemmaTokenizer", "T5TokenizerFast", "BertTokenizer"]
+    "name",
+    [
+        "LlamaTokenizerFast",
+        "GemmaTokenizer",
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("LlamaTokenizer", "T5TokenizerFast", "BertTokenizer")),
+    ],
 )
 def test_a_class_that_does_not_fit_the_file(tmp_path: Path, name: str) -> None:
     """A class for another kind of tokenizer loses white space or more: it is named, with a text and its ids."""
@@ -102,12 +107,12 @@ def test_a_class_that_splits_words_by_another_pattern(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "model_type", "name"),
     [
-        ("llama-3.1", "llama", "PreTrainedTokenizerFast"),
-        ("mistral-v0.1", "mistral", "LlamaTokenizer"),
-        ("mistral-v3", "mistral", "LlamaTokenizerFast"),
+        pytest.param("llama-3.1", "llama", "PreTrainedTokenizerFast", marks=pytest.mark.full),
+        pytest.param("mistral-v0.1", "mistral", "LlamaTokenizer", marks=pytest.mark.full),
+        pytest.param("mistral-v3", "mistral", "LlamaTokenizerFast", marks=pytest.mark.full),
         ("gemma-3", "gemma3_text", "GemmaTokenizerFast"),
-        ("phi-3", "phi3", "LlamaTokenizer"),
-        ("phi-4", "phi3", "GPT2Tokenizer"),
+        pytest.param("phi-3", "phi3", "LlamaTokenizer", marks=pytest.mark.full),
+        pytest.param("phi-4", "phi3", "GPT2Tokenizer", marks=pytest.mark.full),
         ("smollm-2", "llama", "GPT2Tokenizer"),
     ],
 )
@@ -121,18 +126,10 @@ def test_classes_of_real_models_fit(tmp_path: Path, family: str, model_type: str
     assert not found.of_file
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({"add_prefix_space": True, "legacy": False}, id="prefix space"),
-        pytest.param({"clean_up_tokenization_spaces": True}, id="clean up"),
-        pytest.param({"add_bos_token": True, "add_eos_token": True, "bos_token": "<s>"}, id="BOS"),
-        pytest.param({"split_special_tokens": True, "do_lower_case": True}, id="special tokens"),
-        pytest.param({"fix_mistral_regex": True}, id="regex of a small vocabulary"),
-    ],
-)
-def test_settings_that_change_no_ids(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """Settings that transformers does not apply to a tokenizer.json leave its ids as they are."""
+def test_settings_that_change_no_ids(tmp_path: Path) -> None:
+    """Settings that are meant for other tokenizers, or for texts around a conversation, leave the ids as they are."""
+    settings = {"add_prefix_space": True, "legacy": False, "clean_up_tokenization_spaces": True, "do_lower_case": True}
+    settings |= {"add_bos_token": True, "add_eos_token": True, "split_special_tokens": True, "fix_mistral_regex": True}
     found = load_tokenizer(saved(tmp_path, tokenizer_class="PreTrainedTokenizerFast", **settings), date=DATE)
     assert ids(found) == of_the_file(tmp_path, found)
     assert not found.of_file
@@ -183,16 +180,16 @@ def test_two_chat_templates(tmp_path: Path) -> None:
     ("file", "content"),
     [
         pytest.param("generation_config.json", '{"a":' * 100_000, id="generation nested"),
-        pytest.param("generation_config.json", "5", id="generation a number"),
+        pytest.param("generation_config.json", "5", marks=pytest.mark.full, id="generation a number"),
         pytest.param("tokenizer_config.json", "[" * 100_000, id="tokenizer nested"),
-        pytest.param("tokenizer_config.json", "[]", id="tokenizer a list"),
-        pytest.param("tokenizer_config.json", '{"added_tokens_decoder": 5}', id="tokens a number"),
-        pytest.param("tokenizer_config.json", '{"eos_token": ["x"]}', id="EOS a list"),
-        pytest.param("tokenizer_config.json", '{"tokenizer_class": {"a": 1}}', id="class an object"),
-        pytest.param("special_tokens_map.json", "[" * 100_000, id="special tokens nested"),
-        pytest.param("added_tokens.json", '{"<x>": "five"}', id="a number as text"),
+        pytest.param("tokenizer_config.json", "[]", marks=pytest.mark.full, id="tokenizer a list"),
+        pytest.param("tokenizer_config.json", '{"added_tokens_decoder": 5}', marks=pytest.mark.full, id="tokens a number"),
+        pytest.param("tokenizer_config.json", '{"eos_token": ["x"]}', marks=pytest.mark.full, id="EOS a list"),
+        pytest.param("tokenizer_config.json", '{"tokenizer_class": {"a": 1}}', marks=pytest.mark.full, id="class an object"),
+        pytest.param("special_tokens_map.json", "[" * 100_000, marks=pytest.mark.full, id="special tokens nested"),
+        pytest.param("added_tokens.json", '{"<x>": "five"}', marks=pytest.mark.full, id="a number as text"),
         pytest.param("config.json", '{"model_type": "llama", "rms_norm_eps": "small"}', id="not a number"),
-        pytest.param("config.json", '{"model_type": "llama", "num_attention_heads": 0}', id="zero heads"),
+        pytest.param("config.json", '{"model_type": "llama", "num_attention_heads": 0}', marks=pytest.mark.full, id="zero heads"),
         pytest.param("config.json", '{"model_type": "no-such-model"}', id="unknown model"),
     ],
 )
