@@ -134,7 +134,7 @@ def _restore(ledger: Ledger, entry: Entry, directory: Path, check: Callable[[Pat
     found = hashes([directory / name for name in wanted])
     for name, (_, sha256) in wanted.items():
         if found[directory / name] != sha256:
-            raise DamagedError(f"{prefix}/{name} does not have the SHA-256 of its record")
+            raise DamagedError(f"{ledger.store.uri.rstrip('/')}/{prefix}/{name} does not have the SHA-256 of its record")
     check(directory, body)
     restored = Restored(directory=directory, step=step, number=entry.number, prefix=prefix, body=body)
     _check_history(restored)
@@ -159,11 +159,11 @@ def _safe(name: str) -> str:
 
 
 def _download(store: Store, key: str, size: int, path: Path) -> None:
-    entry = store.head(key)
+    entry, name = store.head(key), f"{store.uri.rstrip('/')}/{key}"
     if entry is None:
-        raise MissingError(f"{key} is missing")
+        raise MissingError(f"{name} is missing")
     if entry.size != size:
-        raise DamagedError(f"{key} has {entry.size} bytes, its record says {size}")
+        raise DamagedError(f"{name} has {entry.size} bytes, its record says {size}")
     store.download(entry, path)
 
 

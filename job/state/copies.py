@@ -103,11 +103,8 @@ def _is_newer(ledger: Ledger, there: dict[str, Any] | None, body: dict[str, Any]
         if there["record"] <= body.get("record", 0):
             return False
         found = ledger.read(there["record"])
-        return (
-            found is not None
-            and found.kind == "published"
-            and (found.body or {}).get("published_at") == there.get("published_at")
-        )
+        published = found.body if found is not None and found.kind == "published" else None
+        return published is not None and published.get("published_at") == there.get("published_at")
     return _published_at(there) > _published_at(body)
 
 
