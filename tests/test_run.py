@@ -318,7 +318,7 @@ def test_files_are_readable_by_others(settings, tmp_path):
 
 def test_the_same_run_gives_the_same_adapter(finished, settings, place, tmp_path):
     """Two runs of one configuration publish the same adapter, bit for bit, whatever else they log or export."""
-    again = run(tmp_path, **settings, run_id="again", eval_fraction=0.2, log_level="warning", eval_steps=1)
+    again = run(tmp_path, **settings, run_id="again", eval_fraction=0.2, warmup=2, log_level="warning", eval_steps=1)
     assert again.code == 0
     assert not again.events("train_progress")
     assert place.get("runs/first/adapter/adapter_model.safetensors") == place.get(
@@ -328,7 +328,7 @@ def test_the_same_run_gives_the_same_adapter(finished, settings, place, tmp_path
 
 def test_accumulation_does_not_change_the_steps(finished, settings, tmp_path):
     """The same batch in other passes has the same losses, to rounding: they are means over the batch's labels."""
-    split = run(tmp_path, **settings, run_id="split", eval_fraction=0.2, micro_batch=1)
+    split = run(tmp_path, **settings, run_id="split", eval_fraction=0.2, warmup=2, micro_batch=1)
     losses = [line["loss"] for line in split.events("train_progress")]
     assert losses == pytest.approx([line["loss"] for line in finished.events("train_progress")], rel=2e-3)
 
