@@ -357,7 +357,7 @@ def test_a_finished_run_is_not_run_again(finished, settings, place, tmp_path):
         pytest.param({"max_length": 4096}, 78, "512 tokens", id="longer than the model's positions"),
         pytest.param({"dataset": "s3://run-tests/nothing/"}, 65, "s3://run-tests/nothing/", id="missing key"),
         pytest.param({"dataset": "s3://no-such-bucket/x"}, 65, "no-such-bucket", id="missing bucket"),
-        pytest.param({"model": "s3://run-tests/data"}, 65, "Near it: a.jsonl", id="no model there"),
+        pytest.param({"model": "s3://run-tests/data"}, 65, "it contains: a.jsonl", id="no model there"),
     ],
 )
 def test_what_cannot_work_ends_with_its_code(settings, tmp_path, values, code, part):
