@@ -22,7 +22,8 @@ from job.runtime.child import Failed
 from job.runtime.errors import AccessDeniedError, ConfigError, DataError, StorageError
 from tests.hub_server import COMMIT, Hub, serve_hub
 from tests.misbehaving import Answer, serve_answers
-from tests.servers import make_certificates, serve_proxy
+from tests.certificates import make_certificates
+from tests.servers import serve_proxy
 
 pytestmark = pytest.mark.process
 

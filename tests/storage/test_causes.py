@@ -16,7 +16,8 @@ from job.runtime.errors import JobError
 from job.storage.base import Store
 from job.storage.open import open_store
 from tests.misbehaving import EMPTY, Answer, Answering, serve_answers
-from tests.servers import SECRET_KEY, make_certificates, serve_proxy
+from tests.certificates import make_certificates
+from tests.servers import SECRET_KEY, serve_proxy
 
 ACTS: dict[str, Callable[[Store, Path], object]] = {
     "list": lambda store, _: store.list_objects(),

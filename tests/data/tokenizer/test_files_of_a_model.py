@@ -54,7 +54,10 @@ def of_the_file(directory: Path, found: Tokenizer) -> list[list[int]]:
     [
         "LlamaTokenizerFast",
         "GemmaTokenizer",
-        *(pytest.param(name, marks=pytest.mark.full) for name in ("LlamaTokenizer", "T5TokenizerFast", "BertTokenizer")),
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in ("LlamaTokenizer", "T5TokenizerFast", "BertTokenizer")
+        ),
     ],
 )
 def test_a_class_that_does_not_fit_the_file(tmp_path: Path, name: str) -> None:
@@ -183,13 +186,19 @@ def test_two_chat_templates(tmp_path: Path) -> None:
         pytest.param("generation_config.json", "5", marks=pytest.mark.full, id="generation a number"),
         pytest.param("tokenizer_config.json", "[" * 100_000, id="tokenizer nested"),
         pytest.param("tokenizer_config.json", "[]", marks=pytest.mark.full, id="tokenizer a list"),
-        pytest.param("tokenizer_config.json", '{"added_tokens_decoder": 5}', marks=pytest.mark.full, id="tokens a number"),
+        pytest.param(
+            "tokenizer_config.json", '{"added_tokens_decoder": 5}', marks=pytest.mark.full, id="tokens a number"
+        ),
         pytest.param("tokenizer_config.json", '{"eos_token": ["x"]}', marks=pytest.mark.full, id="EOS a list"),
-        pytest.param("tokenizer_config.json", '{"tokenizer_class": {"a": 1}}', marks=pytest.mark.full, id="class an object"),
+        pytest.param(
+            "tokenizer_config.json", '{"tokenizer_class": {"a": 1}}', marks=pytest.mark.full, id="class an object"
+        ),
         pytest.param("special_tokens_map.json", "[" * 100_000, marks=pytest.mark.full, id="special tokens nested"),
         pytest.param("added_tokens.json", '{"<x>": "five"}', marks=pytest.mark.full, id="a number as text"),
         pytest.param("config.json", '{"model_type": "llama", "rms_norm_eps": "small"}', id="not a number"),
-        pytest.param("config.json", '{"model_type": "llama", "num_attention_heads": 0}', marks=pytest.mark.full, id="zero heads"),
+        pytest.param(
+            "config.json", '{"model_type": "llama", "num_attention_heads": 0}', marks=pytest.mark.full, id="zero heads"
+        ),
         pytest.param("config.json", '{"model_type": "no-such-model"}', id="unknown model"),
     ],
 )
