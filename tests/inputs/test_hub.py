@@ -20,9 +20,9 @@ from job.inputs.hub import Request, Unreachable, fetch_dataset, fetch_model
 from job.inputs.hub_files import data_files
 from job.runtime.child import Failed
 from job.runtime.errors import AccessDeniedError, ConfigError, DataError, StorageError
+from tests.certificates import make_certificates
 from tests.hub_server import COMMIT, Hub, serve_hub
 from tests.misbehaving import Answer, serve_answers
-from tests.certificates import make_certificates
 from tests.servers import serve_proxy
 
 pytestmark = pytest.mark.process

@@ -15,8 +15,8 @@ from job.runtime import process
 from job.runtime.errors import JobError
 from job.storage.base import Store
 from job.storage.open import open_store
-from tests.misbehaving import EMPTY, Answer, Answering, serve_answers
 from tests.certificates import make_certificates
+from tests.misbehaving import EMPTY, Answer, Answering, serve_answers
 from tests.servers import SECRET_KEY, serve_proxy
 
 ACTS: dict[str, Callable[[Store, Path], object]] = {
