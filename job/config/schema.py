@@ -65,7 +65,7 @@ class Config:
     )
     eval_dataset: tuple[str, ...] = setting(
         names(_DATA, _DATA.rule),
-        "separate evaluation dataset; none = a share of the training data is held out",
+        "separate evaluation dataset; none = files of the dataset that are called so, or else a share of its rows",
         default=(),
         fingerprint=True,
     )

@@ -1,30 +1,19 @@
-"""Which files of a hub repository are meant: a model's safetensors and configuration, the data files of one split.
+"""Which files of a hub repository are meant: a model's safetensors and configuration, or its data files.
 
 Knows names and the README's header; downloads nothing.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Any, NoReturn
-
-import yaml  # type: ignore[import-untyped]
-from huggingface_hub import DatasetCard
 from huggingface_hub.utils import filter_repo_objects
 
+from job.inputs.data_files import COPY_FILES, HUB, Choice, Side, choose, file_type, listed
+from job.inputs.dataset_card import declared_splits
 from job.runtime.errors import DataError
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*"]
 _NOT_MODEL_FILES = ["consolidated*.safetensors", "*/*.safetensors", "*.bin.index.json"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_DATA_FILE = re.compile(r"\.(?P<kind>jsonl?|csv|parquet)(\.(gz|zst))?$")
-_NOT_DATA_FILES = re.compile(r"(^|/)(dataset_infos?|dataset_dict|state|config)\.json$|(^|/)\.")
-_SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}  # the hub's words: huggingface.co/docs/datasets/repository_structure
-_LISTED = 12
 
 
 def model_files(repo: str, names: list[str]) -> list[str]:
@@ -40,117 +29,41 @@ def model_files(repo: str, names: list[str]) -> list[str]:
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         raise DataError(
-            f"{repo} has its weights only as pickles, which can run code when loaded: {_list(pickles)}.",
+            f"{repo} has its weights only as pickles, which can run code when loaded: {listed(pickles)}.",
             remedy="Choose a repository with safetensors, or convert it.",
         )
-    raise DataError(f"{repo} has no weights as safetensors. It has: {_list(names)}.", remedy="Correct the name.")
+    raise DataError(f"{repo} has no weights as safetensors. It has: {listed(names)}.", remedy="Correct the name.")
 
 
-def data_files(repo: str, split: str | None, names: list[str], readme: str) -> list[str]:
-    """The data files of one split.
+def data_files(
+    repo: str,
+    split: str | None,
+    names: list[str],
+    readme: str,
+    *,
+    side: Side = "training",
+    hold_out: bool = False,
+) -> Choice:
+    """The data files of a repository.
 
     Args:
         repo: the repository's name, for messages.
-        split: its name; None is the only split there is, else `train`.
+        split: its name; None for those that `choose` takes.
         names: all files of the repository.
         readme: the README's text, whose header may declare which files belong to which split.
+        side: see `choose`.
+        hold_out: see `choose`.
 
     Raises:
-        DataError: no data files, no such split, or it is not clear which files are meant.
+        DataError: see `choose`; or the files are of several formats.
     """
-    data = [name for name in names if _DATA_FILE.search(name) and not _NOT_DATA_FILES.search(name)]
-    if not data:
-        raise DataError(f"{repo} has no data files. It has: {_list(names)}.", remedy="Correct the name.")
-    splits = _declared_splits(repo, readme, data) or _splits_by_name(data)
-    chosen = splits[_split(repo, split, splits)]
-    kinds = {found["kind"].replace("jsonl", "json") for name in chosen if (found := _DATA_FILE.search(name))}
+    place = f"{HUB}{repo}"
+    declared = declared_splits(place, readme, names)
+    found = choose(place, names, side=side, hold_out=hold_out, split=split, declared=declared)
+    kinds = {file_type(name).type.replace("jsonl", "json") for name in found.files}
     if len(kinds) > 1:
         raise DataError(
-            f"{repo} has files of several formats, perhaps the same data twice: {_list(chosen)}.",
-            remedy="Copy the files that are meant to S3 or a directory.",
+            f"{place} has files of several formats, perhaps the same data twice: {listed(list(found.files))}.",
+            remedy=COPY_FILES,
         )
-    return chosen
-
-
-def _split(repo: str, asked: str | None, splits: dict[str, list[str]]) -> str:
-    """The split that was asked for; without one the only one, else `train`."""
-    wanted = asked or (next(iter(splits)) if len(splits) == 1 else "train")
-    if splits.get(wanted):
-        return wanted
-    listed = "; ".join(f"{name}: {_list(files)}" for name, files in sorted(splits.items()))
-    raise DataError(
-        f"{repo} has no split {wanted!r}. It has {listed}.",
-        remedy=f"Name one: hf://datasets/{repo}:{next(iter(sorted(splits)), 'train')}",
-    )
-
-
-def _declared_splits(repo: str, readme: str, data: list[str]) -> dict[str, list[str]]:
-    """The `data_files` of the default configuration in the README's header; empty when it declares none."""
-    configs = [config for config in _configs(repo, readme) if config.get("data_files")]
-    if len(configs) > 1:
-        default = [config for config in configs if config.get("default") or config.get("config_name") == "default"]
-        configs = default[:1] or _ambiguous(repo, [str(config.get("config_name")) for config in configs])
-    splits: dict[str, list[str]] = {}
-    for config in configs:
-        for split, pattern in _patterns(config["data_files"]):
-            found = [name for name in data if _globbed(name, pattern)]
-            splits[split] = list(dict.fromkeys(splits.get(split, []) + found))
-    return {split: files for split, files in splits.items() if files}
-
-
-def _configs(repo: str, readme: str) -> list[dict[str, Any]]:
-    if not readme.lstrip().startswith("---"):
-        return []
-    try:
-        return DatasetCard(readme).data.get("configs") or []
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise DataError(
-            f"The header of README.md in {repo} is not valid: {' '.join(str(error).split())}.",
-            remedy="Correct it, or copy the files that are meant to S3 or a directory.",
-        ) from None
-
-
-def _ambiguous(repo: str, names: list[str]) -> NoReturn:
-    raise DataError(
-        f"{repo} has several configurations and no default: {_list(names)}.",
-        remedy="Copy the files that are meant to S3 or a directory.",
-    )
-
-
-def _patterns(declared: Any) -> list[tuple[str, str]]:
-    """(split, pattern) of a `data_files`: a pattern, a list of patterns, or a list of splits with paths."""
-    if isinstance(declared, str):
-        return [("train", declared)]
-    found = []
-    for item in declared:
-        split, paths = (item["split"], item["path"]) if isinstance(item, dict) else ("train", item)
-        found += [(str(split), path) for path in ([paths] if isinstance(paths, str) else paths)]
     return found
-
-
-def _globbed(name: str, pattern: str) -> bool:
-    """Whether a path matches, as the hub does it: `*` stays within one directory, unlike in `fnmatch`."""
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
-    regex = "".join(
-        {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(part, re.escape(part)) for part in parts
-    )
-    return re.fullmatch(regex, name) is not None
-
-
-def _splits_by_name(data: list[str]) -> dict[str, list[str]]:
-    """By the words in the paths, as the hub does; a repository without such words is all `train`."""
-    splits: dict[str, list[str]] = {}
-    for name in data:
-        for split in _named_in(name):
-            splits.setdefault(split, []).append(name)
-    return splits or {"train": data}
-
-
-def _named_in(name: str) -> list[str]:
-    words = set(re.split(r"[^a-z]+", name.lower()))
-    return [split for split, aliases in _SPLITS.items() if words & set(aliases)][:1]
-
-
-def _list(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

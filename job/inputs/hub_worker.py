@@ -16,6 +16,8 @@ from huggingface_hub import HfApi, constants, errors, get_token, hf_hub_download
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from job.inputs import safetensors_stub
+from job.inputs.data_files import Choice
+from job.inputs.dataset_card import README
 from job.inputs.hub import Downloaded, Request, Unreachable
 from job.inputs.hub_files import MODEL_FILES, data_files, model_files
 from job.runtime.child import Failed, Message, Parent, serve
@@ -44,7 +46,11 @@ def _download(request: Request) -> Downloaded:
         return _from_cache(request)
     info = HfApi().repo_info(repo, repo_type=kind, revision=request.revision, files_metadata=True)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-    files = model_files(repo, list(sizes)) if kind == "model" else _dataset_files(request, info.sha, list(sizes))
+    if kind == "model":
+        chosen = Choice(files=tuple(model_files(repo, list(sizes))))
+    else:
+        chosen = _dataset_files(request, info.sha, list(sizes))
+    files = [*chosen.files, *chosen.held_out]
     stubs = [] if request.weights else [name for name in files if name.endswith(safetensors_stub.SUFFIX)]
     complete = [name for name in files if name not in stubs]
     total = sum(sizes[name] for name in complete)
@@ -60,7 +66,17 @@ def _download(request: Request) -> Downloaded:
     for name in files:
         if not (directory / name).is_file() or (directory / name).stat().st_size != sizes[name]:
             raise StorageError(f"{repo}: {name} was not downloaded completely.", remedy="Run again.")
-    return Downloaded(path=str(directory), commit=info.sha, files=sorted(files))
+    return _downloaded(directory, info.sha, chosen)
+
+
+def _downloaded(directory: Path, commit: str, chosen: Choice) -> Downloaded:
+    return Downloaded(
+        path=str(directory),
+        commit=commit,
+        files=sorted(chosen.files),
+        held_out=sorted(chosen.held_out),
+        left_out=[[one.name, one.reason] for one in chosen.left_out],
+    )
 
 
 def _read_start(repo: str, commit: str, name: str, size: int) -> bytes:
@@ -91,11 +107,9 @@ def _from_cache(request: Request) -> Downloaded:
         ) from error
     names = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*")) if path.is_file()]
     if request.kind == "model":
-        files = model_files(request.repo, names)
-    else:
-        readme = place / "README.md"
-        files = data_files(request.repo, request.split, names, _text(readme) if readme.is_file() else "")
-    return Downloaded(path=str(place), commit=place.name, files=sorted(files))
+        return _downloaded(place, place.name, Choice(files=tuple(model_files(request.repo, names))))
+    readme = place / README
+    return _downloaded(place, place.name, _data_files(request, names, _text(readme) if readme.is_file() else ""))
 
 
 @contextlib.contextmanager
@@ -128,14 +142,16 @@ def _bytes_below(directory: Path, files: list[str]) -> int:
     return sizes
 
 
-def _dataset_files(request: Request, commit: str, names: list[str]) -> list[str]:
+def _dataset_files(request: Request, commit: str, names: list[str]) -> Choice:
     readme = ""
-    if "README.md" in names:
+    if README in names:
         place = request.directory
-        readme = _text(
-            hf_hub_download(request.repo, "README.md", repo_type="dataset", revision=commit, local_dir=place)
-        )
-    return data_files(request.repo, request.split, names, readme)
+        readme = _text(hf_hub_download(request.repo, README, repo_type="dataset", revision=commit, local_dir=place))
+    return _data_files(request, names, readme)
+
+
+def _data_files(request: Request, names: list[str], readme: str) -> Choice:
+    return data_files(request.repo, request.split, names, readme, side=request.side, hold_out=request.hold_out)
 
 
 def _text(path: str | Path) -> str:

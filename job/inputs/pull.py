@@ -9,16 +9,19 @@ import dataclasses
 import datetime
 import hashlib
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from job.config.schema import HUB_NAME, Config
 from job.inputs import hub, safetensors_stub
+from job.inputs.data_files import LeftOut, Side
+from job.inputs.files import DataFiles, File, fetched_file, identified, identity, repository_files
+from job.inputs.places import Found, find_data
 from job.runtime.errors import DataError
-from job.runtime.hashing import sha256
-from job.storage.fetch import Fetched, fetch, list_objects
+from job.storage.base import Entry
+from job.storage.faults import MissingError
+from job.storage.fetch import Fetched, again_if_changed, download, fetch, list_objects
 
 MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
 NAMED_TEMPLATE = ("s3://", "/")
@@ -33,6 +36,8 @@ class Sources:
     eval_dataset: tuple[str, ...]
     chat_template: str
     patience_seconds: float
+    hold_out: bool
+    """Whether the dataset may bring the evaluation set."""
 
     @classmethod
     def of(cls, config: Config) -> Sources:
@@ -43,25 +48,12 @@ class Sources:
             eval_dataset=config.eval_dataset,
             chat_template=config.chat_template,
             patience_seconds=config.storage_patience_minutes * 60,
+            hold_out=config.eval_fraction > 0 and not config.eval_dataset,
         )
 
-
-@dataclass(frozen=True, kw_only=True)
-class File:
-    """One file that was read."""
-
-    name: str
-    """As the user knows it."""
-    path: Path
-    size: int
-    etag: str | None
-    version: str | None
-    named: bool
-    """Whether the user named this file itself, rather than a directory or prefix."""
-
-    def as_json(self) -> dict[str, Any]:
-        """For `inputs.json`: what identifies the content, not the local path."""
-        return {"name": self.name, "size": self.size, "etag": self.etag, "version": self.version}
+    def find(self, uri: str, side: Side, *, names: frozenset[str] | None = None) -> Found:
+        """The data files of a folder or a prefix; `names` are the only ones to choose from."""
+        return find_data(uri, side=side, hold_out=self.hold_out, patience_seconds=self.patience_seconds, names=names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +81,19 @@ class Inputs:
     template_files: tuple[File, ...]
     date: datetime.date
     """The date that templates may print: the day of the run's first attempt."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What lies beside the data and is not read."""
+
+    def with_data(self, training: DataFiles, evaluation: DataFiles) -> Inputs:
+        """These data files; what only the other side reads is not left out."""
+        sides = {file.name for file in (*training.files, *training.held_out, *evaluation.files)}
+        left_out = {one.name: one for one in (*training.left_out, *evaluation.left_out) if one.name not in sides}
+        return dataclasses.replace(
+            self,
+            dataset=training.files,
+            eval_dataset=training.held_out + evaluation.files,
+            left_out=tuple(left_out.values()),
+        )
 
     def with_model(self, model: ModelFiles) -> Inputs:
         """The same data with this model."""
@@ -117,29 +122,43 @@ def listing(sources: Sources, *, pinned: dict[str, Any]) -> dict[str, Any]:
         pinned: `inputs.json` of the run; files from the hub are taken from it, since a commit never changes.
     """
     template = [sources.chat_template] if sources.chat_template.startswith(NAMED_TEMPLATE) else []
-    files = [file for file in pinned.get("files", []) if not file["name"].startswith(NAMED_TEMPLATE)]
-    uris = dict.fromkeys((*sources.dataset, *sources.eval_dataset, *template)) | {sources.model: _is_model_file}
-    for uri, wanted in uris.items():
-        if uri.startswith(NAMED_TEMPLATE):
-            found = list_objects(uri, patience_seconds=sources.patience_seconds, wanted=wanted)
-            files += [
-                {
-                    "name": name,
-                    "size": entry.size,
-                    "etag": _identity(name, entry.etag, None if wanted else Path(name)),
-                    "version": entry.version,
-                }
-                for name, entry in found.items()
-            ]
-    return {**pinned, "files": files}
+    hub_files = [file for file in pinned.get("files", []) if not file["name"].startswith(NAMED_TEMPLATE)]
+    found: dict[str, dict[str, Any]] = {}
+    for uri in filter(_is_address, template):
+        found |= _listed(list_objects(uri, patience_seconds=sources.patience_seconds), contents=True)
+    for uri in filter(_is_address, [sources.model]):
+        entries = list_objects(uri, patience_seconds=sources.patience_seconds, wanted=_is_model_file)
+        found |= _listed(entries, contents=False)
+    sides: tuple[tuple[Side, tuple[str, ...]], ...] = (
+        ("training", sources.dataset),
+        ("evaluation", sources.eval_dataset),
+    )
+    for side, uris in sides:
+        for uri in filter(_is_address, uris):
+            try:
+                chosen = sources.find(uri, side).resolved
+            except MissingError:
+                continue
+            found |= _listed({chosen.name(entry): entry for entry in chosen.entries}, contents=True)
+    return {**pinned, "files": [*hub_files, *found.values()]}
 
 
-def _identity(name: str, etag: str | None, path: Path | None) -> str | None:
-    """What distinguishes a file's content: the store's ETag, or the SHA-256 of a data file on this disk. Its time does
-    not: a volume that is filled for every pod has other times and the same content."""
-    if not name.startswith("/"):
-        return etag
-    return None if path is None else f"sha256:{sha256(path)}"
+def _is_address(uri: str) -> bool:
+    """Whether it is a place in a bucket or on this disk, not a name on the hub or of a template."""
+    return uri.startswith(NAMED_TEMPLATE)
+
+
+def _listed(entries: dict[str, Entry], *, contents: bool) -> dict[str, dict[str, Any]]:
+    """Entries as `File.as_json` has them, by full name."""
+    return {
+        name: {
+            "name": name,
+            "size": entry.size,
+            "etag": identity(name, entry.etag, Path(name) if contents else None),
+            "version": entry.version,
+        }
+        for name, entry in entries.items()
+    }
 
 
 def _is_model_file(key: str) -> bool:
@@ -190,16 +209,17 @@ class Puller:
             date: of the run's first attempt (ISO 8601); today where None.
         """
         text, template_files = self.template(self.sources.chat_template)
-        return Inputs(
+        pulled = Inputs(
             model=model.path,
             model_files=model.files,
             model_revision=model.revision,
-            dataset=self.data(self.sources.dataset),
-            eval_dataset=self.data(self.sources.eval_dataset),
+            dataset=(),
+            eval_dataset=(),
             template_text=text,
             template_files=template_files,
             date=day(date),
         )
+        return pulled.with_data(self.data("training"), self.data("evaluation"))
 
     def model(self, name: str) -> ModelFiles:
         """The base model."""
@@ -207,7 +227,7 @@ class Puller:
         if HUB_NAME.fullmatch(name):
             patience = self.sources.patience_seconds
             found = hub.fetch_model(name, place, patience_seconds=patience, weights=self.weights)
-            return ModelFiles(path=found.path, files=_hub_files(found), revision=found.commit)
+            return ModelFiles(path=found.path, files=repository_files(found), revision=found.commit)
         files = self._fetch(name, place, wanted=_is_model_file if self.weights else _is_small_model_file)
         if not self.weights:
             files += safetensors_stub.fetch_headers(name, place, patience_seconds=self.sources.patience_seconds)
@@ -216,30 +236,45 @@ class Puller:
             link = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
             link.symlink_to(name)
             link.replace(place)  # atomically: another run may be reading through it
-        read = (_file(file, named=False) for file in files)
-        identified = tuple(dataclasses.replace(f, etag=_identity(f.name, f.etag, None)) for f in read)
+        read = map(fetched_file, files)
+        identified = tuple(dataclasses.replace(f, etag=identity(f.name, f.etag, None)) for f in read)
         return ModelFiles(path=place, files=identified, revision=None)
 
     def template(self, name: str) -> tuple[str | None, tuple[File, ...]]:
         """The text of a chat template that is a file, and the file; None for one that has a name."""
-        if not name.startswith(NAMED_TEMPLATE):
+        if not _is_address(name):
             return None, ()
-        files = self.data([name])
+        files = tuple(identified(file) for file in self._fetch(name, self._place(name)))
         return _text(files[0]), files
 
-    def data(self, uris: Sequence[str]) -> tuple[File, ...]:
-        """All files of these places."""
-        found: list[File] = []
-        for uri in uris:
-            if uri.startswith("hf://"):
-                patience = self.sources.patience_seconds
-                found += _hub_files(hub.fetch_dataset(uri, self._place(uri), patience_seconds=patience))
-            else:
-                found += [
-                    dataclasses.replace(_file(f, named=f.name == uri), etag=_identity(f.name, f.etag, f.path))
-                    for f in self._fetch(uri, self._place(uri))
-                ]
-        return tuple(found)
+    def data(self, side: Side) -> DataFiles:
+        """The data files of one side; the training data may bring held-out ones."""
+        uris = self.sources.dataset if side == "training" else self.sources.eval_dataset
+        return sum(((self._data if _is_address(uri) else self._hub_data)(uri, side) for uri in uris), DataFiles())
+
+    def _hub_data(self, uri: str, side: Side) -> DataFiles:
+        found = hub.fetch_dataset(
+            uri,
+            self._place(uri),
+            patience_seconds=self.sources.patience_seconds,
+            side=side,
+            hold_out=self.sources.hold_out,
+        )
+        held_out = repository_files(dataclasses.replace(found, files=found.held_out))
+        left_out = tuple(LeftOut(name=f"{found.name}/{one.name}", reason=one.reason) for one in found.left_out)
+        return DataFiles(files=repository_files(found), held_out=held_out, left_out=left_out)
+
+    def _data(self, uri: str, side: Side) -> DataFiles:
+        def once() -> DataFiles:
+            found = self.sources.find(uri, side, names=self.names)
+            files = {file.key: identified(file) for file in download(found.resolved, self._place(uri))}
+            return DataFiles(
+                files=tuple(files[name] for name in found.choice.files),
+                held_out=tuple(files[name] for name in found.choice.held_out),
+                left_out=found.left_out(),
+            )
+
+        return again_if_changed(once)
 
     def _fetch(self, uri: str, place: Path, **options: Any) -> list[Fetched]:
         return fetch(uri, place, patience_seconds=self.sources.patience_seconds, names=self.names, **options)
@@ -253,28 +288,3 @@ def _text(file: File) -> str:
         return file.path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{file.name} is not UTF-8: {error}.", remedy="Save the template as UTF-8.") from None
-
-
-def _file(fetched: Fetched, *, named: bool) -> File:
-    return File(
-        name=fetched.name,
-        path=fetched.path,
-        size=fetched.size,
-        etag=fetched.etag,
-        version=fetched.version,
-        named=named,
-    )
-
-
-def _hub_files(found: hub.HubFetched) -> tuple[File, ...]:
-    return tuple(
-        File(
-            name=f"{found.name}/{name}",
-            path=found.path / name,
-            size=(found.path / name).stat().st_size,
-            etag=None,
-            version=found.commit,
-            named=False,
-        )
-        for name in found.files
-    )

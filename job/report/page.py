@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -135,8 +135,9 @@ class Page:
     sequences: tuple[SequenceView, ...] = ()
     lengths: LengthChart | None = None
     files: tuple[Mapping[str, Any], ...] = ()
-    """The name, format, rows, bytes and sha256 of each."""
-    skipped: tuple[str, ...] = ()
+    """The name, format, rows, bytes, sha256 and side of each."""
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The names of files that are not read, by reason."""
     estimate: Estimate | None = None
     measured: tuple[tuple[str, str], ...] = ()
     """Memory and time as measured."""

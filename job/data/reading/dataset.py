@@ -16,8 +16,9 @@ from pathlib import Path
 from job.data.examples import Example, InvalidRows, RowError
 from job.data.reading.columns import Columns
 from job.data.reading.fields import InvalidError
-from job.data.reading.files import CODECS, TYPES, Row, file_type, read_rows
+from job.data.reading.files import Row, read_rows
 from job.data.reading.formats import FORMATS, columns_of, detect_format, parse_row
+from job.inputs.data_files import CODECS, TYPES, file_type
 from job.runtime.errors import DataError
 from job.runtime.hashing import sha256
 
@@ -36,8 +37,6 @@ class Source:
     name: str
     """E.g. `s3://bucket/data/a.jsonl`; its suffix decides the file's type."""
     path: Path
-    named: bool = True
-    """Whether the user named this very file; a file found under a prefix is skipped if its suffix is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +53,8 @@ class FileFacts:
     """Of the file as stored."""
     empty_answers: int
     """Rows that end with an empty assistant turn. They are kept, and teach the model to answer nothing."""
+    held_out: bool = False
+    """Whether the rows are evaluated and not learned."""
 
 
 class ExampleStream:
@@ -75,13 +76,11 @@ class ExampleStream:
         format: `auto` (detected for each file) or one of `job.data.reading.formats.FORMATS`.
         columns: the user's names for columns. Several streams may share them; the first that ends must have found all.
         """
-        self._sources = [source for source in sources if source.named or file_type(source.name).type]
+        self._sources = sources
         self._format = format
         self._columns = columns or Columns()
         self._invalid = InvalidRows()
         self._rows = 0
-        self.skipped: tuple[str, ...] = tuple(source.name for source in sources if source not in self._sources)
-        """Files under a prefix that are not data, by their suffix."""
         self.facts: tuple[FileFacts, ...] = ()
         """One for each file; complete after the first iteration."""
 
@@ -94,10 +93,8 @@ class ExampleStream:
         self._invalid.raise_if_any(self._rows)
         if not self._rows:
             raise DataError(
-                f"The dataset has no rows ({len(self._sources)} data files, {len(self.skipped)} others).",
-                remedy="Upload the data files again: they are empty."
-                if self._sources
-                else f"Give files that end in {', '.join(TYPES)}, also with {' or '.join(CODECS)}.",
+                f"The dataset has no rows ({len(self._sources)} data files).",
+                remedy="Upload the data files again: they are empty.",
             )
 
     def validate_head(self) -> bool:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any, cast
 
 import pyarrow as pa
@@ -25,6 +25,7 @@ from job.data.reading import strict_json
 from job.data.reading.fields import quoted
 from job.data.reading.json_stream import elements
 from job.data.reading.parquet import parquet_rows
+from job.inputs.data_files import CODECS, file_type
 from job.observability.masking import printable, shown
 from job.runtime.errors import DataError
 
@@ -32,16 +33,11 @@ MAX_LINE = 64 * 1024 * 1024
 """Bytes in one line or array element; more is a decompression bomb or a file of another kind, not a row of text."""
 
 BUFFER = 1 << 20
-TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-CODECS = {".gz": "gzip", ".zst": "zstd"}
 BOM = b"\xef\xbb\xbf"
 WIDE = (b"\xff\xfe", b"\xfe\xff")
 """How UTF-16 files begin, and UTF-32 files of one byte order; without these marks they have zero bytes at the start."""
 OTHER_DELIMITERS = {",": ";\t", "\t": ",;"}
 """Separators of files that are called CSV or TSV but use another one."""
-NOT_DATA = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"})
-"""Files that dataset libraries store next to the data."""
-
 DAMAGED = "Upload the file again, or rename it to what it is."
 UTF_8 = "Save the file as UTF-8."
 ONE_ROW_A_LINE = "Write each row as JSON on a line of its own."
@@ -60,24 +56,6 @@ class Row:
     problem: str = ""
     remedy: str = ""
     """What to do about the problem."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileType:
-    """A file's type (one of `TYPES`, or empty if unknown) and its compression, both by its name."""
-
-    type: str
-    compression: str
-
-
-def file_type(name: str) -> FileType:
-    """The type by suffix, in upper or lower case; hidden files and the metadata of dataset libraries have none."""
-    base = PurePosixPath(name).name.lower()
-    compression = next((suffix for suffix in CODECS if base.endswith(suffix)), "")
-    stem = base.removesuffix(compression)
-    known = next((suffix for suffix in TYPES if stem.endswith(suffix)), "")
-    ignored = base.startswith((".", "_")) or stem in NOT_DATA
-    return FileType(type="" if ignored else known, compression=compression)
 
 
 def read_rows(name: str, path: Path) -> Iterator[Row]:

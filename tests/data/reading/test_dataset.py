@@ -356,15 +356,11 @@ def test_a_json_file_that_is_one_object_is_rejected(tmp_path: Path) -> None:
         list(ExampleStream([store(tmp_path, "a.json", b'{\n  "data": []\n}')]))
 
 
-def test_other_files_under_a_prefix_are_skipped_and_named(tmp_path: Path) -> None:
-    """A README next to the data is skipped and reported; the same file named by the user is an error."""
-    data = store(tmp_path, "a.jsonl", jsonl([{"text": "x"}]))
-    others = [store(tmp_path, name, b"{}") for name in ("README.md", "dataset_infos.json", ".part.jsonl")]
-    stream = ExampleStream([data, *(Source(name=other.name, path=other.path, named=False) for other in others)])
-    assert len(list(stream)) == 1
-    assert stream.skipped == tuple(other.name for other in others)
+def test_a_file_of_an_unknown_type_is_an_error(tmp_path: Path) -> None:
+    """What the user names is read or rejected, never passed over; a hidden name is a name."""
     with pytest.raises(DataError, match=r"README\.md has an unknown file type"):
-        list(ExampleStream([others[0]]))
+        list(ExampleStream([store(tmp_path, "README.md", b"{}")]))
+    assert len(list(ExampleStream([store(tmp_path, "_a.jsonl", jsonl([{"text": "x"}]))]))) == 1
 
 
 def test_a_dataset_without_rows_is_an_error(tmp_path: Path) -> None:

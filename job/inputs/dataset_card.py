@@ -1,0 +1,93 @@
+"""What a dataset's README declares of its files: the splits in its header.
+
+Source: huggingface.co/docs/hub/datasets-manual-configuration. Knows names and the README's text; opens nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from job.inputs.data_files import COPY_FILES, HUB, NAME_FILES, listed
+from job.runtime.errors import DataError
+
+README = "README.md"
+LONGEST = 1 << 20
+"""Bytes of a README that are read."""
+_HEADER = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---(?:\r\n|\n|$)")
+
+
+def declared_splits(place: str, readme: str, names: Sequence[str]) -> dict[str, list[str]]:
+    """The `data_files` of the default configuration in a README's header; empty when it declares none.
+
+    Raises:
+        DataError: the header is not valid, or has several configurations and no default.
+    """
+    configs = [config for config in _configs(place, readme) if config.get("data_files")]
+    if len(configs) > 1:
+        default = [config for config in configs if config.get("default") or config.get("config_name") == "default"]
+        configs = default[:1] or _ambiguous(place, [str(config.get("config_name")) for config in configs])
+    splits: dict[str, list[str]] = {}
+    for config in configs:
+        folder = str(config.get("data_dir") or "").strip("/")
+        for split, pattern in _patterns(place, config["data_files"]):
+            whole = f"{folder}/{pattern.removeprefix('./')}" if folder else pattern
+            found = [name for name in names if _globbed(name, whole)]
+            splits[split] = list(dict.fromkeys(splits.get(split, []) + found))
+    return {split: files for split, files in splits.items() if files}
+
+
+def _configs(place: str, readme: str) -> list[dict[str, Any]]:
+    header = _HEADER.match(readme)
+    if header is None:
+        return []
+    import yaml  # type: ignore[import-untyped]  # noqa: PLC0415 - few data sets have such a header
+
+    try:
+        data = yaml.safe_load(header[1])
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _invalid(place, " ".join(str(error).split())) from None
+    found = (data.get("configs") or []) if isinstance(data, dict) else None
+    if not (isinstance(found, list) and all(isinstance(config, dict) for config in found)):
+        raise _invalid(place, "it holds no values by name, or `configs` is not a list of configurations")
+    return found
+
+
+def _invalid(place: str, reason: str) -> DataError:
+    return DataError(
+        f"The header of README.md in {place} is not valid: {reason}.",
+        remedy=f"Correct it. {COPY_FILES if place.startswith(HUB) else NAME_FILES}",
+    )
+
+
+def _ambiguous(place: str, names: list[str]) -> NoReturn:
+    raise DataError(
+        f"{place} has several configurations and no default: {listed(names)}.",
+        remedy=COPY_FILES if place.startswith(HUB) else NAME_FILES,
+    )
+
+
+def _patterns(place: str, declared: Any) -> list[tuple[str, str]]:
+    """(split, pattern) of a `data_files`: a pattern, a list of patterns, splits with their patterns, or a list of
+    splits with paths."""
+    if isinstance(declared, dict):
+        declared = [{"split": split, "path": paths} for split, paths in declared.items()]
+    found: list[tuple[str, str]] = []
+    for item in [declared] if isinstance(declared, str) else declared if isinstance(declared, list) else [None]:
+        one = item if isinstance(item, dict) else {"split": "train", "path": item}
+        paths = one.get("path")
+        listed = [paths] if isinstance(paths, str) else paths
+        if not (isinstance(listed, list) and "split" in one and all(isinstance(path, str) for path in listed)):
+            raise _invalid(place, "`data_files` is neither a pattern, nor a list of patterns or of {split, path}")
+        found += [(str(one["split"]), path) for path in listed]
+    return found
+
+
+def _globbed(name: str, pattern: str) -> bool:
+    """Whether a path matches, as the hub does it: `*` stays within one directory, unlike in `fnmatch`."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
+    regex = "".join(
+        {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(part, re.escape(part)) for part in parts
+    )
+    return re.fullmatch(regex, name) is not None
