@@ -160,30 +160,35 @@ def _longest(descriptor: int, page: _Page, codec: str) -> int:
 
 def _rows_at_once(columns: list[_Column], in_dictionary: Collection[str]) -> int:
     for rows in BATCHES:
-        if (
-            sum(_window(column, rows, expanded=column.chunk.leaf.path not in in_dictionary) for column in columns)
-            <= WINDOW
-        ):
+        expanded = (column.chunk.leaf.path not in in_dictionary for column in columns)
+        if sum(_window(*one, rows) for one in zip(columns, expanded, strict=True)) <= WINDOW:
             return rows
     return BATCHES[-1]
 
 
-def _window(column: _Column, rows: int, *, expanded: bool) -> int:
-    """The most bytes that so many rows in a row can take, with the whole pages that they are in."""
-    rows_per_value = column.chunk.rows / column.values if column.chunk.leaf.nested and column.values else 1.0
+def _window(column: _Column, expanded: bool, rows: int) -> int:
+    """The most bytes that so many rows in a row can take, with the whole pages that they are in.
+
+    Args:
+        column: which.
+        expanded: whether a text that values share is read once for each of them.
+        rows: how many.
+    """
+    rows_per_value = column.chunk.rows / max(column.values, 1) if column.chunk.leaf.nested else 1.0
+    values = min(rows / rows_per_value if rows_per_value else rows, column.values)
     largest = size = first = 0
     covered = 0.0
-    for page in column.data:
+    for last, page in enumerate(column.data):
         size += _expanded(page, rows)
         covered += page.values * rows_per_value
         # The rows may begin with the last row of the first page, and end with the first of this one.
-        while covered - (column.data[first].values + page.values) * rows_per_value > rows - 2:
+        while first < last and covered - (column.data[first].values + page.values) * rows_per_value > rows - 2:
             size -= _expanded(column.data[first], rows)
             covered -= column.data[first].values * rows_per_value
             first += 1
         largest = max(largest, size)
-    shared = min(rows / rows_per_value, column.values) * column.longest if expanded else 0
-    return largest + sum(page.size for page in column.dictionary) + int(shared)
+    shared = int(values * column.longest) if expanded else 0
+    return largest + sum(page.size for page in column.dictionary) + shared
 
 
 def _expanded(page: _Page, rows: int) -> int:
