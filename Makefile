@@ -9,7 +9,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-h
 STAMP := $(VENV)/installed-$(shell sha256sum requirements-dev.lock | cut -c1-16)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick full coverage faults soak image-test lint format lock readme chart-schema chart-test bench-data bench-storage bench-resume-control bench-gpu bench-gpu-run bench-gpu-resume clean $(VENV)
+.PHONY: help demo test quick full coverage faults soak fuzz image-test lint format lock readme chart-schema chart-test bench-data bench-storage bench-resume-control bench-gpu bench-gpu-run bench-gpu-resume clean $(VENV)
 
 help:  ## list the targets
 	@grep -hE '^[a-z$$][^:]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,6 +42,11 @@ faults: $(STAMP)  ## the whole fault matrix, also the rows that take long
 RUNS ?= 20
 soak: $(STAMP)  ## random faults for RUNS runs; prints its seed, SEED=... repeats it
 	$(BIN)/python -m tests.faults.soak --runs $(RUNS) $(if $(SEED),--seed $(SEED)) $(if $(OUT),--out $(OUT))
+
+HOURS ?= 2
+SECONDS ?= $(shell awk 'BEGIN { print $(HOURS) * 3600 }')
+fuzz: $(STAMP)  ## random inputs for all that reads, for HOURS=2 or SECONDS=60; prints its seed, SEED=... repeats it
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 IMAGE_RESULTS ?= $(CURDIR)/benchmarks/results/image-$(shell date +%Y-%m-%d).json
 image-test: $(STAMP)  ## build the image and run the demo in it (docker, or as root Debian's buildah, podman, debootstrap)

@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> int:
 
 def _execute(chosen: argparse.Namespace) -> int:
     """Each command imports what it needs, so that a mistake is reported before anything heavy is imported."""
+    process.expand_no_proxy()
     if chosen.command == "variables":
         return _show(variables.render(chosen.form))
     if chosen.command == "env":

@@ -19,7 +19,6 @@ from job.config.schema import SETTINGS, Config
 from tests import kustomize, manifests
 
 CHART = manifests.CHART
-LARGEST = 2**53 - 1  # above it a YAML number is no longer exact in Helm
 HINTS = typing.get_type_hints(Config)
 FLOAT = r"[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?"
 
@@ -51,7 +50,7 @@ def accepted(setting: Setting) -> dict[str, Any]:
     auto = "auto|" if "anyOf" in setting.kind.schema else ""
     if kind == "number":
         whole = plain["type"] == "integer"
-        bounds = {key: value for key, value in plain.items() if key != "type"} | ({"maximum": LARGEST} if whole else {})
+        bounds = {key: value for key, value in plain.items() if key != "type"}
         text = "[0-9]+" if whole else FLOAT
         return {"type": [plain["type"], "string", "null"], **bounds, "pattern": f"^(?:{auto}{text})$"}
     if kind == "flag":

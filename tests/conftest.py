@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import hypothesis
 import pytest
 
 from job.commands.demo.local_s3 import serve
@@ -18,6 +19,10 @@ from tests.jobs import ROOT
 from tests.servers import ACCESS_KEY, SECRET_KEY, Rclone, serve_rclone
 
 pytest_plugins = ["tests.quick"]
+
+# The same examples every time, however slow the machine is; `make fuzz` looks for others.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("suite")
 
 # Test processes share the cores: with a thread for each core in each of them, all threads would wait for each other,
 # spinning, and a training step would take 13 s instead of 2.

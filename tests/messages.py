@@ -13,6 +13,8 @@ from tests.jobs import ROOT
 
 HOLE = "\0"
 ELLIPSIS = "…"
+_FIELD = re.compile(r"\{it\.[^}]*\}")
+"""What a row of the table of causes fills in."""
 LEAST_WORDS = 7
 """Constant characters that a quote must have to say which message it is."""
 PROGRAM = sorted(path for path in (ROOT / "job").rglob("*.py"))
@@ -57,7 +59,9 @@ def errors() -> Iterator[Said]:
         name = _called(node)
         words = {keyword.arg: keyword.value for keyword in node.keywords}
         where = f"{path.relative_to(ROOT)}:{node.lineno}"
-        if name == "RowError":
+        if name in ("Cause", "SystemCause"):
+            yield Said(where=where, name=name, text=_FIELD.sub(HOLE, template(words["says"])))
+        elif name == "RowError":
             yield Said(where=where, name=name, text=template(words["reason"]))
         elif name == "Row" and "problem" in words:
             yield Said(where=where, name=name, text=template(words["problem"]))

@@ -115,7 +115,8 @@ def finished(settings, tmp_path_factory) -> Ended:
         fresh=True,
         **settings,
         run_id="first",
-        checkpoint_steps=2,
+        checkpoint_steps=1000,
+        warmup=2,
         eval_fraction=0.2,
         export="adapter,merged_16bit",
     )
@@ -137,7 +138,8 @@ def test_the_report_of_a_run(finished, place):
 def test_a_run_completes_with_its_events(finished):
     """The documented events come in order, with their documented fields."""
     assert finished.code == 0
-    names = [line["event"] for line in finished.lines if line["event"] != "library_output"]
+    by_speed = {"library_output", "checkpoint_superseded", "transfer_progress"}
+    names = [line["event"] for line in finished.lines if line["event"] not in by_speed]
     order = ["run_started", "dataset_ready", "model_loaded", "evaluated", "sample", "plan_made", "train_progress"]
     order += ["checkpoint_committed", "artifact_uploaded", "run_complete"]
     assert order == sorted(set(names), key=names.index)
@@ -148,11 +150,26 @@ def test_a_run_completes_with_its_events(finished):
     assert all(line.keys() >= PROGRESS for line in progress)
     assert progress[-1]["host_memory_rss_bytes"] > 100_000_000
     assert progress[-1]["loss"] < progress[0]["loss"]
-    assert [2, 4] == [line["step"] for line in finished.events("checkpoint_committed")]
+    committed = [line["step"] for line in finished.events("checkpoint_committed")]
+    assert committed[-1] == 4
+    assert committed == sorted(set(committed))
     assert {"bytes", "stall_seconds", "upload_seconds"} <= finished.event("checkpoint_committed").keys()
     complete = finished.event("run_complete")
     assert complete["eval_loss"] < complete["eval_loss_before"]
     assert {"gpu_memory_before_bytes", "gpu_memory_peak_bytes", "gpu_memory_peak_share"} <= complete.keys()
+
+
+def test_every_step_trains(finished, place):
+    """The learning rate rises from the first step on and falls after the warm-up, by the documented formula; the loss
+    of the training is the mean of its steps."""
+    steps = finished.events("train_progress")
+    assert [line["learning_rate"] for line in steps] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2 / 2])
+    assert steps[0]["grad_norm"] > 0
+    assert steps[1]["loss"] != steps[0]["loss"]
+    results = place.json("runs/first/done.json")["results"]
+    assert results["train_loss"] == pytest.approx(statistics.fmean(line["loss"] for line in steps))
+    assert results["final_step_loss"] == steps[-1]["loss"]
+    assert finished.event("run_complete")["train_loss"] == results["train_loss"]
 
 
 def test_counts_of_the_data(finished):
@@ -221,9 +238,11 @@ def test_what_a_run_leaves(finished, place):
 
 def test_checkpoints_are_whole(finished, place):
     """A commit lists every file with its true size and hash, and no pickled settings."""
-    commits = [place.json(f"runs/first/checkpoints/commits/{number:06d}.json") for number in (1, 2, 3, 4)]
-    assert [commit["kind"] for commit in commits] == ["fence", "checkpoint", "checkpoint", "final"]
-    commit = commits[2]
+    names = sorted(name for name in place.names() if name.startswith("runs/first/checkpoints/commits/"))
+    (first, *commits, final, published) = [place.json(name) for name in names]
+    assert [first["kind"], final["kind"], published["kind"]] == ["fence", "final", "published"]
+    assert {commit["kind"] for commit in commits} == {"checkpoint"}
+    commit = commits[-1]
     assert (commit["step"], commit["attempt"]) == (4, 1)
     names = {file["name"] for file in commit["files"]}
     assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= names
@@ -317,12 +336,12 @@ def test_accumulation_does_not_change_the_steps(finished, settings, tmp_path):
 def test_a_finished_run_is_not_run_again(finished, settings, place, tmp_path):
     """A finished run ends at once with 0; with other data under the same address it ends with 78 and names the file."""
     assert finished.code == 0
-    again = run(tmp_path, **settings, run_id="first", eval_fraction=0.2)
+    again = run(tmp_path, **settings, run_id="first", eval_fraction=0.2, warmup=2)
     assert (again.code, again.lines[-1]["event"]) == (0, "already_complete")
     assert again.seconds < 15
     place.put("data/b.jsonl", b'{"messages": []}\n')
     try:
-        changed = run(tmp_path, **settings, run_id="first", eval_fraction=0.2)
+        changed = run(tmp_path, **settings, run_id="first", eval_fraction=0.2, warmup=2)
     finally:
         boto3.client("s3").delete_object(Bucket=place.name, Key="data/b.jsonl")
     assert changed.code == 78

@@ -20,6 +20,7 @@ from job.config.schema import Config
 from job.data.prepare import Data
 from job.model.base_model import BaseModel
 from job.observability import logs, termination
+from job.observability.json_text import dumps
 from job.observability.redaction import secret_values
 from job.report import build
 from job.runtime import process, streams
@@ -47,7 +48,7 @@ def command(*, as_json: bool, report: Path | None) -> int:
     with checked.collecting("report"):
         written = _write(checked, report)
     facts = {**_facts(checked), "report": str(written) if written else None, "seconds": time.monotonic() - started}
-    said = json.dumps(logs.redact(facts), ensure_ascii=False, default=str) + "\n"
+    said = dumps(logs.redact(facts)) + "\n"
     with streams.result(result) as stdout:
         if as_json:
             stdout.write(said)

@@ -10,12 +10,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from job.inputs.data_files import LeftOut, by_reason
-from job.report.page import shown_bytes
+from job.report.page import shown_bytes, unread_names
 
 Facts = Mapping[str, Any]
 VERDICTS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 LEFT_OUT = 5
 """Files left out for one reason that are named."""
+UNREAD = 12
+"""Columns and keys without effect that are named."""
 WIDTH = 110
 """Where the output is not a terminal."""
 
@@ -23,7 +25,7 @@ WIDTH = 110
 def show(facts: Facts, stdout: TextIO) -> None:
     """Print the summary; `facts` as `job.commands.check` gives them to programs."""
     console = Console(file=stdout, highlight=False, soft_wrap=True, width=None if stdout.isatty() else WIDTH)
-    for part in (_data, _estimate, _findings, _problems):
+    for part in (_data, _unread, _estimate, _findings, _problems):
         part(facts, console)
     if facts["report"]:
         console.print(f"Report: {escape(facts['report'])}")
@@ -60,6 +62,14 @@ def _data(facts: Facts, console: Console) -> None:
     )
     for note in facts["tokenizer_notes"]:
         console.print(f"[yellow]tokenizer[/]   {escape(note)}")
+
+
+def _unread(facts: Facts, console: Console) -> None:
+    """Columns and keys that have no effect: what a person may have meant to be read."""
+    names = [f"{name} ({count:,})" for name, count in unread_names(facts["files"]).items()]
+    if names:
+        more = f" and {len(names) - UNREAD:,} more" if len(names) > UNREAD else ""
+        console.print(f"not read    {escape(', '.join(names[:UNREAD]) + more)}: in so many rows, without effect")
 
 
 def _held_out(facts: Facts) -> str:

@@ -29,8 +29,8 @@ from job.model.memory import Estimate
 from job.observability import logs, termination
 from job.report import build
 from job.report.page import Page
-from job.runtime import errors, libraries, process
-from job.runtime.errors import AccessDeniedError, ConfigError, InterruptedError, JobError, StopRequested, StorageError  # noqa: A004
+from job.runtime import errors, libraries, process, signals
+from job.runtime.errors import ConfigError, InterruptedError, JobError, StopRequested  # noqa: A004
 from job.runtime.libraries import LibrarySettings
 from job.stages import preflight
 from job.stages.claim import finished
@@ -96,14 +96,22 @@ class Checked:
         try:
             yield
         except StopRequested as stop:
-            if not (self.problems and isinstance(self.problems[-1].error, InterruptedError)):  # checks may be nested
-                ended = InterruptedError(f"{stop.signal_name} asked the run to stop.", remedy="Start it again.")
-                self.problems.append(Problem(check=check, error=ended))
+            self._stopped(check, stop.signal_name)
             raise
         except Exception as error:
+            if name := signals.asked():  # a library caught `StopRequested` and made an error of it
+                self._stopped(check, name)
+                raise StopRequested(name) from error
             if errors.known(error) is None:
                 log.exception("check_failed", check=check)
             self.problems.append(Problem(check=check, error=errors.as_job_error(error)))
+
+    def _stopped(self, check: str, signal_name: str) -> None:
+        """Note once that a signal ended the check: checks may be nested."""
+        signals.acknowledge()
+        if not any(isinstance(problem.error, InterruptedError) for problem in self.problems):
+            ended = InterruptedError(f"{signal_name} asked the run to stop.", remedy="Start it again.")
+            self.problems.append(Problem(check=check, error=ended))
 
     @property
     def exit_code(self) -> int:
@@ -147,7 +155,7 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
     with checked.collecting("output"):
         checked.output = Output(conditional_writes=preflight.probe_output(config.output))
         checked.output = _earlier_attempt(checked.output, config)
-    if any(isinstance(problem.error, AccessDeniedError | StorageError) for problem in checked.problems):
+    if checked.output is None:
         config = dataclasses.replace(config, storage_patience_minutes=PATIENCE_SPENT_SECONDS / 60)
     read_before = checked.output.inputs if checked.output else None
     before = len(checked.problems)
@@ -159,7 +167,7 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
         if inputs.dataset:
             checked.rows = read(config, inputs)
             with checked.collecting("quality"):
-                judge(checked.rows.scan, quality=config.quality)
+                judge(checked.rows.scan.findings, rows=checked.rows.scan.rows, quality=config.quality)
     if inputs.eval_dataset and not checked.rows:
         _read_evaluation(checked, config, inputs)
     if not (checked.base and checked.rows):
@@ -169,6 +177,8 @@ def _inside(checked: Checked, config: Config, scratch: Path, work: Path) -> None
         data = render(config, inputs, checked.rows, directory=work)
         checked.rendered = Rendered(data=data)
         checked.rendered = Rendered(data=data, expected=build.expect(config, checked.base, data))
+        with checked.collecting("quality"):
+            judge(data.losses(), rows=checked.rows.scan.rows, quality=config.quality)
 
 
 def _read_evaluation(checked: Checked, config: Config, pulled: Inputs) -> None:

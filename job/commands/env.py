@@ -6,7 +6,6 @@ each without secrets, and of credentials only which are set.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -22,6 +21,7 @@ import psutil
 from job.config import environment
 from job.config.field import PREFIX
 from job.observability import memory
+from job.observability.json_text import dumps
 from job.observability.masking import masked
 from job.observability.redaction import Redactor, secret_values
 from job.runtime import gpus, libraries, process
@@ -59,7 +59,7 @@ MARKERS = {"Docker": Path("/.dockerenv"), "Podman": Path("/run/.containerenv"), 
 def render(*, as_json: bool) -> str:
     """The report, as text or as one line of JSON."""
     found = facts()
-    return json.dumps(found, ensure_ascii=False) + "\n" if as_json else "\n".join(_lines(found)) + "\n"
+    return dumps(found) + "\n" if as_json else "\n".join(_lines(found)) + "\n"
 
 
 def facts() -> dict[str, Any]:

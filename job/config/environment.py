@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from pathlib import Path
 from typing import Any
 
 from environs import EnvValidationError, FileAwareEnv
@@ -34,7 +35,7 @@ def load() -> Config:
             problems.append(str(error))
     if not problems:
         config = Config(**values)
-        problems = rules.problems(config)
+        problems = rules.problems(config) + _lost_outputs(config)
     if problems:
         raise ConfigError(
             "The environment is not valid.",
@@ -63,7 +64,8 @@ def _read(setting: Setting) -> Any:
         environment.seal()
     except EnvValidationError:
         raise ValueError(
-            f"{name}={_shown(name)!r} is not valid. Expected: {setting.kind.rule} (default: {setting.default_text})."
+            f"{name}={_shown(name)!r} is not valid. Expected: {setting.kind.rule} (default: {setting.default_text}). "
+            f"{setting.kind.broken(os.environ.get(name, '').strip())}".rstrip()
         ) from None
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ValueError(
@@ -93,6 +95,16 @@ def _unknown_names() -> list[str]:
         remedy = f"Did you mean {near[0]}?" if near else "`python -m job variables` lists them all."
         problems.append(f"{name} is not a variable of this job. {remedy}")
     return problems
+
+
+def _lost_outputs(config: Config) -> list[str]:
+    if config.output.startswith("s3://") or not process.is_scratch(Path(config.output)):
+        return []
+    problem = (
+        f"TUNE_OUTPUT={config.output!r} lies in the scratch directory (TMPDIR), which is gone with its machine or pod. "
+        "Name a volume that stays, or s3://bucket/prefix."
+    )
+    return [problem]
 
 
 def _doubled_names() -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from job.config import role_weights
 from job.config.schema import CONTENTS, FIXED, SETTINGS, Config
 
+RESERVED = re.compile(r"latest\.json|preflight-.*", re.IGNORECASE)
+"""What a run or a check writes beside the folders of runs, on disks that ignore case, too."""
 FLAT = ("padding_free", "packed")
 """Values of TUNE_BATCHING that need a GPU."""
 
@@ -40,10 +43,19 @@ def problems(config: Config) -> list[str]:
             f"TUNE_METRICS_PORT={config.metrics_port} takes its numbers from log events of level info, which "
             f"TUNE_LOG_LEVEL={config.log_level} drops. Set TUNE_LOG_LEVEL=info."
         )
+    if config.run_id is not None and RESERVED.fullmatch(config.run_id):
+        found.append(
+            f"TUNE_RUN_ID={config.run_id!r} is the name of an object that lies among an output's runs. Use another."
+        )
     found += _doubled_columns(config.columns)
     found += role_weights.problems(config.role_weights, train_on=config.train_on, rows=config.format)
+    return found + _unchangeable(config.allow_change)
+
+
+def _unchangeable(names: Sequence[str]) -> list[str]:
+    found = []
     marked = {s.variable for s in SETTINGS if s.fingerprint}
-    for name in config.allow_change:
+    for name in names:
         if name in FIXED:
             found.append(
                 f"TUNE_ALLOW_CHANGE contains {name}, but a checkpoint fits one value of it only. Set a new TUNE_RUN_ID."

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from job.config import role_weights as roles
+from job.config.addresses import DATA, MODEL, PLACE, TEMPLATE
 from job.config.field import PREFIX, Setting, setting
-from job.config.value_types import auto_or, choice, flag, integer, names, number, text
+from job.config.value_types import MOST, auto_or, choice, flag, integer, names, number, text
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 TARGET = re.compile(r"[A-Za-z_][\w.-]*")
 EXPORTS = ("adapter", "merged_16bit")
 CONTENTS = ("base_weights", "model_config", "tokenizer", "training_data")
@@ -32,17 +32,11 @@ COLUMNS = (
 )  # fmt: skip
 """This job's names for the columns of all formats."""
 AUTO_MICRO_BATCH = 8
+MOST_MINUTES = 1_000_000
+"""Two years: longer times are too large for the system's timers."""
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text")
 
 
-_S3 = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
-_MODEL = text(rf"{HUB_NAME.pattern}|{_S3}|/.+", "org/name[@revision], s3://bucket/prefix, or an absolute path")
-_PLACE = text(rf"{_S3}|/.+", "s3://bucket/prefix, or an absolute path")
-_DATA = text(
-    rf"{_S3}|hf://datasets/.+|/.+",
-    "s3://bucket/key, an absolute path, or hf://datasets/org/name[@revision][:split]; several separated by commas",
-)
-_TEMPLATE = text(rf"[a-z][\w.-]*|{_S3}|/.+", "tokenizer, a template's name such as chatml, or the URI of a Jinja file")
 _RUN = text(RUN_ID, "letters, digits, '.', '_' and '-', at most 128, starting with a letter or digit")
 
 
@@ -50,11 +44,11 @@ _RUN = text(RUN_ID, "letters, digits, '.', '_' and '-', at most 128, starting wi
 class Config:
     """One run's settings, in the order of the table in docs/configuration.md."""
 
-    model: str = setting(_MODEL, "base model", fingerprint=True)
+    model: str = setting(MODEL, "base model", fingerprint=True)
     dataset: tuple[str, ...] = setting(
-        names(_DATA, _DATA.rule), "training data: objects, prefixes, paths or hub names", fingerprint=True
+        names(DATA, DATA.rule), "training data: objects, prefixes, paths or hub names", fingerprint=True
     )
-    output: str = setting(_PLACE, "a run writes under `<output>/<run id>/`, and `<output>/latest.json`")
+    output: str = setting(PLACE, "a run writes under `<output>/<run id>/`, and `<output>/latest.json`")
     run_id: str | None = setting(
         _RUN, "run id; none = a hash of the variables marked * (which decide the result)", default=None
     )
@@ -64,7 +58,7 @@ class Config:
         default="auto",
     )
     eval_dataset: tuple[str, ...] = setting(
-        names(_DATA, _DATA.rule),
+        names(DATA, DATA.rule),
         "separate evaluation dataset; none = files of the dataset that are called so, or else a share of its rows",
         default=(),
         fingerprint=True,
@@ -96,7 +90,7 @@ class Config:
         default="warn",
     )
     chat_template: str = setting(
-        _TEMPLATE,
+        TEMPLATE,
         "`tokenizer` = the model's own; or a name (`chatml`, `llama-3.1`, ...); or a Jinja file's URI",
         default="tokenizer",
         fingerprint=True,
@@ -133,7 +127,7 @@ class Config:
         fingerprint=True,
     )
     lora_rslora: bool = setting(flag(), "rank-stabilised scaling", default=False, fingerprint=True)
-    epochs: float = setting(number(0, exclusive=True), "epochs of training", default=3.0, fingerprint=True)
+    epochs: float = setting(number(0, 1_000_000, exclusive=True), "epochs of training", default=3.0, fingerprint=True)
     max_steps: int | None = setting(
         integer(1), "maximum optimizer steps; overrides `TUNE_EPOCHS`", default=None, fingerprint=True
     )
@@ -160,13 +154,15 @@ class Config:
     )
     learning_rate: float | Literal["auto"] = setting(
         auto_or(number(0, 1, exclusive=True)),
-        "`auto` by model size: up to 7B 2e-4, to 13B 1e-4, above 5e-5",
+        "`auto` by parameters: below 8 billion 2e-4 (sold as 7B and smaller), below 14 billion 1e-4 (8B to 13B), from "
+        "there on 5e-5",
         default="auto",
         fingerprint=True,
     )
     warmup: float = setting(
-        number(0),
-        "warm-up of the learning rate: below 1 a share of the steps, else a number of steps",
+        number(0, MOST),
+        "warm-up of the learning rate: below 1 a share of the steps, else a number of steps; the first step already "
+        "trains (docs/configuration.md)",
         default=0.03,
         fingerprint=True,
     )
@@ -185,7 +181,7 @@ class Config:
     )
     max_grad_norm: float = setting(number(0), "gradient clipping; 0 = off", default=1.0, fingerprint=True)
     seed: int = setting(
-        integer(0), "seed of adapter initialisation, data order and dropout", default=3407, fingerprint=True
+        integer(0, 2**32 - 1), "seed of adapter initialisation, data order and dropout", default=3407, fingerprint=True
     )
     gradient_checkpointing: Literal["auto", "unsloth", "on", "off"] = setting(
         choice("auto", "unsloth", "on", "off"),
@@ -204,9 +200,13 @@ class Config:
         default="auto",
     )
     samples: int = setting(integer(0), "held-out prompts answered before and after training", default=4)
-    checkpoint_minutes: float = setting(number(0, exclusive=True), "maximum minutes between checkpoints", default=10.0)
+    checkpoint_minutes: float = setting(
+        number(0, MOST_MINUTES, exclusive=True), "maximum minutes between checkpoints", default=10.0
+    )
     checkpoint_steps: int | None = setting(
-        integer(1), "maximum optimizer steps between checkpoints; whichever comes first", default=None
+        integer(1),
+        "maximum optimizer steps between checkpoints; never more than a quarter of the run; whichever comes first",
+        default=None,
     )
     checkpoint_keep: int = setting(integer(1), "number of checkpoints whose files are kept", default=2)
     resume: Literal["auto", "fresh", "require"] = setting(
@@ -229,10 +229,14 @@ class Config:
         default="auto",
     )
     grace_seconds: float = setting(
-        number(2), "seconds between the platform's signal and SIGKILL; the run ends within them", default=15.0
+        number(2, 60 * MOST_MINUTES),
+        "seconds between the platform's signal and SIGKILL; the run ends within them",
+        default=15.0,
     )
     storage_patience_minutes: float = setting(
-        number(0), "how long an unreachable store is retried before the run ends with code 74", default=60.0
+        number(0, MOST_MINUTES),
+        "how long an unreachable store is retried before the run ends with code 74",
+        default=60.0,
     )
     export: tuple[str, ...] = setting(
         names(choice(*EXPORTS), "any of " + ", ".join(EXPORTS) + ", separated by commas"),
@@ -240,7 +244,7 @@ class Config:
         default=("adapter",),
     )
     cache: str | None = setting(
-        _PLACE,
+        PLACE,
         "where compile caches are kept between runs; anyone who can write there can run code in the job: protect it "
         "like the image",
         default=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ class Kind:
     field: fields.Field[Any]
     rule: str
     schema: dict[str, Any]
+    broken: Callable[[str], str] = lambda _: ""
+    """Which part of the rule a value breaks, in a sentence; empty where the rule says it all."""
 
 
 class _Auto(fields.Field[Any]):
@@ -43,12 +46,16 @@ class _Names(fields.Field[Any]):
         return tuple(self._inner.deserialize(part, attr, data, **kwargs) for part in parts)
 
 
-def integer(minimum: int, maximum: int | None = None) -> Kind:
+MOST = 1_000_000_000
+"""No setting that counts something can be larger: libraries keep such numbers in 32 bits."""
+
+
+def integer(minimum: int, maximum: int = MOST) -> Kind:
     """A whole number within bounds."""
     return Kind(
         field=fields.Integer(validate=validate.Range(min=minimum, max=maximum)),
-        rule=f"a whole number, at least {minimum}" + (f" and at most {maximum}" if maximum is not None else ""),
-        schema={"type": "integer", "minimum": minimum} | ({"maximum": maximum} if maximum is not None else {}),
+        rule=f"a whole number, at least {minimum} and at most {maximum}",
+        schema={"type": "integer", "minimum": minimum, "maximum": maximum},
     )
 
 
@@ -57,7 +64,7 @@ def number(minimum: float, maximum: float | None = None, *, exclusive: bool = Fa
     low = f"above {minimum:g}" if exclusive else f"at least {minimum:g}"
     return Kind(
         field=fields.Float(validate=validate.Range(min=minimum, max=maximum, min_inclusive=not exclusive)),
-        rule=f"a number, {low}" + (f" and at most {maximum:g}" if maximum is not None else ""),
+        rule=f"a number, {low}" + (f" and at most {maximum:.10g}" if maximum is not None else ""),
         schema={"type": "number", ("exclusiveMinimum" if exclusive else "minimum"): minimum}
         | ({"maximum": maximum} if maximum is not None else {}),
     )
@@ -72,13 +79,14 @@ def choice(*options: str) -> Kind:
     )
 
 
-def text(pattern: re.Pattern[str] | str, rule: str) -> Kind:
-    """A text that a pattern matches whole; the rule says it in words."""
+def text(pattern: re.Pattern[str] | str, rule: str, *, broken: Callable[[str], str] = lambda _: "") -> Kind:
+    """A text that a pattern matches whole; the rule says it in words, `broken` which part of it a value breaks."""
     expression = pattern if isinstance(pattern, str) else pattern.pattern
     return Kind(
         field=fields.String(validate=validate.Regexp(f"(?:{expression})\\Z")),
         rule=rule,
         schema={"type": "string", "pattern": f"^(?:{expression})$"},
+        broken=broken,
     )
 
 
@@ -95,5 +103,10 @@ def auto_or(kind: Kind) -> Kind:
 
 def names(kind: Kind, rule: str) -> Kind:
     """A comma-separated list, kept in order as a tuple."""
-    # `items` does not apply to strings: it is for programs that write the list part by part.
-    return Kind(field=_Names(kind.field), rule=rule, schema={"type": "string", "minLength": 1, "items": kind.schema})
+    return Kind(
+        field=_Names(kind.field),
+        rule=rule,
+        # `items` does not apply to strings: it is for programs that write the list part by part.
+        schema={"type": "string", "minLength": 1, "items": kind.schema},
+        broken=lambda value: " ".join(filter(None, (kind.broken(part.strip()) for part in value.split(",")))),
+    )

@@ -41,6 +41,8 @@ class Turn:
 
     trained: bool = True
     """False for an assistant turn that is context only, such as the answers inside a conversational `prompt`."""
+    unread: tuple[str, ...] = ()
+    """Keys of the message that nothing reads, for the report."""
 
     @property
     def text(self) -> str:
@@ -95,6 +97,8 @@ class Example:
     """Only for `text`."""
     tools: tuple[JsonObject, ...] = ()
     """Tool schemas of the conversation, for templates that print them."""
+    unread: tuple[str, ...] = ()
+    """Columns of the row that nothing reads; those of its messages are in the turns."""
 
 
 _canonical = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str).encode

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GRAVE = frozenset({"eval_leakage", "conflicting_answers", "secrets", "garbage", "empty_answers"})
+NOT_LEARNED = frozenset(
+    {"answers_not_learned", "reasoning_not_rendered", "earlier_answers_not_rendered", "unknown_tokens"}
+)
+"""What answers say and the model would not learn."""
+LOSSES = NOT_LEARNED | {"tools_not_rendered", "names_not_rendered", "white_space_changed"}
+"""What rows say and their text does not."""
+GRAVE = frozenset({"eval_leakage", "conflicting_answers", "secrets", "garbage", "empty_answers"}) | NOT_LEARNED
 """What ends a run under `fail` in however few rows: it is wrong in any dataset."""
 GRAVE_SHARE = {"exact_duplicates": 0.1, "near_duplicates": 0.1, "answers_repeat_prompts": 0.1}
 """What ends a run under `fail` from this share of the rows on: most datasets have a little of it."""
@@ -51,6 +57,10 @@ TEXTS = {
         "{rows} contain characters that nobody typed ({kinds}).",
         "Read the source again in its own encoding (most often UTF-8), and remove what is not text.",
     ),
+    "embedded_media": (
+        "{rows} contain pictures or other media as base64 text.",
+        "Remove them: the model does not see a picture, and would learn to spell it.",
+    ),
     "secrets": (
         "{rows} contain what looks like a key, a token or a password, which the trained model can reveal.",
         "Remove it from the data, and revoke it if it is real.",
@@ -91,6 +101,26 @@ TEXTS = {
     "reasoning_not_rendered": (
         "{numbers} rows have reasoning that the chat template does not print.",
         "To learn it, set TUNE_CHAT_TEMPLATE to a template for reasoning, such as `qwen-3`.",
+    ),
+    "answers_not_learned": (
+        "{numbers} rows have answers of which a part is not learned ({kinds}).",
+        "Set TUNE_CHAT_TEMPLATE to a template that prints them whole, such as `chatml`, or remove these parts.",
+    ),
+    "white_space_changed": (
+        "{numbers} rows have answers whose white space the chat template changes, most often at their ends.",
+        "Nothing to do, unless that white space has a meaning: answers are learned as the template writes them.",
+    ),
+    "names_not_rendered": (
+        "{numbers} rows name the speakers of messages, and the chat template does not print these names.",
+        "Write the names into the texts if answers depend on them.",
+    ),
+    "earlier_answers_not_rendered": (
+        "{numbers} rows have earlier answers that the chat template leaves out before later ones.",
+        "Set TUNE_CHAT_TEMPLATE to a template that prints whole conversations, such as `chatml`.",
+    ),
+    "unknown_tokens": (
+        "{numbers} sequences have answers with characters that the tokenizer does not know.",
+        "Replace them, or use a model whose tokenizer has them: its token for unknown characters is learned instead.",
     ),
 }
 """For each code what it means, and what to do."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -13,7 +13,7 @@ import structlog
 from job.config import role_weights
 from job.config.schema import Config
 from job.data.examples import Example, RowError
-from job.data.findings import Finding, is_grave
+from job.data.findings import LOSSES, Finding, is_grave
 from job.data.quality.scan import QualityScan, ScanResult, Scope
 from job.data.reading.columns import parse_columns
 from job.data.reading.dataset import ExampleStream, FileFacts, Source
@@ -62,8 +62,15 @@ class Data:
 
     def all_findings(self) -> tuple[Finding, ...]:
         """The findings in the rows and in rendering them."""
+        return (*self.findings, *self._in_rendering())
+
+    def losses(self) -> tuple[Finding, ...]:
+        """The findings of what rows say and their text does not."""
+        return tuple(finding for finding in self._in_rendering() if finding.code in LOSSES)
+
+    def _in_rendering(self) -> tuple[Finding, ...]:
         held_out = self.held_out.findings(side="evaluation") if self.held_out else ()
-        return (*self.findings, *self.train.counts.findings(side="training"), *held_out)
+        return (*self.train.counts.findings(side="training"), *held_out)
 
 
 def validate_head(config: Config, inputs: Inputs) -> None:
@@ -87,23 +94,21 @@ def read(config: Config, inputs: Inputs) -> DatasetFacts:
     return _facts(files, scan.result(), left_out=inputs.left_out, fraction=config.eval_fraction)
 
 
-def judge(scan: ScanResult, *, quality: str) -> None:
+def judge(findings: Sequence[Finding], *, rows: int, quality: str) -> None:
     """Log a warning for each finding; under TUNE_QUALITY=fail, end the run if some are grave (`is_grave`).
 
     Raises DataError with all findings.
     """
     if quality == "off":
         return
-    grave = [finding.code for finding in scan.findings if is_grave(finding, scan.rows)]
+    grave = [finding.code for finding in findings if is_grave(finding, rows)]
     if quality == "fail" and grave:
-        listed = "\n".join(
-            f"{one.code}: {one.message} First: {', '.join(one.first)}. {one.remedy}" for one in scan.findings
-        )
+        listed = "\n".join(f"{one.code}: {one.message} First: {', '.join(one.first)}. {one.remedy}" for one in findings)
         raise DataError(
             f"TUNE_QUALITY=fail, and these findings in the data are grave: {', '.join(grave)}. All findings:\n{listed}",
             remedy="Correct the rows, or set TUNE_QUALITY=warn to train on them as they are.",
         )
-    for finding in scan.findings:
+    for finding in findings:
         log.warning("data_quality", **asdict(finding))
 
 
@@ -113,13 +118,15 @@ def render(config: Config, inputs: Inputs, facts: DatasetFacts, *, directory: Pa
     with Draft(directory) as draft:
         _render_rows(draft, renderers, files.train, files.held_out)
         datasets = _write(draft, renderers, facts, directory=directory, micro_batch=config.rows_in_pass)
+    _log_ready(datasets, facts, renderers)
     return _data(datasets, facts, renderers, _prompts(renderers.train, files, facts.split, count=config.samples))
 
 
 def prepare(config: Config, inputs: Inputs, *, directory: Path) -> Data:
     """Read, judge and render in one pass over the files; logs `dataset_ready`.
 
-    The findings are judged once all rows are rendered and before any dataset is written.
+    The findings in the rows are judged once all are rendered and before any dataset is written, those in rendering them
+    afterwards.
     """
     files, renderers = _Files.of(config, inputs), _Renderers.of(config, _tokenizer(config, inputs))
     scan = QualityScan(scope=_scope(config, inputs))
@@ -127,9 +134,12 @@ def prepare(config: Config, inputs: Inputs, *, directory: Path) -> Data:
         held_out = _scanned(files.held_out, scan, held_out=True) if files.held_out else None
         _render_rows(draft, renderers, _scanned(files.train, scan), held_out)
         facts = _facts(files, scan.result(), left_out=inputs.left_out, fraction=config.eval_fraction)
-        judge(facts.scan, quality=config.quality)
+        judge(facts.scan.findings, rows=facts.scan.rows, quality=config.quality)
         datasets = _write(draft, renderers, facts, directory=directory, micro_batch=config.rows_in_pass)
-    return _data(datasets, facts, renderers, _prompts(renderers.train, files, facts.split, count=config.samples))
+    data = _data(datasets, facts, renderers, _prompts(renderers.train, files, facts.split, count=config.samples))
+    judge(data.losses(), rows=facts.scan.rows, quality=config.quality)
+    _log_ready(datasets, facts, renderers)
+    return data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +190,11 @@ def _facts(files: _Files, scan: ScanResult, *, left_out: tuple[LeftOut, ...], fr
 
 def _tokenizer(config: Config, inputs: Inputs) -> Tokenizer:
     tokenizer = load_tokenizer(
-        inputs.model, chat_template=config.chat_template, template_text=inputs.template_text, date=inputs.date
+        inputs.model,
+        name=config.model,
+        chat_template=config.chat_template,
+        template_text=inputs.template_text,
+        date=inputs.date,
     )
     for note in tokenizer.notes:
         log.warning("tokenizer_note", note=note)
@@ -228,7 +242,7 @@ class _Datasets:
 
 
 def _write(draft: Draft, renderers: _Renderers, facts: DatasetFacts, *, directory: Path, micro_batch: int) -> _Datasets:
-    """Both sides of the split; logs `dataset_ready`."""
+    """Both sides of the split."""
     evaluation_files = facts.scan.held_out > 0
     plans = (
         DatasetPlan(name="train", rows=facts.split.train, renderer=renderers.train),
@@ -244,6 +258,11 @@ def _write(draft: Draft, renderers: _Renderers, facts: DatasetFacts, *, director
         log.warning(
             "evaluation_disabled", reason=f"none of the {held_out.counts.rows:,} held-out rows has a label left"
         )
+    return _Datasets(train=train, held_out=held_out)
+
+
+def _log_ready(datasets: _Datasets, facts: DatasetFacts, renderers: _Renderers) -> None:
+    train, held_out = datasets.train, datasets.held_out
     log.info(
         "dataset_ready",
         **asdict(train.counts),
@@ -258,7 +277,6 @@ def _write(draft: Draft, renderers: _Renderers, facts: DatasetFacts, *, director
         eval_note=facts.split.note,
         chat_template=renderers.train.tokenizer.name,
     )
-    return _Datasets(train=train, held_out=held_out)
 
 
 def _data(datasets: _Datasets, facts: DatasetFacts, renderers: _Renderers, prompts: tuple[Prompt, ...]) -> Data:

@@ -138,6 +138,8 @@ def choose(
     held = _held_out(splits, chosen) if hold_out and not split and side == "training" else []
     held_out = [name for name in _of(splits, held) if name not in set(files)]
     _check_once(place, [*files, *held_out])
+    for one in filter(None, (*chosen, *held)):
+        _check_one_type(place, one, splits[one])
     return Choice(
         files=tuple(files),
         held_out=tuple(held_out),
@@ -278,6 +280,15 @@ def _check_once(place: str, names: list[str]) -> None:
                 remedy=COPY_FILES if place.startswith(HUB) else f"Remove one of them. {NAME_FILES}",
             )
         seen[stem] = name
+
+
+def _check_one_type(place: str, split: str, names: list[str]) -> None:
+    """Raise DataError for a split in several formats, as in repositories with a converted copy of their data."""
+    if len({file_type(name).type.replace("ndjson", "json").replace("jsonl", "json") for name in names}) > 1:
+        raise DataError(
+            f"{place} has files of several formats for {split!r}, perhaps the same data twice: {listed(names)}.",
+            remedy=COPY_FILES if place.startswith(HUB) else NAME_FILES,
+        )
 
 
 def listed(names: Sequence[str]) -> str:

@@ -15,11 +15,19 @@ from job.runtime.errors import DataError
 README = "README.md"
 LONGEST = 1 << 20
 """Bytes of a README that are read."""
+MOST_MATCHED = 5_000_000
+"""Comparisons of a name and a pattern, of which each takes some microseconds."""
+_WILDCARD = re.compile(r"(\*\*/|\*\*|\*|\?)")
 _HEADER = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---(?:\r\n|\n|$)")
 
 
-def declared_splits(place: str, readme: str, names: Sequence[str]) -> dict[str, list[str]]:
+def declared_splits(place: str, readme: bytes, names: Sequence[str]) -> dict[str, list[str]]:
     """The `data_files` of the default configuration in a README's header; empty when it declares none.
+
+    Args:
+        place: for messages.
+        readme: its first `LONGEST` bytes.
+        names: of all files of the place.
 
     Raises:
         DataError: the header is not valid, or has several configurations and no default.
@@ -31,23 +39,30 @@ def declared_splits(place: str, readme: str, names: Sequence[str]) -> dict[str, 
     splits: dict[str, list[str]] = {}
     for config in configs:
         folder = str(config.get("data_dir") or "").strip("/")
-        for split, pattern in _patterns(place, config["data_files"]):
+        patterns = _patterns(place, config["data_files"])
+        if len(patterns) * len(names) > MOST_MATCHED:
+            raise _invalid(place, f"it has {len(patterns):,} patterns for {len(names):,} files")
+        for split, pattern in patterns:
             whole = f"{folder}/{pattern.removeprefix('./')}" if folder else pattern
             found = [name for name in names if _globbed(name, whole)]
             splits[split] = list(dict.fromkeys(splits.get(split, []) + found))
     return {split: files for split, files in splits.items() if files}
 
 
-def _configs(place: str, readme: str) -> list[dict[str, Any]]:
-    header = _HEADER.match(readme)
+def _configs(place: str, readme: bytes) -> list[dict[str, Any]]:
+    text = readme.decode(errors="replace").removeprefix("\ufeff")
+    header = _HEADER.match(text)
+    if header is None and len(readme) >= LONGEST and text.lstrip().startswith("---"):
+        raise _invalid(place, f"it has more than {LONGEST:,} bytes")
     if header is None:
         return []
     import yaml  # type: ignore[import-untyped]  # noqa: PLC0415 - few data sets have such a header
 
     try:
         data = yaml.safe_load(header[1])
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise _invalid(place, " ".join(str(error).split())) from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # Its own constructors of values raise what Python raises.
+        raise _invalid(place, f"{type(error).__name__}: {' '.join(str(error).split())}") from None
     found = (data.get("configs") or []) if isinstance(data, dict) else None
     if not (isinstance(found, list) and all(isinstance(config, dict) for config in found)):
         raise _invalid(place, "it holds no values by name, or `configs` is not a list of configurations")
@@ -85,9 +100,30 @@ def _patterns(place: str, declared: Any) -> list[tuple[str, str]]:
 
 
 def _globbed(name: str, pattern: str) -> bool:
-    """Whether a path matches, as the hub does it: `*` stays within one directory, unlike in `fnmatch`."""
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
-    regex = "".join(
-        {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(part, re.escape(part)) for part in parts
-    )
-    return re.fullmatch(regex, name) is not None
+    """Whether a path matches, as the hub does it: `*` stays within one directory, unlike in `fnmatch`.
+
+    The positions that are reached are kept for each part of the pattern, so that no pattern takes long: a regular
+    expression would try them in all combinations.
+    """
+    reached = {0}
+    for part in _WILDCARD.split(pattern.removeprefix("./")):
+        if part == "**/":
+            first = min(reached, default=len(name))
+            reached |= {at + 1 for at in range(first, len(name)) if name[at] == "/"}
+        elif part in {"*", "**"}:
+            reached = _extended(name, reached, within_folder=part == "*")
+        elif part == "?":
+            reached = {at + 1 for at in reached if at < len(name) and name[at] != "/"}
+        else:
+            reached = {at + len(part) for at in reached if name.startswith(part, at)}
+    return len(name) in reached
+
+
+def _extended(name: str, reached: set[int], *, within_folder: bool) -> set[int]:
+    found: set[int] = set()
+    inside = False
+    for at in range(len(name) + 1):
+        inside = at in reached or (inside and not (within_folder and name[at - 1] == "/"))
+        if inside:
+            found.add(at)
+    return found

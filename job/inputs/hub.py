@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from job.inputs.data_files import HUB, LeftOut, Side
 from job.runtime import libraries
 from job.runtime.child import Child, Failed, Message
-from job.runtime.errors import ConfigError, StorageError
+from job.runtime.errors import ConfigError, JobError, StorageError
 
+BRIEF_SECONDS = 45.0
+"""How long a mistake is retried that may be a machine which is just starting."""
 _NAME = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^:@]+))?(:(?P<split>[\w.-]+))?")
 
 
@@ -54,9 +56,14 @@ class Downloaded(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Unreachable(Message):
-    """The worker's answer when the hub does not respond, or not now: another try may help."""
+    """The worker's answer when another try may help."""
 
     reason: str
+    brief: bool
+    """Whether only a short wait may help; then it ends with this error, else with one that the hub is unreachable."""
+    kind: str
+    message: str
+    remedy: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +85,11 @@ class HubFetched:
 class _UnreachableError(Exception):
     """The hub does not respond, or not now."""
 
+    def __init__(self, reason: str, *, instead: JobError | None = None) -> None:
+        super().__init__(reason)
+        self.instead = instead
+        """What it ends with after a short wait."""
+
 
 def fetch_model(name: str, directory: Path, *, patience_seconds: float = 3600.0, weights: bool = True) -> HubFetched:
     """Download a model's weights (safetensors only), configuration, tokenizer and templates.
@@ -89,7 +101,7 @@ def fetch_model(name: str, directory: Path, *, patience_seconds: float = 3600.0,
         weights: False downloads stubs with the headers and sizes of the weights.
 
     Raises:
-        DataError: no such repository or revision, or no safetensors in it.
+        DataError: no such repository or revision, or it is not a model (`job.inputs.model_files`).
         AccessDeniedError: gated or private, and the token does not give access.
         StorageError: unreachable past the patience, or offline.
     """
@@ -154,17 +166,26 @@ def _fetch(request: Request, patience_seconds: float) -> HubFetched:
     retrying = Retrying(
         retry=retry_if_exception_type(_UnreachableError),
         wait=wait_random_exponential(multiplier=0.5, max=min(60.0, max(patience_seconds, 0.1))),
-        stop=stop_after_delay(patience_seconds),
+        stop=lambda state: (state.seconds_since_start or 0.0) >= _limit(state, patience_seconds),
         before_sleep=before_sleep,
         reraise=True,
     )
     try:
         return retrying(_download, request)
     except _UnreachableError as error:
+        if error.instead is not None:
+            raise error.instead from error
         raise StorageError(
             f"The hub could not be reached for {patience_seconds:.0f} s to read {request.repo}: {error}.",
             remedy="Run again when it answers, or give the address of a copy in S3 or on disk.",
         ) from error
+
+
+def _limit(state: RetryCallState, patience_seconds: float) -> float:
+    """How long to try, given how it failed last."""
+    error = state.outcome.exception() if state.outcome else None
+    brief = isinstance(error, _UnreachableError) and error.instead is not None
+    return min(BRIEF_SECONDS, patience_seconds) if brief else patience_seconds
 
 
 def _download(request: Request) -> HubFetched:
@@ -185,7 +206,8 @@ def _download(request: Request) -> HubFetched:
                 )
             case Failed() as failed:
                 raise failed.error()
-            case Unreachable(reason=reason):
-                raise _UnreachableError(reason)
+            case Unreachable() as answer:
+                failed = Failed(kind=answer.kind, message=answer.message, remedy=answer.remedy)
+                raise _UnreachableError(answer.reason, instead=failed.error() if answer.brief else None)
             case _:
                 raise _UnreachableError(f"the process that downloads ended with status {worker.wait()}")

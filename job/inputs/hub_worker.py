@@ -12,17 +12,15 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, errors, get_token, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from job.inputs import safetensors_stub
-from job.inputs.data_files import Choice
-from job.inputs.dataset_card import README
-from job.inputs.hub import Downloaded, Request, Unreachable
-from job.inputs.hub_files import MODEL_FILES, data_files, model_files
-from job.runtime.child import Failed, Message, Parent, serve
-from job.runtime.credentials import shown
-from job.runtime.errors import AccessDeniedError, DataError, JobError, StorageError, known
+from job.inputs import hub_failures, model_files, safetensors_stub
+from job.inputs.data_files import HUB, Choice, choose
+from job.inputs.dataset_card import LONGEST, README, declared_splits
+from job.inputs.hub import Downloaded, Request
+from job.runtime.child import Message, Parent, serve
+from job.runtime.errors import StorageError
 from job.storage.disk import require_free
 from job.storage.progress import Progress
 
@@ -33,10 +31,10 @@ def program(parent: Parent) -> None:
     """Answer one request."""
     request = parent.receive(Request)
     try:
+        hub_failures.check_ca()
         answer: Message = _download(request)
     except Exception as error:  # noqa: BLE001 - the parent decides
-        failure = known(error) or _failure(request, error)
-        answer = Failed.of(failure) if failure else Unreachable(reason=shown(f"{type(error).__name__}: {error}")[:500])
+        answer = hub_failures.answer(request, error)
     parent.send(answer)
 
 
@@ -47,11 +45,11 @@ def _download(request: Request) -> Downloaded:
     info = HfApi().repo_info(repo, repo_type=kind, revision=request.revision, files_metadata=True)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
     if kind == "model":
-        chosen = Choice(files=tuple(model_files(repo, list(sizes))))
+        chosen = Choice(files=tuple(_model_files(request, info.sha, sizes)))
     else:
-        chosen = _dataset_files(request, info.sha, list(sizes))
+        chosen = _dataset_files(request, info.sha, [*sizes])
     files = [*chosen.files, *chosen.held_out]
-    stubs = [] if request.weights else [name for name in files if name.endswith(safetensors_stub.SUFFIX)]
+    stubs = [] if request.weights else [name for name in files if name.endswith(model_files.SUFFIX)]
     complete = [name for name in files if name not in stubs]
     total = sum(sizes[name] for name in complete)
     directory.mkdir(parents=True, exist_ok=True)
@@ -95,11 +93,8 @@ def _read_start(repo: str, commit: str, name: str, size: int) -> bytes:
 
 def _from_cache(request: Request) -> Downloaded:
     """The files in the user's own cache: `HF_HUB_OFFLINE` was set by the user."""
-    patterns = list(MODEL_FILES) if request.kind == "model" else None
     try:
-        place = Path(
-            snapshot_download(request.repo, repo_type=request.kind, revision=request.revision, allow_patterns=patterns)
-        )
+        place = Path(snapshot_download(request.repo, repo_type=request.kind, revision=request.revision))
     except (OSError, ValueError) as error:
         raise StorageError(
             f"HF_HUB_OFFLINE is set and the local cache does not hold {request.repo}.",
@@ -107,9 +102,10 @@ def _from_cache(request: Request) -> Downloaded:
         ) from error
     names = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*")) if path.is_file()]
     if request.kind == "model":
-        return _downloaded(place, place.name, Choice(files=tuple(model_files(request.repo, names))))
-    readme = place / README
-    return _downloaded(place, place.name, _data_files(request, names, _text(readme) if readme.is_file() else ""))
+        sizes = {name: (place / name).stat().st_size for name in names}
+        files = model_files.choose(request.repo, sizes, lambda name: (place / name).read_bytes())
+        return _downloaded(place, place.name, Choice(files=tuple(files)))
+    return _downloaded(place, place.name, _chosen(request, names, place / README if README in names else None))
 
 
 @contextlib.contextmanager
@@ -142,57 +138,29 @@ def _bytes_below(directory: Path, files: list[str]) -> int:
     return sizes
 
 
-def _dataset_files(request: Request, commit: str, names: list[str]) -> Choice:
-    readme = ""
-    if README in names:
+def _model_files(request: Request, commit: str, sizes: dict[str, int]) -> list[str]:
+    def read(name: str) -> bytes:
         place = request.directory
-        readme = _text(hf_hub_download(request.repo, README, repo_type="dataset", revision=commit, local_dir=place))
-    return _data_files(request, names, readme)
+        return Path(hf_hub_download(request.repo, name, revision=commit, local_dir=place)).read_bytes()
+
+    return model_files.choose(request.repo, sizes, read)
 
 
-def _data_files(request: Request, names: list[str], readme: str) -> Choice:
-    return data_files(request.repo, request.split, names, readme, side=request.side, hold_out=request.hold_out)
+def _dataset_files(request: Request, commit: str, names: list[str]) -> Choice:
+    if README not in names:
+        return _chosen(request, names, None)
+    place = request.directory
+    readme = hf_hub_download(request.repo, README, repo_type="dataset", revision=commit, local_dir=place)
+    return _chosen(request, names, Path(readme))
 
 
-def _text(path: str | Path) -> str:
-    return Path(path).read_text(encoding="utf-8", errors="replace")
-
-
-def _failure(request: Request, error: Exception) -> JobError | None:
-    """What the hub's answer means; None where it may be another one soon."""
-    page = f"{constants.ENDPOINT}/{'datasets/' if request.kind == 'dataset' else ''}{request.repo}"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    where = f"{request.repo} at {page}"
-    if isinstance(error, errors.GatedRepoError):
-        return AccessDeniedError(
-            f"{where} is gated (HTTP {status}). {_token()}",
-            remedy=f"Accept its licence at {page} with the token's account, or set HF_TOKEN to one that has access.",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return DataError(
-            f"{request.repo} has no revision {request.revision!r}.", remedy=f"{page}/tree/main shows those it has."
-        )
-    if status in {401, 403} or isinstance(error, errors.DisabledRepoError):
-        return AccessDeniedError(
-            f"{where} was denied (HTTP {status}): it does not exist or is private. {_token()}",
-            remedy="Correct its name, or set HF_TOKEN to one that has access.",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return DataError(f"{where} does not exist. {_token()}", remedy="Correct its name.")
-    if isinstance(error, errors.HFValidationError):
-        return DataError(f"{where} does not have a valid name: {error}.", remedy="Correct its name.")
-    return None
-
-
-def _token() -> str:
-    """Which token was found, without its value."""
-    token, file = get_token(), Path(constants.HF_TOKEN_PATH)
-    if token is None:
-        return f"No token was found: looked at HF_TOKEN and {file}."
-    with contextlib.suppress(OSError):
-        if file.read_text(encoding="utf-8").strip() == token:
-            return f"The token in {file} was used."
-    return "The token in HF_TOKEN was used."
+def _chosen(request: Request, names: list[str], readme: Path | None) -> Choice:
+    place, text = f"{HUB}{request.repo}", b""
+    if readme is not None:
+        with readme.open("rb") as file:
+            text = file.read(LONGEST)
+    declared = declared_splits(place, text, names)
+    return choose(place, names, side=request.side, hold_out=request.hold_out, split=request.split, declared=declared)
 
 
 if __name__ == "__main__":

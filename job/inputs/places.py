@@ -59,7 +59,7 @@ def find_data(
 
 def _chosen(uri: str, resolved: Resolved, *, side: Side, hold_out: bool) -> Choice:
     keys = [entry.key for entry in resolved.entries]
-    readme = _readme(resolved) if README in keys else ""
+    readme = (resolved.store.read_start(README, LONGEST) if README in keys else None) or b""
     declared = declared_splits(uri, readme, keys)
     choice = choose(uri, [*keys, *resolved.folders], side=side, hold_out=hold_out, declared=declared)
     links = (
@@ -67,10 +67,6 @@ def _chosen(uri: str, resolved: Resolved, *, side: Side, hold_out: bool) -> Choi
         for link, target in resolved.repeated.items()
     )
     return replace(choice, left_out=(*choice.left_out, *links))
-
-
-def _readme(resolved: Resolved) -> str:
-    return (resolved.store.read_start(README, LONGEST) or b"").decode(errors="replace")
 
 
 def _of(resolved: Resolved, choice: Choice) -> Resolved:

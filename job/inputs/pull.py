@@ -5,25 +5,25 @@ Knows places, not contents.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.config.schema import HUB_NAME, Config
-from job.inputs import hub, safetensors_stub
+from job.config.addresses import HUB_NAME
+from job.config.schema import Config
+from job.inputs import hub, model_files, safetensors_stub
 from job.inputs.data_files import LeftOut, Side
 from job.inputs.files import DataFiles, File, fetched_file, identified, identity, repository_files
 from job.inputs.places import Found, find_data
 from job.runtime.errors import DataError
 from job.storage.base import Entry
 from job.storage.faults import MissingError
-from job.storage.fetch import Fetched, again_if_changed, download, fetch, list_objects
+from job.storage.fetch import Fetched, Resolved, again_if_changed, download, fetch, list_objects, resolve
 
-MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
 NAMED_TEMPLATE = ("s3://", "/")
 
 
@@ -55,13 +55,21 @@ class Sources:
         """The data files of a folder or a prefix; `names` are the only ones to choose from."""
         return find_data(uri, side=side, hold_out=self.hold_out, patience_seconds=self.patience_seconds, names=names)
 
+    def find_model(self, uri: str, *, names: frozenset[str] | None = None) -> Resolved:
+        """The files of a model (`model_files.choose`) in a folder or under a prefix, of those with these names."""
+        found = resolve(uri, model_files.RULE, patience_seconds=self.patience_seconds)
+        entries = {one.key: one for one in found.entries if names is None or found.name(one) in names}
+        sizes = {key: entry.size for key, entry in entries.items()}
+        chosen = model_files.choose(uri, sizes, lambda key: found.store.read(key) or b"")
+        return dataclasses.replace(found, entries=[entries[key] for key in chosen])
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
     """The base model on this disk."""
 
     path: Path
-    """A directory with a neutral name."""
+    """A directory with a neutral name, in which there is nothing but these files (`model_files.folder_of`)."""
     files: tuple[File, ...]
     revision: str | None
     """The commit of a model from the hub."""
@@ -122,25 +130,24 @@ def listing(sources: Sources, *, pinned: dict[str, Any]) -> dict[str, Any]:
         pinned: `inputs.json` of the run; files from the hub are taken from it, since a commit never changes.
     """
     template = [sources.chat_template] if sources.chat_template.startswith(NAMED_TEMPLATE) else []
-    hub_files = [file for file in pinned.get("files", []) if not file["name"].startswith(NAMED_TEMPLATE)]
-    found: dict[str, dict[str, Any]] = {}
+    files = [file for file in pinned.get("files", []) if not file["name"].startswith(NAMED_TEMPLATE)]
     for uri in filter(_is_address, template):
-        found |= _listed(list_objects(uri, patience_seconds=sources.patience_seconds), contents=True)
-    for uri in filter(_is_address, [sources.model]):
-        entries = list_objects(uri, patience_seconds=sources.patience_seconds, wanted=_is_model_file)
-        found |= _listed(entries, contents=False)
+        found = list_objects(uri, patience_seconds=sources.patience_seconds)
+        files += [_listed(name, entry, Path(name)) for name, entry in found.items()]
+    with contextlib.suppress(DataError):  # what is not a model any more is not listed
+        if _is_address(sources.model):
+            model = sources.find_model(sources.model)
+            files += [_listed(model.name(one), one, None) for one in model.entries]
     sides: tuple[tuple[Side, tuple[str, ...]], ...] = (
         ("training", sources.dataset),
         ("evaluation", sources.eval_dataset),
     )
     for side, uris in sides:
         for uri in filter(_is_address, uris):
-            try:
-                chosen = sources.find(uri, side).resolved
-            except MissingError:
-                continue
-            found |= _listed({chosen.name(entry): entry for entry in chosen.entries}, contents=True)
-    return {**pinned, "files": [*hub_files, *found.values()]}
+            with contextlib.suppress(MissingError):
+                data = sources.find(uri, side).resolved
+                files += [_listed(data.name(one), one, Path(data.name(one))) for one in data.entries]
+    return {**pinned, "files": list({file["name"]: file for file in files}.values())}
 
 
 def _is_address(uri: str) -> bool:
@@ -148,25 +155,9 @@ def _is_address(uri: str) -> bool:
     return uri.startswith(NAMED_TEMPLATE)
 
 
-def _listed(entries: dict[str, Entry], *, contents: bool) -> dict[str, dict[str, Any]]:
-    """Entries as `File.as_json` has them, by full name."""
-    return {
-        name: {
-            "name": name,
-            "size": entry.size,
-            "etag": identity(name, entry.etag, Path(name) if contents else None),
-            "version": entry.version,
-        }
-        for name, entry in entries.items()
-    }
-
-
-def _is_model_file(key: str) -> bool:
-    return key.endswith(MODEL_FILES) and "/" not in key
-
-
-def _is_small_model_file(key: str) -> bool:
-    return _is_model_file(key) and not key.endswith(safetensors_stub.SUFFIX)
+def _listed(name: str, entry: Entry, path: Path | None) -> dict[str, Any]:
+    """An entry as `File.as_json` has it."""
+    return {"name": name, "size": entry.size, "etag": identity(name, entry.etag, path), "version": entry.version}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,18 +218,20 @@ class Puller:
         if HUB_NAME.fullmatch(name):
             patience = self.sources.patience_seconds
             found = hub.fetch_model(name, place, patience_seconds=patience, weights=self.weights)
-            return ModelFiles(path=found.path, files=repository_files(found), revision=found.commit)
-        files = self._fetch(name, place, wanted=_is_model_file if self.weights else _is_small_model_file)
-        if not self.weights:
-            files += safetensors_stub.fetch_headers(name, place, patience_seconds=self.sources.patience_seconds)
-        if not name.startswith("s3://"):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            link = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
-            link.symlink_to(name)
-            link.replace(place)  # atomically: another run may be reading through it
+            path = model_files.folder_of({file: found.path / file for file in found.files}, self.directory)
+            return ModelFiles(path=path, files=repository_files(found), revision=found.commit)
+        files = again_if_changed(lambda: self._model(name, place))
         read = map(fetched_file, files)
         identified = tuple(dataclasses.replace(f, etag=identity(f.name, f.etag, None)) for f in read)
-        return ModelFiles(path=place, files=identified, revision=None)
+        path = model_files.folder_of({file.key: file.path for file in files}, self.directory)
+        return ModelFiles(path=path, files=identified, revision=None)
+
+    def _model(self, name: str, place: Path) -> list[Fetched]:
+        found = self.sources.find_model(name, names=self.names)
+        stubs = [entry for entry in found.entries if not self.weights and entry.key.endswith(model_files.SUFFIX)]
+        whole = [entry for entry in found.entries if entry not in stubs]
+        files = download(dataclasses.replace(found, entries=whole), place)
+        return files + safetensors_stub.download_headers(dataclasses.replace(found, entries=stubs), place)
 
     def template(self, name: str) -> tuple[str | None, tuple[File, ...]]:
         """The text of a chat template that is a file, and the file; None for one that has a name."""
@@ -276,14 +269,19 @@ class Puller:
 
         return again_if_changed(once)
 
-    def _fetch(self, uri: str, place: Path, **options: Any) -> list[Fetched]:
-        return fetch(uri, place, patience_seconds=self.sources.patience_seconds, names=self.names, **options)
+    def _fetch(self, uri: str, place: Path) -> list[Fetched]:
+        return fetch(uri, place, patience_seconds=self.sources.patience_seconds, names=self.names)
 
     def _place(self, uri: str) -> Path:
         return self.directory / hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 
 def _text(file: File) -> str:
+    if file.size > model_files.LARGEST_JSON:
+        raise DataError(
+            f"{file.name} has {file.size:,} bytes, more than any chat template needs.",
+            remedy="Set TUNE_CHAT_TEMPLATE to the file with the template.",
+        )
     try:
         return file.path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

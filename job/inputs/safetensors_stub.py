@@ -12,16 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from job.storage.base import Entry
+from job.storage.directory import DirectoryStore
 from job.storage.disk import disk_errors
-from job.storage.faults import MissingError
-from job.storage.fetch import WORKERS, Fetched, resolve
+from job.storage.fetch import WORKERS, Fetched, Resolved, download
 from job.storage.parallel import each
-from job.storage.uri import parse
 
-SUFFIX = ".safetensors"
 FIRST_BYTES = 128 << 10
 """Most headers are shorter."""
-LONGEST_HEADER = 100_000_000
+LONGEST_HEADER = 16 << 20
+"""The library takes up to 100 MB; those of real models have less than one, and parsing takes ten times the memory."""
 LENGTH_BYTES = 8
 
 
@@ -38,14 +37,10 @@ def write_stub(path: Path, size: int, read: Callable[[int], bytes]) -> None:
         file.truncate(size)
 
 
-def fetch_headers(uri: str, directory: Path, *, patience_seconds: float = 3600.0) -> list[Fetched]:
-    """Like `fetch` for the safetensors files of a model, with stubs of remote files; empty when there are none."""
-    try:
-        resolved = resolve(uri, patience_seconds, lambda key: key.endswith(SUFFIX) and "/" not in key)
-    except MissingError:
-        return []
-    if isinstance(parse(uri), Path):
-        return [resolved.fetched(entry, Path(resolved.store.uri) / entry.key) for entry in resolved.entries]
+def download_headers(resolved: Resolved, directory: Path) -> list[Fetched]:
+    """Like `download` for files of weights, with stubs of remote ones."""
+    if isinstance(resolved.store, DirectoryStore):
+        return download(resolved, directory)
 
     def download_header(entry: Entry, _: threading.Event) -> None:
         def read(size: int) -> bytes:

@@ -1,29 +1,32 @@
 """A base model by its files, read without loading weights, and whether this job can train it correctly.
 
-Rejects models that would be trained wrongly or run code: pickled weights, remote code, multimodal and
-mixture-of-experts models, adapters given as models. Knows nothing of GPUs or of training.
+Rejects models that would be trained wrongly or run code: remote code, multimodal and mixture-of-experts models, files
+that contradict each other. Which files are the model is decided in `job.inputs.model_files`. Knows nothing of GPUs and
+training.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import struct
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from job.inputs.safetensors_stub import LONGEST_HEADER
+from job.inputs import model_files
+from job.inputs.model_files import CONFIG, COPY_AGAIN, INDEX
+from job.model.config_values import check_values
+from job.model.safetensors_header import Tensor, read_header
 from job.runtime.errors import ConfigError, DataError
 
 MULTIMODAL = ("vision_config", "audio_config", "vision_tower", "audio_token_id", "image_token_id", "image_token_index")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-COPY_AGAIN = "Copy the model to TUNE_MODEL again."
-# Learning rates that work for LoRA by model size in parameters (upper bound, rate); above the last, 5e-5.
-RATES = ((7e9, 2e-4), (13e9, 1e-4))
-RATE_ABOVE = 5e-5
+IN_A_LAYER = re.compile(r"\.(?P<layer>\d+)\.(.*\.)?(?P<leaf>\w+)\.weight")
+"""The name of a matrix inside the decoder's layers."""
+EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight$")
+"""The name of the matrix with a row for each token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class BaseModel:
     path: Path
     name: str
     weights: tuple[Path, ...]
-    """The files with the weights: those in the index, or all if there is no index."""
+    """The files with the weights."""
     architecture: str
     parameters: int
     """Number of weights, counted unpacked if they are stored quantised."""
@@ -51,10 +54,6 @@ class BaseModel:
         (`linear_num_key_heads`, or `linear_attention` among the `layer_types`)."""
         return "linear_" in json.dumps(self.config)
 
-    def learning_rate(self) -> float:
-        """The usual LoRA learning rate for a model of this size."""
-        return next((rate for bound, rate in RATES if self.parameters <= bound), RATE_ABOVE)
-
 
 def inspect(path: Path, *, name: str) -> BaseModel:
     """Read a model directory.
@@ -66,11 +65,18 @@ def inspect(path: Path, *, name: str) -> BaseModel:
     Raises:
         DataError: files are missing or damaged, or this job does not train this kind of model.
     """
-    config = _config(path, name)
-    _check_trainable(path, name, config)
-    weights = _weights(path, name)
-    tensors = {key: tensor for file in weights for key, tensor in _header(file, name).items()}
+    sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+    files = model_files.choose(name, sizes, lambda file: (path / file).read_bytes())
+    config = model_files.read_object(path / CONFIG, name)
+    _check_trainable(name, config)
+    check_values(config, f"{CONFIG} of {name}")
+    weights = tuple(path / file for file in files if file.endswith(model_files.SUFFIX))
+    stored = {file.name: read_header(file, name) for file in weights}
+    if INDEX in files:
+        _check_index((path / INDEX).read_bytes(), stored, name)
+    tensors = {key: tensor for header in stored.values() for key, tensor in header.items()}
     text = config.get("text_config") or config
+    _check_whole(text, tensors, name)
     return BaseModel(
         path=path,
         name=name,
@@ -80,7 +86,7 @@ def inspect(path: Path, *, name: str) -> BaseModel:
         positions=text.get("max_position_embeddings"),
         prequantised=_quantisation(name, config),
         config=config,
-        shapes={key: tuple(tensor["shape"]) for key, tensor in tensors.items()},
+        shapes={key: tensor.shape for key, tensor in tensors.items()},
     )
 
 
@@ -108,34 +114,23 @@ def check_fits(model: BaseModel, *, precision: str, max_length: int, export: Seq
         )
 
 
-def _config(path: Path, name: str) -> dict[str, Any]:
-    file = path / "config.json"
-    if (path / "adapter_config.json").exists() and not file.exists():
-        raise DataError(
-            f"{name} is an adapter, not a base model.", remedy="Set TUNE_MODEL to the base it was made for."
-        )
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
-        raise DataError(
-            f"{name} has no config.json; it contains: {found}.",
-            remedy="TUNE_MODEL must be the directory or prefix with config.json and *.safetensors.",
-        ) from None
-    except ValueError as error:
-        raise DataError(f"config.json of {name} is not valid JSON: {error}.") from None
-    if not isinstance(config, dict) or not config.get("architectures"):
+def _check_trainable(name: str, config: dict[str, Any]) -> None:
+    architectures = config.get("architectures")
+    if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
         raise DataError(f"config.json of {name} has no architecture.", remedy="Use a complete transformers checkpoint.")
-    return config
-
-
-def _check_trainable(path: Path, name: str, config: dict[str, Any]) -> None:
     if "auto_map" in config:
         raise DataError(
             f"{name} needs custom code (auto_map in config.json), and this job never runs code of a model.",
             remedy="Use a checkpoint whose architecture is part of transformers.",
         )
-    architecture = config["architectures"][0]
+    if config.get("transformers_weights") is not None:
+        raise DataError(
+            f"config.json of {name} names a file of weights of its own (transformers_weights), which other programs do "
+            "not load.",
+            remedy=f"Set TUNE_MODEL to a copy with {model_files.WEIGHTS}, or with shards and their index, and without "
+            "this key.",
+        )
+    architecture = architectures[0]
     multimodal = [key for key in MULTIMODAL if config.get(key) is not None]
     if multimodal or not architecture.endswith("ForCausalLM"):
         why = f"{multimodal[0]} in config.json" if multimodal else "not a ...ForCausalLM"
@@ -150,16 +145,14 @@ def _check_trainable(path: Path, name: str, config: dict[str, Any]) -> None:
             "untrained.",
             remedy="Use a dense model.",
         )
-    if not list(path.glob("*.safetensors")):
-        pickles = sorted(p.name for pattern in PICKLES for p in path.glob(pattern))
-        what = f"only pickled weights ({pickles[0]}), which can run code when read" if pickles else "no weights"
-        raise DataError(f"{name} has {what}.", remedy="Use a checkpoint with *.safetensors.")
 
 
 def _quantisation(name: str, config: dict[str, Any]) -> str | None:
     quantisation = config.get("quantization_config")
     if quantisation is None:
         return None
+    if not isinstance(quantisation, dict):
+        raise DataError(f"quantization_config in config.json of {name} is not an object.", remedy=COPY_AGAIN)
     method = quantisation.get("quant_method", "bitsandbytes" if "load_in_4bit" in quantisation else "unknown")
     if method != "bitsandbytes":
         raise DataError(
@@ -168,53 +161,35 @@ def _quantisation(name: str, config: dict[str, Any]) -> str | None:
     return "4bit" if quantisation.get("load_in_4bit") else "8bit"
 
 
-def _weights(path: Path, name: str) -> tuple[Path, ...]:
-    """The weight files. Raises DataError if one is missing. Files that are not in the index (an original in another
-    layout) are not part of the model."""
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        whole = path / "model.safetensors"
-        return (whole,) if whole.exists() else tuple(sorted(path.glob("*.safetensors")))
-    try:
-        wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+def _check_index(index: bytes, stored: Mapping[str, Mapping[str, Tensor]], name: str) -> None:
+    """Raise DataError if a tensor is not in the file that the index names for it: transformers would train on random
+    numbers in its place."""
+    for key, file in model_files.weight_map(index, f"{INDEX} of {name}").items():
+        if key not in stored[file]:
+            raise DataError(f"{INDEX} of {name} is damaged: {key!r} is not in {file}, as it says.", remedy=COPY_AGAIN)
+
+
+def _check_whole(text: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise DataError if the tensors are not those that the configuration describes."""
+    layers = {int(found["layer"]) for key in tensors if (found := IN_A_LAYER.search(key))}
+    wanted = text.get("num_hidden_layers")
+    if layers and wanted is not None and len([layer for layer in layers if layer < wanted]) < wanted:
         raise DataError(
-            f"{index.name} of {name} is damaged: {type(error).__name__}: {error}.", remedy=COPY_AGAIN
-        ) from None
-    missing = [file for file in wanted if not (path / file).exists()]
-    if missing:
-        raise DataError(
-            f"{name} is incomplete: {missing[0]} is missing ({len(missing)} of {len(wanted)} files).", remedy=COPY_AGAIN
+            f"{name} has weights for {len(layers)} layers, and config.json says num_hidden_layers={wanted}.",
+            remedy=COPY_AGAIN,
         )
-    return tuple(path / file for file in wanted)
-
-
-def _header(file: Path, name: str) -> dict[str, Any]:
-    """The header of a safetensors file (format: 8 bytes of little-endian length, JSON, data)."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))[0]
-        if length > min(size, LONGEST_HEADER):
-            raise DataError(f"{file.name} of {name} is damaged: its header does not fit the file.", remedy=COPY_AGAIN)
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        except (ValueError, KeyError, AttributeError, TypeError):
+    rows = text.get("vocab_size")
+    for key, tensor in tensors.items():
+        if EMBEDDINGS.search(key) and rows is not None and tensor.dtype != "U8" and tensor.shape[:1] != (rows,):
             raise DataError(
-                f"{file.name} of {name} is damaged: its header is not one of safetensors.", remedy=COPY_AGAIN
-            ) from None
-    if 8 + length + end != size:
-        raise DataError(
-            f"{file.name} of {name} is damaged: {size} bytes, {8 + length + end} expected.", remedy=COPY_AGAIN
-        )
-    return header
+                f"{name} has {key!r} of shape {list(tensor.shape)}, and config.json says vocab_size={rows}.",
+                remedy=COPY_AGAIN,
+            )
 
 
-def _count(key: str, tensor: dict[str, Any]) -> int:
+def _count(key: str, tensor: Tensor) -> int:
     """Weights in a tensor; bitsandbytes packs two 4-bit weights into a byte and adds tables, which do not count."""
     if any(part in key for part in (".absmax", ".quant_map", ".quant_state", ".nested_", ".SCB", ".weight_format")):
         return 0
-    packed = 2 if tensor["dtype"] == "U8" else 1
-    shape: list[int] = tensor["shape"]
-    return packed * math.prod(shape)
+    packed = 2 if tensor.dtype == "U8" else 1
+    return packed * math.prod(tensor.shape)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from job.model.base_model import BaseModel
+from job.model.base_model import IN_A_LAYER, BaseModel
 from job.runtime.errors import ConfigError
 
 Sides = tuple[int, int]
 """Outputs and inputs of a linear layer, as its weight is stored."""
 
 ALL_LINEAR = ("all-linear",)
-_IN_A_LAYER = re.compile(r"\.(?P<layer>\d+)\.(.*\.)?(?P<leaf>\w+)\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +72,7 @@ def _linears(base: BaseModel) -> dict[str, tuple[Sides, ...]]:
     """The matrices inside the layers by leaf name, as stored; the dimensions of packed ones have no meaning."""
     linears: dict[str, tuple[Sides, ...]] = {}
     for name, sides in base.shapes.items():
-        if len(sides) == 2 and (found := _IN_A_LAYER.search(name)):  # noqa: PLR2004 - a matrix
+        if len(sides) == 2 and (found := IN_A_LAYER.search(name)):  # noqa: PLR2004 - a matrix
             linears[found["leaf"]] = (*linears.get(found["leaf"], ()), (sides[0], sides[1]))
     return linears
 
@@ -88,7 +86,7 @@ def of(base: BaseModel) -> Shape | None:
     if not linears:
         return _of_config(text, base)
     bare = Shape(hidden=0, layers=0, vocabulary=0, linears=linears, rest=0)
-    layers = {found["layer"] for name in base.shapes if (found := _IN_A_LAYER.search(name))}
+    layers = {found["layer"] for name in base.shapes if (found := IN_A_LAYER.search(name))}
     return Shape(
         hidden=text.get("hidden_size") or max(sides[0][1] for sides in linears.values()),
         layers=len(layers),
@@ -122,7 +120,9 @@ def llama(*, hidden: int, inner: int, layers: int, keys: int, vocabulary: int, q
 
 def _of_config(text: Mapping[str, Any], base: BaseModel) -> Shape | None:
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    if any(not isinstance(text.get(name), int) for name in needed):
+    if any(not isinstance(text.get(name), int) for name in needed) or any(
+        isinstance(text.get(name), list) for name in ("head_dim", "num_key_value_heads")
+    ):
         return None
     heads = text["num_attention_heads"]
     width = text.get("head_dim") or text["hidden_size"] // heads

@@ -2,10 +2,11 @@
 
 It owns the real stdout. One pipe carries the job's own finished JSON lines (and control lines, between two record
 separators), another carries what was written to file descriptors 1 and 2 by anybody: Python's print, tqdm, C++, child
-processes. Being a process, it still delivers the last lines of a parent that aborts. It uses the standard library
-only and runs with `python -I -S`, so that it starts in a few milliseconds.
+processes. Being a process, it still delivers the last lines of a parent that aborts. Besides the standard library it
+imports `job.runtime.credentials` only, and runs with `python -I -S`, so that it starts in a few milliseconds.
 
-A stdout that is full, closed or not read costs lines, which are counted and reported, and never holds the job for long.
+A stdout that is full, closed, not read or read slowly costs lines, which are counted and reported, and never holds the
+job for long.
 """
 
 from __future__ import annotations
@@ -23,14 +24,20 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from job.runtime import credentials
+
 CONTROL = b"\x1e"
 """First and last byte of a control line; no JSON has it."""
+OWN = b'{"timestamp"'
+"""How each of the job's own lines begins."""
 LONGEST = 32_768
+"""Characters of a printed line that are kept, its last ones."""
 MOST_WAITING = 1_048_576
 """Bytes that may wait for the reader of the log."""
 GRACE_SECONDS = 0.3
 STALL_SECONDS = 5.0
-"""How long the job waits for a reader that does not read; then lines are dropped."""
+"""How long the job waits for a reader that does not keep up. Then lines that find no room are dropped at once, until
+the half of what waits is read."""
 FINISH_SECONDS = 4.0
 """How long the end waits for such a reader."""
 RETRY_SECONDS = 0.05
@@ -40,8 +47,8 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 class Output:
     """Writes lines to a descriptor in a thread of its own, so that the pump can read on.
 
-    A line that cannot be written is lost. So are lines for which there is no room after `STALL_SECONDS`. The next line
-    that can be written comes after a report of how many were lost.
+    A line that cannot be written is lost. So are lines for which there is no room once it was full for `STALL_SECONDS`.
+    The next line that can be written comes after a report of how many were lost.
 
     Args:
         descriptor: where to.
@@ -56,7 +63,8 @@ class Output:
         self._waiting_bytes = 0
         self._done = 0
         """Lines that do not wait any more, written or not."""
-        self._stalled = False
+        self._patience_ends: float | None = None
+        """When lines are dropped; None while there is room."""
         self._lost = 0
         self._reason = ""
         self._torn = False
@@ -66,13 +74,15 @@ class Output:
     def put(self, line: bytes) -> None:
         """Write a line soon; waits for room, for a bounded time."""
         with self._changed:
-            if self._changed.wait_for(self._has_room, 0.0 if self._stalled else STALL_SECONDS):
+            if not self._has_room() and self._patience_ends is None:
+                self._patience_ends = time.monotonic() + STALL_SECONDS
+            left = max(0.0, (self._patience_ends or 0.0) - time.monotonic())
+            if self._changed.wait_for(self._has_room, left):
                 self._waiting.append(line)
                 self._waiting_bytes += len(line)
                 self._changed.notify_all()
             else:
-                self._stalled = True
-                self._lose("nobody read stdout")
+                self._lose("stdout is read too slowly, or not at all")
 
     def finish(self) -> None:
         """Wait until everything is written, while there is progress."""
@@ -101,7 +111,8 @@ class Output:
                 self._waiting.popleft()
                 self._waiting_bytes -= len(line)
                 self._done += 1
-                self._stalled = False
+                if self._waiting_bytes <= MOST_WAITING // 2:
+                    self._patience_ends = None
                 self._changed.notify_all()
 
     def _write(self, line: bytes) -> None:
@@ -117,7 +128,7 @@ class Output:
                 self._lose(error.strerror or type(error).__name__)
 
     def _write_line(self, line: bytes) -> None:
-        data = b"\n" * self._torn + line + b"\n"
+        data = memoryview(b"\n" * self._torn + line + b"\n")
         while data:
             try:
                 written = os.write(self._descriptor, data)
@@ -134,19 +145,24 @@ class Pump:
     Args:
         out: the descriptor of the output.
         facts: `context` has the fields of every line, `secrets` what must not appear in what was printed; with `plain`
-            printed lines stay text.
+            printed lines stay text. `ended` is the status with which the process before this one ended, `unavailable`
+            why there is no process; both are missing otherwise.
     """
 
     def __init__(self, out: int, facts: Mapping[str, Any]) -> None:
         self.output = Output(out, self._lines_lost)
         self._know(facts)
+        if "ended" in facts:
+            self.output.put(self.warning("log_process_ended", status=facts["ended"]))
+        if "unavailable" in facts:
+            self.output.put(self.warning("log_process_not_available", reason=facts["unavailable"]))
 
     def own(self, line: bytes) -> None:
         """One of the job's own lines: a control line or a finished JSON line. The rest of a line that another pump
         began to read is dropped."""
         if line.startswith(CONTROL) and line.endswith(CONTROL):
             self._know(json.loads(line[1:-1]))
-        elif line.startswith(b"{"):
+        elif line.startswith(OWN):
             self.output.put(line)
 
     def foreign(self, line: bytes) -> None:
@@ -156,7 +172,8 @@ class Pump:
         if not text.strip():
             return
         for secret in self._secrets:
-            text = text.replace(secret, "***")
+            text = text.replace(secret, credentials.REPLACEMENT)
+        text = credentials.shown(text)[-LONGEST:]
         self.output.put(text.encode() if self._plain else self._event("info", "library_output", message=text))
 
     def _know(self, facts: Mapping[str, Any]) -> None:
@@ -190,10 +207,10 @@ def pump(own: int, foreign: int, out: int, facts: Mapping[str, Any]) -> None:
         facts: what `Pump` needs to know.
     """
     sink = Pump(out, facts)
-    buffers = {own: b"", foreign: b""}
+    unfinished = {own: bytearray(), foreign: bytearray()}
     handlers = {own: sink.own, foreign: sink.foreign}
     with selectors.DefaultSelector() as selector:
-        for descriptor in buffers:
+        for descriptor in unfinished:
             os.set_blocking(descriptor, False)
             selector.register(descriptor, selectors.EVENT_READ)
         while selector.get_map():
@@ -205,21 +222,26 @@ def pump(own: int, foreign: int, out: int, facts: Mapping[str, Any]) -> None:
                 data = os.read(key.fd, 65_536)
                 if not data:
                     selector.unregister(key.fd)
-                *lines, rest = (buffers[key.fd] + data).split(b"\n")
-                for line in lines:
-                    handlers[key.fd](line)
-                buffers[key.fd] = _bounded(rest) if key.fd == foreign else rest
-    sink.foreign(buffers[foreign])  # an own line without its end is not JSON
+                end, *starts = data.split(b"\n")
+                unfinished[key.fd] += end
+                for start in starts:
+                    handlers[key.fd](bytes(unfinished[key.fd]))
+                    unfinished[key.fd] = bytearray(start)
+                if key.fd == foreign:
+                    unfinished[foreign] = _bounded(unfinished[foreign])
+    sink.foreign(bytes(unfinished[foreign]))  # an own line without its end is not JSON
     sink.output.finish()
 
 
-def _bounded(rest: bytes) -> bytes:
-    """The unfinished line, without what a carriage return will overwrite, and never longer than a line may be."""
+def _bounded(rest: bytearray) -> bytearray:
+    """The unfinished line, without what a carriage return will overwrite. It is cut where no character will be shown:
+    a secret that is cut in two would not be found."""
     kept = rest.rpartition(b"\r")[2] if not rest.endswith(b"\r") else rest
-    return kept[-LONGEST:]
+    return kept[-8 * LONGEST :]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The process: `python -c ... <own pipe> <foreign pipe>`, with facts on stdin and the output on stdout."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends with its parent, after the last line
     pump(int(sys.argv[1]), int(sys.argv[2]), 1, json.loads(sys.stdin.buffer.read() or b"{}"))

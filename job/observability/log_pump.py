@@ -1,8 +1,8 @@
 """The job's side of the log pump (`job.observability.capture`): starts it, replaces it when it ends, and ends it.
 
 The ends of both pipes from which the pump reads stay open here. So what is written while no pump runs waits for the
-next one, and no library that prints meets a broken pipe. Where no process can be started, or too many have ended, a
-thread of this process does the pump's work.
+next one, and no library that prints meets a broken pipe. Where no process can be started, or too many have ended, the
+thread that watches it does the pump's work. That thread never logs: it would wait for a line that waits for the pump.
 """
 
 from __future__ import annotations
@@ -16,49 +16,50 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-
-import structlog
+from typing import Any
 
 from job.observability import capture
 from job.runtime import process, streams
+from job.runtime.hardening import HOME
 
 CHECK_SECONDS = 0.5
 DRAIN_SECONDS = 5.0
 MOST_STARTS = 10
 KEPT_VARIABLES = ("LD_LIBRARY_PATH",)
 """All of the environment that the process gets: it needs no credentials."""
+# The directory of this package comes last (`job.runtime.hardening`).
+_RUN = "import sys; sys.path.append(sys.argv.pop(1)); from job.observability import capture; capture.main()"
 
 
 class LogPump:
     """Puts the pump between file descriptors 1 and 2 and the real stdout.
 
     Args:
-        facts: what the pump needs to know, as JSON (`capture.Pump`).
+        facts: what the pump needs to know, values that JSON has (`capture.Pump`).
 
     Raises:
-        OSError: no pipe can be opened.
+        OSError, RuntimeError: no pipe can be opened, no thread started.
     """
 
-    def __init__(self, facts: Callable[[], str]) -> None:
+    def __init__(self, facts: Callable[[], dict[str, Any]]) -> None:
         self._facts = facts
         self._own_read, own_write = os.pipe()
         self._foreign_read, foreign_write = os.pipe()
         self._own_write: int | None = own_write
-        self._unsent = b""
+        self._unsent = memoryview(b"")
         self._writing = threading.RLock()  # a finaliser may log while its thread is logging
         self._stdout = os.dup(streams.STDOUT)
         self.stderr = os.dup(streams.STDERR)
         """The real stderr."""
         self._starts = 0
-        self._reason = ""
-        self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
         self._process = self._start()
+        self._watcher = threading.Thread(target=self._watch, name="log-pump-watch", daemon=True)
+        self._watcher.start()
         os.dup2(foreign_write, streams.STDOUT)
         os.dup2(foreign_write, streams.STDERR)
         os.close(foreign_write)
-        self._closing = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="log-pump-watch", daemon=True)
-        self._watcher.start()
+        os.register_at_fork(after_in_child=self._in_fork)
 
     @property
     def pid(self) -> int | None:
@@ -71,17 +72,17 @@ class LogPump:
             if self._own_write is None:
                 return
             # A signal may raise between two writes: the next call sends the rest of the line first.
-            self._unsent += line.encode(errors="replace") + b"\n"
+            self._unsent = memoryview(bytes(self._unsent) + line.encode(errors="replace") + b"\n")
             try:
                 while self._unsent:
                     self._unsent = self._unsent[os.write(self._own_write, self._unsent) :]
             except OSError:  # a library closed descriptors that are not its own
-                self._unsent = b""
+                self._unsent = memoryview(b"")
 
     def control(self) -> None:
         """Send the pump what it needs to know now."""
         mark = capture.CONTROL.decode()
-        self.write(f"{mark}{self._facts()}{mark}")
+        self.write(f"{mark}{json.dumps(self._facts())}{mark}")
 
     def close(self) -> None:
         """Deliver everything, for at most `DRAIN_SECONDS`."""
@@ -99,31 +100,31 @@ class LogPump:
         self._closing.set()
         self._watcher.join(DRAIN_SECONDS)
         end = time.monotonic() + DRAIN_SECONDS
-        if not self._ended_well(end):  # killed with lines in the pipes
-            self._process = self._start()
-            self._ended_well(end)
+        if self._process and (status := self._ended(self._process, end)):  # killed with lines in the pipes
+            self._process = self._start(ended=status)
+            if self._process:
+                self._ended(self._process, end)
+            else:
+                self._pump()
 
-    def _start(self) -> subprocess.Popen[bytes] | None:
-        """A new process; or a thread, and None."""
+    def _start(self, **news: Any) -> subprocess.Popen[bytes] | None:
+        """A new process; None where there can be none, and the pump's work is left to this process."""
         self._starts += 1
+        self._news = news
         try:
             started = self._new_process()
         except Exception as error:  # noqa: BLE001 - whatever it is, the run continues
-            self._reason = str(error)
-            pipes = (self._own_read, self._foreign_read, self._stdout)
-            facts = json.loads(self._facts())
-            self._thread = threading.Thread(target=capture.pump, args=(*pipes, facts), name="log-pump", daemon=True)
-            self._thread.start()
+            self._news = {**news, "unavailable": str(error)}
             return None
         with contextlib.suppress(OSError), started.stdin:  # type: ignore[union-attr]
-            started.stdin.write(self._facts().encode())  # type: ignore[union-attr]
+            started.stdin.write(json.dumps({**self._facts(), **news}).encode())  # type: ignore[union-attr]
         return started
 
     def _new_process(self) -> subprocess.Popen[bytes]:
         if self._starts > MOST_STARTS:
             raise ChildProcessError(f"{MOST_STARTS} of them ended")
         return subprocess.Popen(
-            [sys.executable, "-I", "-S", capture.__file__, str(self._own_read), str(self._foreign_read)],
+            [sys.executable, "-I", "-S", "-c", _RUN, HOME, str(self._own_read), str(self._foreign_read)],
             pass_fds=(self._own_read, self._foreign_read),
             env={name: value for name, value in process.variables().items() if name in KEPT_VARIABLES},
             stdin=subprocess.PIPE,
@@ -134,25 +135,28 @@ class LogPump:
 
     def _watch(self) -> None:
         """The thread: replaces a pump that ended, and wakes one that was stopped."""
-        log = structlog.get_logger()
-        while not self._closing.wait(CHECK_SECONDS) and self._process:
+        while self._process and not self._closing.wait(CHECK_SECONDS):
             if (status := self._process.poll()) is None:
                 self._process.send_signal(signal.SIGCONT)
-                continue
-            self._process = self._start()
-            log.warning("log_process_ended", status=status)
+            else:
+                self._process = self._start(ended=status)
         if self._process is None:
-            log.warning("log_process_not_available", reason=self._reason)
+            self._pump()
 
-    def _ended_well(self, end: float) -> bool:
-        """Wait for the pump; False if something else ended it. It is killed when the time is up."""
-        left = max(0.0, end - time.monotonic())
-        if self._process is None:
-            if self._thread:
-                self._thread.join(left)
-            return True
+    def _pump(self) -> None:
+        """Do the pump's work in this thread, until the job's own pipe is closed."""
+        capture.pump(self._own_read, self._foreign_read, self._stdout, {**self._facts(), **self._news})
+
+    def _ended(self, pump: subprocess.Popen[bytes], end: float) -> int:
+        """Wait for the pump; its status, 0 where the time was up and it had to be killed."""
+        pump.send_signal(signal.SIGCONT)
         try:
-            return self._process.wait(left) == 0
+            return pump.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            return True
+            pump.kill()
+            return 0
+
+    def _in_fork(self) -> None:
+        """In a process that was forked from this one: another thread may have been writing, and is not here."""
+        self._writing = threading.RLock()
+        self._unsent = memoryview(b"")

@@ -13,9 +13,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
-import json
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from job.observability import terminal
+from job.observability.json_text import dumps
 from job.observability.log_pump import LogPump
 from job.observability.redaction import Redactor
 from job.runtime import streams
@@ -180,7 +179,7 @@ def _simple(level: str, event: EventDict, error: Exception) -> str:
     line = {"timestamp": now, "level": level, **fields, "not_logged": type(error).__name__}
     if _state.plain:
         return f"[{level}]{now[11:19]} " + "  ".join(f"{name}={value}" for name, value in line.items())
-    return json.dumps(line, ensure_ascii=False)
+    return dumps(line)
 
 
 def _add_context(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
@@ -217,19 +216,7 @@ def _exceptions() -> Processor:
 
 
 def _as_json(_: WrappedLogger, __: str, event: EventDict) -> str:
-    try:
-        return json.dumps(event, ensure_ascii=False, allow_nan=False, default=words)
-    except ValueError:
-        return json.dumps(_named_numbers(event), ensure_ascii=False, allow_nan=False, default=words)
-
-
-def _named_numbers(value: Any) -> Any:
-    """The value with the numbers that JSON has not as texts: NaN, Infinity, -Infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, dict):
-        return {name: _named_numbers(inner) for name, inner in value.items()}
-    return [_named_numbers(inner) for inner in value] if isinstance(value, list | tuple) else value
+    return dumps(event)
 
 
 def _foreign(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
@@ -268,7 +255,7 @@ class _Handler(logging.Handler):
 
 def _capture() -> None:
     """Let everything that is written to the file descriptors 1 and 2 go through the pump."""
-    with contextlib.suppress(OSError):  # without a pipe, lines go to stdout as they are
+    with contextlib.suppress(OSError, RuntimeError):  # without a pipe or a thread, lines go to stdout as they are
         _state.pump = LogPump(_facts)
         faulthandler.enable(file=_state.pump.stderr)  # raw, and straight to the real stderr
 
@@ -278,7 +265,6 @@ def _inform_pump() -> None:
         _state.pump.control()
 
 
-def _facts() -> str:
+def _facts() -> dict[str, Any]:
     """What the pump needs to know."""
-    facts = {"context": redact(_state.context), "secrets": _state.redactor.forms, "plain": _state.plain}
-    return json.dumps(facts, default=words)
+    return {"context": redact(_state.context), "secrets": _state.redactor.forms, "plain": _state.plain}

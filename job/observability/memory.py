@@ -10,6 +10,7 @@ It reads what the kernel shows and watches it in a thread; what follows from a s
 from __future__ import annotations
 
 import contextlib
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -138,14 +139,13 @@ class Machine:
 
 
 def container() -> Group | None:
-    """The nearest control group above this process that has a limit; None if only the machine limits it."""
+    """The control group of this process, or one above it, with the lowest limit: memory runs out there first. Of equal
+    ones it is the nearest; None if only the machine limits it."""
     machine = Machine().read()
-    for group in _groups():
-        usage = group.read()
-        # Without a limit, v1 shows a number that is larger than any machine.
-        if usage and not (machine and usage.limit_bytes >= machine.limit_bytes):
-            return group
-    return None
+    limits = [(group, usage.limit_bytes) for group in _groups() if (usage := group.read())]
+    # Without a limit, v1 shows a number that is larger than any machine.
+    limits = [(group, limit) for group, limit in limits if not (machine and limit >= machine.limit_bytes)]
+    return min(limits, key=lambda found: found[1])[0] if limits else None
 
 
 def container_limit() -> int | None:
@@ -153,6 +153,20 @@ def container_limit() -> int | None:
     group = container()
     usage = group.read() if group else None
     return usage.limit_bytes if usage else None
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had resident since its program began, without its children's.
+
+    `getrusage` would count what the launching process had before this program took its place
+    (https://man7.org/linux/man-pages/man2/getrusage.2.html: `ru_maxrss` survives an exec); `VmHWM` does not.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in (PROC / "self/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "VmHWM":
+                return int(value.split()[0]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # a sandbox that does not show it
 
 
 @contextlib.contextmanager

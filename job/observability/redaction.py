@@ -8,13 +8,14 @@ business.
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
 from job.runtime import credentials
 from job.runtime.credentials import REPLACEMENT
@@ -30,6 +31,7 @@ SHORTEST_LINE = 16
 WORDS = frozenset(("check", "ended", "event", "kind", "level", "outcome", "phase", "started", "time", "timestamp"))
 """Fields that hold a word of this program or a time, by which records and logs are read: it stays, even where a secret
 is the same word."""
+_ESCAPE = re.compile(r"%[0-9A-F]{2}")
 _WORD = re.compile(r"[a-z0-9_]+|\d{4}-\d\d-\d\dT[\d:.+-]+Z?")
 _PLAIN_NUMBER = re.compile(r"[+-]?[\d.,_]+(?:e[+-]?\d+)?", re.IGNORECASE)
 
@@ -65,8 +67,8 @@ class Redactor:
 
     @functools.cached_property
     def forms(self) -> tuple[str, ...]:
-        """How the secrets may stand in a text: as they are, or as JSON, Python or an address quotes them, and the lines
-        of one that has several. A secret may begin with another: the longest comes first."""
+        """How the secrets may stand in a text: as they are, as JSON, Python or an address quotes them, in base64; and
+        the lines of one that has several. A secret may begin with another: the longest comes first."""
         pieces = {piece for secret in self.secrets for piece in _pieces(secret)}
         forms = {form for piece in pieces for form in _forms(piece)}
         return tuple(sorted(forms, key=lambda form: (-len(form), form)))
@@ -127,6 +129,9 @@ def _pieces(secret: str) -> Iterator[str]:
         yield from (line for line in lines if len(line) >= SHORTEST_LINE and not line.startswith("-----"))
 
 
-def _forms(text: str) -> tuple[str, ...]:
-    escaped = (json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1])
-    return (text, *escaped, quote(text, safe="", errors="replace"))
+def _forms(text: str) -> Iterator[str]:
+    yield from (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1])
+    data = text.encode(errors="replace")
+    for quoted in (quote(data, safe=""), quote(data), quote_plus(data)):
+        yield from (quoted, _ESCAPE.sub(lambda found: found[0].lower(), quoted))
+    yield from (encode(data).decode().rstrip("=") for encode in (base64.b64encode, base64.urlsafe_b64encode))

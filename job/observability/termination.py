@@ -3,13 +3,13 @@ the failure reason of a SageMaker training job."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from job.observability import logs
+from job.observability.json_text import encoded
 from job.runtime.errors import JobError
 
 PLACE = Path("/dev/termination-log")
@@ -26,9 +26,7 @@ def write(error: JobError) -> None:
     """Write the message, where a platform reads one. A long one loses its end, never the remedy."""
     places = {PLACE: PLACE.exists, SAGEMAKER: SAGEMAKER.parent.is_dir}
     body = logs.redact(facts(error) | {"message": str(error)})
-    while (
-        len(line := json.dumps(body, ensure_ascii=False).encode(errors="replace")) > LONGEST_BYTES and body["message"]
-    ):
+    while len(line := encoded(body)) > LONGEST_BYTES and body["message"]:
         body["message"] = body["message"][: len(body["message"]) * 3 // 4]
     for place, is_read in places.items():
         try:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -135,7 +136,7 @@ class Page:
     sequences: tuple[SequenceView, ...] = ()
     lengths: LengthChart | None = None
     files: tuple[Mapping[str, Any], ...] = ()
-    """The name, format, rows, bytes, sha256 and side of each."""
+    """The name, format, rows, bytes, sha256 and side of each, and what nothing reads of it."""
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The names of files that are not read, by reason."""
     estimate: Estimate | None = None
@@ -146,6 +147,11 @@ class Page:
     answers: tuple[Answer, ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
+
+    @functools.cached_property
+    def unread(self) -> tuple[str, ...]:
+        """The columns and keys that nothing reads, each with the number of its rows."""
+        return tuple(f"{name} ({count:,})" for name, count in unread_names(self.files).items())
 
     @functools.cached_property
     def weights(self) -> tuple[float, ...]:
@@ -165,6 +171,14 @@ class Page:
     def encoded(self) -> bytes:
         """The HTML as a file's content."""
         return self.html().encode(errors="replace")
+
+
+def unread_names(files: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """The columns and keys of messages that nothing reads, with the number of rows that have them, most first."""
+    found: Counter[str] = Counter()
+    for file in files:
+        found.update(file.get("unread", {}))
+    return dict(found.most_common())
 
 
 def visible(text: str) -> str:

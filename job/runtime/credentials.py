@@ -14,10 +14,12 @@ from urllib.parse import unquote
 REPLACEMENT = "***"
 CREDENTIALS = frozenset(
     (
+        "AWS_BEARER_TOKEN_BEDROCK",
         "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
         "AZURE_STORAGE_ACCOUNT_KEY",
         "AZURE_STORAGE_CONNECTION_STRING",
         "AZURE_STORAGE_KEY",
+        "DOCKER_AUTH_CONFIG",
         "KAGGLE_KEY",
         "MYSQL_PWD",
         "PGPASSWORD",
@@ -26,11 +28,11 @@ CREDENTIALS = frozenset(
 )
 """Variables that hold a credential although their names do not end like one."""
 ENDINGS = (
-    *("TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "SIGNATURE"),
-    *("KEY", "APIKEY"),
+    *("TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASS", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "SIGNATURE"),
+    *("KEY", "APIKEY", "PAT", "JWT"),
 )
 """Last words of the names of variables that hold a credential (AWS_SECRET_ACCESS_KEY, HF_TOKEN, WANDB_API_KEY); behind
-them may stand which of several it is (HF_TOKEN_WRITE, DB_PASSWORD_2)."""
+them may stand which of several it is (HF_TOKEN_WRITE, DB_PASSWORD_2, TOKEN1), or how it is written (SSH_KEY_BASE64)."""
 HARMLESS = frozenset(
     (
         *("BOS_TOKEN", "EOS_TOKEN", "PAD_TOKEN", "UNK_TOKEN"),
@@ -42,10 +44,13 @@ SIGNING = (
     *("X-Amz-Signature", "X-Amz-Credential", "X-Amz-Security-Token", "AWSAccessKeyId"),
     *("X-Goog-Signature", "X-Goog-Credential", "GoogleAccessId"),
     *("X-Oss-Signature", "X-Oss-Credential", "X-Oss-Security-Token", "OSSAccessKeyId"),
+    *("X-Tos-Signature", "X-Tos-Credential", "X-Tos-Security-Token"),
+    *("q-signature", "q-ak", "X-Cos-Security-Token"),
 )
 """Parameters of presigned addresses, recognised wherever they stand."""
 PARAMETERS = (
     *("signature", "sig", "token", "access_token", "auth_token", "id_token", "refresh_token", "security-token"),
+    *("private_token", "hf_token", "session_token", "SecurityToken", "auth", "authorization", "jwt"),
     *("key", "api_key", "api-key", "apikey", "access_key", "secret_key", "AccountKey", "SharedAccessKey"),
     *("password", "passwd", "pwd", "secret", "client_secret"),
 )
@@ -56,11 +61,12 @@ STORE = ("AWS_*", *PROXIES)
 HUB = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", *PROXIES)
 """Credentials that the hub needs, and the way there."""
 
-_CREDENTIAL = re.compile(rf"(?:.*_)?(?:{'|'.join(ENDINGS)})(?:_(?:\d+|READ|WRITE|VALUE))?")
-# Up to the last @ before the path; a password may also have characters that an address should quote. A revision on the
+_CREDENTIAL = re.compile(rf"(?:.*_)?(?:{'|'.join(ENDINGS)})(?:_?\d+|_(?:READ|WRITE|VALUE|JSON|B64|BASE64))?")
+# Up to the last @ before the path; a password may also have characters that an address should quote, then its length is
+# bounded: a text of many addresses would take forever. A revision on the
 # hub (hf://name@main) is no user, nor is a port (host:8443/a@b).
 _USER = re.compile(
-    r'(?:(?<=://)|(?<=:\\/\\/))(?:(?<!\bhf://)[^/?#\s"]+|[^/?#\s:@\[\]"]+:(?!//|\d+(?:[/?#]|\Z))[^\s@"]*)(?=@)'
+    r'(?:(?<=://)|(?<=:\\/\\/))(?:(?<!\bhf://)[^/?#\s"]+|[^/?#\s:@\[\]"]+:(?!//|\d+(?:[/?#]|\Z))[^\s@"]{0,256})(?=@)'
 )
 _SEPARATOR = r"(?:[?&;#]|%3F|%26|\\u0026)"
 _PARAMETER = re.compile(
@@ -110,5 +116,6 @@ def shown(text: str) -> str:
         text = _USER.sub(REPLACEMENT, text)
     if "=" in text or "%3" in text:
         text = _PARAMETER.sub(lambda found: found[0][: -len(found["value"])] + REPLACEMENT, text)
-        text = _HEADER.sub(REPLACEMENT, text)
+        if "Signature=" in text or "Credential=" in text:
+            text = _HEADER.sub(REPLACEMENT, text)
     return text

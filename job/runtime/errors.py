@@ -6,7 +6,11 @@ The codes are sysexits' where one fits, because schedulers decide by them whethe
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from job.runtime.credentials import shown
@@ -117,7 +121,140 @@ KINDS: tuple[type[JobError], ...] = (
 
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemCause:
+    """What errors of the operating system mean for a run."""
+
+    numbers: tuple[int, ...]
+    kind: type[JobError]
+    says: str
+    """What happened; the path or the error's own words follow."""
+    remedy: str
+
+
+FULL = SystemCause(
+    numbers=(errno.ENOSPC,),
+    kind=StorageError,
+    says="The disk is full",
+    remedy="Give the volume that holds it more space.",
+)
+NO_INODES = SystemCause(
+    numbers=(),
+    kind=StorageError,
+    says="The volume has free bytes, but no inodes for more files",
+    remedy="Delete files there, or make the volume with more inodes: a larger one of the same kind has more.",
+)
+SYSTEM: tuple[SystemCause, ...] = (
+    FULL,
+    SystemCause(
+        numbers=(errno.EDQUOT,),
+        kind=StorageError,
+        says="The disk quota is used up",
+        remedy="Raise the quota of this user or project, or delete files that count in it.",
+    ),
+    SystemCause(
+        numbers=(errno.EROFS,),
+        kind=AccessDeniedError,
+        says="The file system is read-only",
+        remedy="Mount the volume writable. If it was, its kernel found errors on it: check the disk.",
+    ),
+    SystemCause(
+        numbers=(errno.EACCES, errno.EPERM),
+        kind=AccessDeniedError,
+        says="A file is not accessible",
+        remedy="Make it accessible for the user that the job runs as: its owner, its mode, or fsGroup on Kubernetes.",
+    ),
+    SystemCause(
+        numbers=(errno.ENAMETOOLONG, errno.EILSEQ),
+        kind=DataError,
+        says="A name is too long for its file system, or has characters that it does not take",
+        remedy="Rename the object or file: most file systems take 255 bytes for each part of a path.",
+    ),
+    SystemCause(
+        numbers=(errno.EFBIG,),
+        kind=ConfigError,
+        says="A file may not be this large",
+        remedy="Raise the limit of the process (ulimit -f), or use a file system without one (FAT ends at 4 GiB).",
+    ),
+    SystemCause(
+        numbers=(errno.ENOLCK,),
+        kind=ConfigError,
+        says="The file system has no file locks",
+        remedy="Use a local disk, such as an emptyDir or a Docker volume, or start the lock service of the mount "
+        "(NFS).",
+    ),
+    SystemCause(
+        numbers=(errno.ENOSYS, errno.ENOTSUP, errno.EXDEV),
+        kind=ConfigError,
+        says="The file system does not support what the job needs",
+        remedy="Use a local disk or a network file system. For a bucket, write its address (s3://...) instead of a "
+        "mount.",
+    ),
+    SystemCause(
+        numbers=(errno.ENOTDIR, errno.ELOOP),
+        kind=ConfigError,
+        says="A path leads through something that is not a directory",
+        remedy="Correct the path, or remove the file or link that is in the way.",
+    ),
+    SystemCause(
+        numbers=(errno.EMFILE, errno.ENFILE),
+        kind=ConfigError,
+        says="Too many files are open",
+        remedy="Raise the limit of open files (ulimit -n), to 1024 at least.",
+    ),
+    SystemCause(
+        numbers=(errno.ENOMEM,),
+        kind=PermanentError,
+        says="The machine ran out of memory",
+        remedy="Give the job more memory.",
+    ),
+    SystemCause(
+        numbers=(
+            *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO),
+            errno.ENOMEDIUM,
+        ),
+        kind=StorageError,
+        says="The volume does not work",
+        remedy="Start the run again, on another machine if it comes back: the disk, the server behind the mount or the "
+        "process behind it (FUSE) failed.",
+    ),
+)
+"""Whatever is not here is unexpected, unless it was met at a store's own files."""
+_IN_WORDS = re.compile(r"\bos error (\d+)\b")
+"""How libraries in Rust (safetensors, tokenizers) pass an error of the system on."""
+
+
+def system_error(error: OSError, path: Path | None = None, *, number: int | None = None) -> JobError | None:
+    """What an error of the operating system means; None if it is not one of `SYSTEM`.
+
+    Args:
+        error: as it was raised.
+        path: where, if the error does not say so.
+        number: of the error, where only its words have it.
+    """
+    number = error.errno if number is None else number
+    cause = next((cause for cause in SYSTEM if number in cause.numbers), None)
+    if cause is None:
+        return None
+    place = path or (Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None)
+    if cause is FULL and place is not None and _has_no_inodes(place):
+        cause = NO_INODES
+    where = f"{path} ({error.strerror or error})" if path else words(error)
+    user = f", as uid {os.geteuid()}" if cause.kind is AccessDeniedError else ""
+    return cause.kind(f"{cause.says}: {where}{user}.", remedy=cause.remedy)
+
+
+def _has_no_inodes(path: Path) -> bool:
+    """Whether the file system of a path takes no more files, although it has room for bytes."""
+    for place in (path, *path.parents):
+        try:
+            state = os.statvfs(place)
+        except OSError:
+            continue
+        return bool(state.f_files) and state.f_favail == 0 and state.f_bavail > 0
+    return False
 
 
 def words(value: object) -> str:
@@ -132,14 +269,17 @@ def known(error: BaseException) -> JobError | None:
     """The kind of failure that an operating-system error or a lack of memory is; None for an unexpected error."""
     if isinstance(error, JobError):
         return error
-    number = error.errno if isinstance(error, OSError) else None
-    # safetensors reports the system's error in words only.
-    if number in NO_SPACE or any(f"os error {code}" in words(error) for code in NO_SPACE):
-        return StorageError(f"The disk is full: {error}.", remedy="Give the scratch directory (TMPDIR) more room.")
-    if number in NO_ACCESS:
-        return AccessDeniedError(f"A file is not accessible: {error}.", remedy="Fix its owner or mode.")
+    if isinstance(error, OSError) and error.errno is not None:
+        return system_error(error)
+    if found := _IN_WORDS.search(words(error)):
+        return system_error(OSError(words(error)), number=int(found[1]))
     if isinstance(error, MemoryError):
         return PermanentError("The machine ran out of memory.", remedy="Give the job more memory.")
+    if isinstance(error, RuntimeError) and "can't start new thread" in words(error):
+        return ConfigError(
+            "No more threads can be started.",
+            remedy="Raise the limit of processes: the container's (pids), or the user's (ulimit -u).",
+        )
     return None
 
 

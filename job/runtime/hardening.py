@@ -17,14 +17,21 @@ def protect() -> None:
     `python -m` searches the working directory first, so that a `structlog.py` in it would be run. It is taken off the
     search path, and the directory that holds this package comes last: a clone must hide no package either.
 
-    A core dump holds the memory, with all secrets. Processes that this one starts inherit the limit. The process stays
-    dumpable (`PR_SET_DUMPABLE`): otherwise nobody could look into it with py-spy, or read its /proc.
+    A core dump holds the memory, with all secrets. The limit is for dumps into files; a program that the kernel pipes
+    dumps to gets one anyway, so that it holds none of the memory (core(5), "Controlling which mappings are written").
+    Processes that this one starts inherit both. The process stays dumpable (`PR_SET_DUMPABLE`): otherwise nobody could
+    look into it with py-spy, or read its /proc.
     """
     last = {_working_directory(), HOME}
     sys.path[:] = [*(place for place in sys.path if os.path.realpath(place) not in last), HOME]
     import resource  # noqa: PLC0415 - only now
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        with open("/proc/self/coredump_filter", "w") as mappings:  # noqa: PTH123 - see above
+            mappings.write("0")
+    except OSError:  # a sandbox without it
+        pass
 
 
 def _working_directory() -> str:

@@ -3,12 +3,14 @@ its container, its scratch directory."""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -16,6 +18,9 @@ from job.runtime import gpus
 from job.runtime.errors import ConfigError
 
 CGROUP = Path("/sys/fs/cgroup")
+SHARED = ("/tmp", "/var/tmp")  # noqa: S108 - the directories themselves
+METADATA = ("169.254.169.254", "169.254.170.2", "169.254.170.23", "fd00:ec2::254", "fd00:ec2::23")
+"""Where platforms give credentials to their machines, containers and pods."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,51 @@ def cpu_quota() -> float | None:
         quota, period = (CGROUP / "cpu.max").read_text().split()
         return int(quota) / int(period)
     except (OSError, ValueError):
+        return None
+
+
+def is_scratch(path: Path) -> bool:
+    """Whether a path lies where a run keeps what may be lost: in the directory of `scratch`, or anywhere below
+    `TMPDIR` if that was set to a place of its own."""
+    temporary = os.environ.get("TMPDIR")
+    parent = Path(temporary or tempfile.gettempdir()).resolve()
+    place = path.resolve()
+    private = bool(temporary) and str(parent) not in SHARED
+    return place.is_relative_to(parent if private else parent / f"finetune-job-{os.getuid()}")
+
+
+def expand_no_proxy() -> None:
+    """Add to `NO_PROXY` the addresses of its ranges that a run may ask: stores and services for credentials.
+
+    Go's programs and curl take ranges (10.0.0.0/8) there; Python's libraries compare names only (urllib, botocore).
+    """
+    endpoints = (value for name, value in variables().items() if "ENDPOINT" in name or name.endswith("_URI"))
+    hosts = [*METADATA, *filter(None, map(_host, endpoints))]
+    for name in ("NO_PROXY", "no_proxy"):
+        entries = [entry.strip() for entry in os.environ.get(name, "").split(",")]
+        ranges = [found for entry in entries if "/" in entry and (found := _network(entry))]
+        inside = [host for host in hosts if any(_address(host) in found for found in ranges) and host not in entries]
+        if inside:
+            os.environ[name] = ",".join([*entries, *dict.fromkeys(inside)])
+
+
+def _host(url: str) -> str | None:
+    """The host of a URL if it is an address."""
+    try:
+        host = urlsplit(url.strip()).hostname
+        return host if host and _address(host) else None
+    except ValueError:
+        return None
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    return ipaddress.ip_address(text)
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
         return None
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import structlog
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from job.runtime.errors import ConfigError, known
+from job.runtime.errors import AccessDeniedError, ConfigError, StorageError, known
 
 log = structlog.get_logger()
 LOCK = "lock"
@@ -47,7 +47,7 @@ def _lock(directory: Path) -> AcquireReturnProxy[FileLock]:
     try:
         return FileLock(directory / LOCK, fallback_to_soft=False).acquire()
     except OSError as error:
-        if known(error):
+        if isinstance(known(error), AccessDeniedError | StorageError):
             raise
         raise ConfigError(
             f"Files in the scratch directory {directory} cannot be locked: {error.strerror}.",

@@ -14,7 +14,7 @@ from job.inputs.pull import Sources
 from job.observability import logs, memory
 from job.observability.timeline import Timeline
 from job.runtime import process, signals
-from job.runtime.errors import FencedError, JobError, StopRequested, known
+from job.runtime.errors import AccessDeniedError, FencedError, JobError, StopRequested, StorageError, known
 from job.runtime.process import Process
 from job.runtime.workspace import workspace
 from job.stages.context import RunContext, RunOutput
@@ -72,11 +72,12 @@ def finished(config: Config, record: Record, publication: Publication) -> Publis
     """What a run has published that was finished on what it would read now; None while it is not finished.
 
     Raises:
-        ConfigError: it was finished, but with other settings, or the inputs changed since.
+        ConfigError: it was finished, but with other settings, or the inputs changed or the results were deleted since.
     """
     published = publication.published()
     if published is None:
         return None
+    publication.check_results(published)
     now = fingerprint.settings(config)
     fingerprint.check(record.run_id, published.body["fingerprint"], now, allowed=(), finished=True)
     if not fingerprint.contents_may_change(config.allow_change):
@@ -137,7 +138,10 @@ def _claim(config: Config, output: RunOutput) -> None:
 
 @contextlib.contextmanager
 def _end_recorded(output: RunOutput) -> Iterator[None]:
-    """Whatever ends the attempt is recorded; it may be the last of too many failures at the same step."""
+    """Whatever ends the attempt is recorded; it may be the last of too many failures at the same step.
+
+    Once a later attempt has taken over, the run and what is said of it are that attempt's, whatever failed here.
+    """
     record, attempts = output.record, output.attempts
     try:
         yield
@@ -155,10 +159,24 @@ def _end_recorded(output: RunOutput) -> Iterator[None]:
             quietly(lambda: attempts.end("interrupted"))
             raise StopRequested(name) from error
         reason, step = known(error) or error, next((entry["step"] for entry in record.noted("train_progress")), None)
-        final = quietly(lambda: attempts.fail(reason, step=step))
+        replaced = _replaced(output, reason)
+        final = quietly(lambda: attempts.fail(replaced or reason, step=step)) or replaced
         if final:
             raise final from error
         raise
+
+
+def _replaced(output: RunOutput, reason: Exception) -> FencedError | None:
+    """The error of an attempt that a later one has replaced."""
+    if not output.ledger.attempt or isinstance(reason, FencedError | StorageError | AccessDeniedError):
+        return None
+    try:
+        output.ledger.check_all()
+    except FencedError as error:
+        return error
+    except JobError:
+        return None  # the end itself must be what is reported
+    return None
 
 
 def quietly(write: Callable[[], Any]) -> Any:

@@ -6,6 +6,7 @@ It knows devices, drivers and mounts as the system describes them, and imports n
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -30,7 +31,7 @@ PATIENCE_SECONDS = 10.0
 
 
 def machine(config: Config) -> bool:
-    """Check that this process is alone, and its GPU, driver, scratch and shared memory.
+    """Check that this process is alone, and its GPU, driver, scratch, shared memory and the disk of its output.
 
     Returns:
         whether the run will be on a GPU.
@@ -58,6 +59,9 @@ def machine(config: Config) -> bool:
         )
     with _collected(problems):
         check_scratch(process.scratch(), compiles=gpu)
+    if not config.output.startswith("s3://"):
+        with _collected(problems):
+            probe_output(config.output)
     check_shared_memory(SHARED_MEMORY)
     if len(problems) > 1:
         raise ConfigError(
@@ -173,25 +177,28 @@ def check_shared_memory(mount: Path) -> None:
 
 
 def probe_output(uri: str) -> bool:
-    """Write, read back and delete one small object under the output.
+    """Do at the output once what a run does there: create an object, read it, replace it, list it, delete it.
 
     Returns:
         whether the store honours conditional writes.
 
     Raises:
         AccessDeniedError: one of them is denied.
+        ConfigError: the store, or the file system of a directory, cannot do one of them.
         StorageError: the store is unreachable, or returns something else.
     """
     store = open_store(uri, patience_seconds=PATIENCE_SECONDS, denied_patience_seconds=PATIENCE_SECONDS)
     key, content = f"preflight-{uuid.uuid4().hex}", b"written by a pre-flight check; may be deleted\n"
-    store.create(key, content)
+    with _doing(uri, "create"):
+        store.create(key, content)
     try:
-        if store.read(key) != content:
-            raise StorageError(
-                f"{uri} does not return what was written to it.",
-                remedy="Check the proxies between this machine and the store.",
-            )
-        return not store.create(key, content)
+        _require(store.read(key) == content, uri)
+        conditional = not store.create(key, content)
+        with _doing(uri, "replace"):
+            store.write(key, content * 2)
+        _require(store.read(key) == content * 2, uri)
+        listed = [(entry.key, entry.size) for entry in store.list_objects(key)]
+        _require(listed == [(key, len(content) * 2)], uri)
     finally:
         try:
             store.delete(key)
@@ -199,3 +206,27 @@ def probe_output(uri: str) -> bool:
             log.warning(
                 "preflight_object_not_deleted", key=key, reason=error.message, remedy="Delete it by other means."
             )
+    return conditional
+
+
+@contextlib.contextmanager
+def _doing(uri: str, what: str) -> Iterator[None]:
+    """Say of a file system what it cannot do. Some say that it is not permitted: mounts of buckets (FUSE)."""
+    try:
+        yield
+    except AccessDeniedError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EPERM:
+            raise ConfigError(
+                f"The file system of {uri} does not let a file be {what}d: {error.message}",
+                remedy="A run creates, renames and replaces files. Use a local disk or a network file system; for a "
+                "bucket, write its address (s3://...) instead of a mount.",
+            ) from error
+        raise
+
+
+def _require(same: bool, uri: str) -> None:
+    if not same:
+        raise StorageError(
+            f"{uri} does not return what was written to it.",
+            remedy="Check the proxies between this machine and the store.",
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -50,13 +51,15 @@ def win(
     """Evaluate the trained model and win the right to publish it (`Publication.win`, which says what it returns)."""
     record, steps = context.record, finetune.plan.steps
     after = evaluator.evaluate_and_sample(phase="after", step=steps)
+    losses = [entry["loss"] for entry in record.noted("train_progress")]
     before = next((entry["eval_loss"] for entry in record.noted("evaluated", step=0)), None)
     facts = {
         "steps": steps,
         "plan": finetune.reproducibility_facts()["plan"],
         "fingerprint": training.fingerprint,
         "results": {
-            "final_step_loss": next(entry["loss"] for entry in record.noted("train_progress")),
+            "train_loss": math.fsum(losses) / len(losses),
+            "final_step_loss": losses[0],
             "eval_loss_before": before,
             "eval_loss": after,
         },

@@ -66,6 +66,16 @@ def train(
     context.ledger.last = uploader.last
 
 
+def steps_between_saves(*, steps: int, most: int | None) -> int:
+    """Optimizer steps between checkpoints: a quarter of the run, or fewer.
+
+    Args:
+        steps: of the whole run.
+        most: TUNE_CHECKPOINT_STEPS.
+    """
+    return min(math.ceil(steps / SAVES), most or steps)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Loop:
     """What happens at the events of the training loop."""
@@ -89,7 +99,7 @@ class _Loop:
             evaluated=evaluator.evaluated,
             evaluate_every=every,
             save=self.save,
-            save_every=config.checkpoint_steps or math.ceil(steps / SAVES),
+            save_every=steps_between_saves(steps=steps, most=config.checkpoint_steps),
             save_minutes=config.checkpoint_minutes,
             worth_saving=self.worth_saving,
             poll=self.uploader.check,

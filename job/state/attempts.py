@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import re
 import threading
 import uuid
@@ -30,7 +29,7 @@ from job.runtime.errors import (
     known,
 )
 from job.runtime.process import Process
-from job.state.json_object import LAYOUT, encode, now, put
+from job.state.json_object import LAYOUT, decode, encode, now, put
 from job.storage.base import Store
 
 log = structlog.get_logger()
@@ -44,7 +43,8 @@ _NUMBER = re.compile(r"(\d+)\.")
 GIB = 1 << 30
 MOST_BYTES = 1 << 60
 """No machine has more: a larger number is not true."""
-OWN_ERRORS = frozenset({"unknown"})  # outcomes that are the program's own fault
+OWN_ERROR = "unknown"
+"""The outcome that is the program's own fault."""
 
 
 @dataclass(kw_only=True)
@@ -178,7 +178,7 @@ class Attempts:
         # The store has just used up its patience: do not wait for it again.
         store_failed = isinstance(reported, StorageError | AccessDeniedError)
         patience = LAST_PATIENCE_SECONDS if store_failed else PATIENCE_SECONDS
-        with contextlib.suppress(StorageError, AccessDeniedError):
+        with contextlib.suppress(JobError):
             self.closing(patience).write(f"{self.run_id}/failure.json", encode(logs.redact(body)))
         self._end(patience, reported.kind, exit_code=reported.exit_code, step=step)
         return final
@@ -219,7 +219,7 @@ class Attempts:
         from_step = (self._read(self._key(self.number)) or {}).get("from_step")
 
         def same(past: _Past) -> bool:
-            failed = past.outcome in OWN_ERRORS and past.step == step
+            failed = past.outcome == OWN_ERROR and past.step == step
             return failed or (past.memory is not None and past.from_step == from_step)
 
         return sum(1 for _ in itertools.takewhile(same, self._past()))
@@ -254,11 +254,7 @@ class Attempts:
 
     def _read(self, key: str) -> dict[str, Any] | None:
         data = self.store.read(key)
-        try:
-            body = json.loads(data) if data is not None else None
-        except (ValueError, RecursionError):
-            return {}  # unreadable counts as neither killed nor failed
-        return body if isinstance(body, dict) or body is None else {}
+        return None if data is None else decode(data) or {}  # unreadable counts as neither killed nor failed
 
     def _key(self, number: int, what: str = "") -> str:
         return f"{self.run_id}/attempts/{number:04d}.{what}json"

@@ -17,6 +17,7 @@ from typing import Any
 
 import structlog
 
+from job.observability.json_text import encoded
 from job.runtime.errors import ConfigError, DataError, JobError, PermanentError
 from job.runtime.hashing import hashes
 from job.state.json_object import LAYOUT
@@ -80,6 +81,7 @@ def restore(ledger: Ledger, directory: Path, *, check: Callable[[Path, dict[str,
 
     Raises:
         PermanentError: checkpoints exist, and none is intact.
+        FencedError: a later attempt has taken over.
         StorageError, AccessDeniedError: the store failed, which never counts as "no checkpoint".
     """
     damaged: list[str] = []
@@ -89,6 +91,7 @@ def restore(ledger: Ledger, directory: Path, *, check: Callable[[Path, dict[str,
         try:
             return _restore(ledger, entry, directory, check)
         except (DamagedError, MissingError, ChangedError) as error:
+            ledger.check_all()  # a later attempt deletes the checkpoints that it does not need
             damaged.append(f"commit {entry.number}: {error.message}")
             log.warning("checkpoint_damaged", commit=entry.number, reason=error.message)
             _note_damage(ledger, entry, error)
@@ -131,7 +134,9 @@ def _restore(ledger: Ledger, entry: Entry, directory: Path, check: Callable[[Pat
     found = hashes([directory / name for name in wanted])
     for name, (_, sha256) in wanted.items():
         if found[directory / name] != sha256:
-            raise DamagedError(f"{prefix}/{name} does not have the SHA-256 of its record")
+            raise DamagedError(
+                f"{ledger.store.uri.rstrip('/')}/{prefix}/{name} does not have the SHA-256 of its record"
+            )
     check(directory, body)
     restored = Restored(directory=directory, step=step, number=entry.number, prefix=prefix, body=body)
     _check_history(restored)
@@ -156,11 +161,11 @@ def _safe(name: str) -> str:
 
 
 def _download(store: Store, key: str, size: int, path: Path) -> None:
-    entry = store.head(key)
+    entry, name = store.head(key), f"{store.uri.rstrip('/')}/{key}"
     if entry is None:
-        raise MissingError(f"{key} is missing")
+        raise MissingError(f"{name} is missing")
     if entry.size != size:
-        raise DamagedError(f"{key} has {entry.size} bytes, its record says {size}")
+        raise DamagedError(f"{name} has {entry.size} bytes, its record says {size}")
     store.download(entry, path)
 
 
@@ -168,9 +173,7 @@ def _note_damage(ledger: Ledger, entry: Entry, error: DataError) -> None:
     """Write a note for people. Nothing reads it: if the transfer was damaged, the object itself may be intact."""
     body = {"layout": LAYOUT, "commit": entry.number, "attempt": ledger.attempt, "reason": error.message}
     with contextlib.suppress(JobError):
-        ledger.store.write(
-            f"{ledger.run_id}/checkpoints/damaged/{entry.number:06d}.json", json.dumps(body, indent=1).encode()
-        )
+        ledger.store.write(f"{ledger.run_id}/checkpoints/damaged/{entry.number:06d}.json", encoded(body, indent=1))
 
 
 def prune(store: Store, *, run_id: str, attempts: range, kept: Iterable[str]) -> int:

@@ -13,12 +13,12 @@ from typing import Any
 import structlog
 
 from job.config.schema import CONTENTS, FIXED, Config
+from job.inputs.model_files import CONFIG, TOKENIZER_FILES
 from job.model.base_model import BaseModel
 from job.runtime.errors import ConfigError
 from job.runtime.hashing import combined, hashes, sha256
 
 log = structlog.get_logger()
-TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 # Variables whose change also changes what is learned, and with it the contents' digests.
 DECIDE_CONTENTS = frozenset(
     "TUNE_" + name
@@ -45,11 +45,11 @@ def fingerprint(
         template: the chat template's text.
         training_data: digest of the rendered training set, in order.
     """
-    files = sorted({path for pattern in TOKENIZER_FILES for path in base.path.glob(pattern) if path.is_file()})
+    files = [path for name in sorted(TOKENIZER_FILES) if (path := base.path / name).exists()]
     tokenizer = {path.name: digest for path, digest in hashes(files).items()} | {"template": template}
     contents = {
         "base_weights": combined(base_hashes),
-        "model_config": sha256(base.path / "config.json"),
+        "model_config": sha256(base.path / CONFIG),
         "tokenizer": combined(tokenizer),
         "training_data": training_data,
     }

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from job.observability.json_text import encoded
 from job.runtime.errors import StorageError
 from job.storage.base import Store, create
 from job.storage.faults import DamagedError
@@ -17,13 +18,15 @@ LAYOUT = 2
 TRIES = 6
 REFUSALS = 3
 """In a row, to replace content that is there all the time: then the store does not understand the condition."""
+MOST_DEPTH = 64
+"""Levels of nesting of an object; no object of ours has ten. Encoding one of a thousand would exceed Python's stack."""
 PAUSE_SECONDS = 0.2
 """Before the second write of an object that is not there after the first; twice as long before each later one."""
 
 
 def encode(body: dict[str, Any]) -> bytes:
     """The object with its layout first: indented UTF-8. Values that JSON does not have become text."""
-    return (json.dumps({"layout": LAYOUT, **body}, indent=2, ensure_ascii=False, default=str) + "\n").encode()
+    return encoded({"layout": LAYOUT, **body}, indent=2) + b"\n"
 
 
 def now() -> str:
@@ -32,12 +35,26 @@ def now() -> str:
 
 
 def decode(data: bytes | None) -> dict[str, Any] | None:
-    """A JSON object; None if there is none, or it is something else."""
+    """A JSON object; None if there is none, it is something else, or it is nested too deeply to be one of ours."""
     try:
         body = json.loads(data or b"null")
     except (ValueError, RecursionError):
         return None
-    return body if isinstance(body, dict) else None
+    return body if isinstance(body, dict) and _is_shallow(body) else None
+
+
+def _is_shallow(body: Any) -> bool:
+    level = [body]
+    for _ in range(MOST_DEPTH):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return True
+    return False
 
 
 def read(store: Store, key: str) -> bytes | None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import structlog
 
+from job.observability.json_text import encoded
 from job.runtime.errors import ConfigError, FencedError, StorageError
 from job.state.json_object import LAYOUT, decode, put, read
 from job.storage.base import Store
@@ -30,6 +31,13 @@ SHAPES: dict[str, dict[str, type]] = {
     "checkpoint": {"step": int, "data": str, "files": list, "fingerprint": dict, "plan": dict},
     "final": {"steps": int, "plan": dict, "fingerprint": dict, "results": dict, "versions": dict},
     "published": {"final": int, "prefix": str, "artifacts": list, "fingerprint": dict, "promoted": bool},
+}
+PLAN: dict[str, Any] = {
+    "micro_batch": int,
+    "tokens_in_pass": int | None,
+    "gradient_checkpointing": str,
+    "cuda_graphs": bool,
+    "batching": str,
 }
 
 
@@ -99,15 +107,8 @@ class Ledger:
         """
         self.last = max([0, *self._numbers(), *self._numbers_of_results()])
         number = self.append("fence")
-        # A later attempt may have fenced in the meantime: then its record is below this one. Every record that is not
-        # a fence was written by the latest attempt so far, so that nothing below it has to be read.
-        for entry in self._backwards(below=number):
-            if entry.body is None:
-                continue
-            self._yield_to(entry)
-            if entry.kind != "fence":
-                self.life = _life(entry)
-                break
+        if (newest := self.check_all(below=number)) is not None:
+            self.life = _life(newest)
         return number
 
     def progress(self) -> Progress:
@@ -152,6 +153,23 @@ class Ledger:
         if found is not None:
             self._yield_to(found)
 
+    def check_all(self, *, below: int | None = None) -> Entry | None:
+        """Check all records. Fences may stand in another order than their attempts; every other record was written by
+        the latest attempt so far, so that nothing before it has to be read.
+
+        Returns:
+            the newest readable record but fences.
+
+        Raises:
+            FencedError: it, or a fence after it, is of a later attempt.
+        """
+        for entry in self._backwards(below=below):
+            if entry.body is not None:
+                self._yield_to(entry)
+                if entry.kind != "fence":
+                    return entry
+        return None
+
     def append(self, kind: Kind, *, nonce: str | None = None, **facts: Any) -> int:
         """Create the next record.
 
@@ -169,12 +187,12 @@ class Ledger:
         nonce = nonce or uuid.uuid4().hex
         body = {"layout": LAYOUT, "kind": kind, "attempt": self.attempt, "owner": self.owner, "life": self.life}
         body |= {"nonce": nonce, **facts}
-        data = json.dumps(body, indent=1, default=str).encode()
+        data = encoded(body, indent=1)
         for number in range(self.last + 1, self.last + 1 + TRIES):
             if self._take(number, data):
                 self.last = number
                 return number
-        raise StorageError(f"No free number after {self.last} under {self._key(0)}.", remedy="Use another TUNE_RUN_ID.")
+        raise StorageError(f"No free number after {self.last} at {self._uri(0)}.", remedy="Use another TUNE_RUN_ID.")
 
     def _take(self, number: int, data: bytes) -> bool:
         """Create the record with this number; returns whether it is this attempt's."""
@@ -187,7 +205,7 @@ class Ledger:
     def _yield_to(self, entry: Entry) -> None:
         if entry.body is None:
             raise StorageError(
-                f"{self._key(entry.number)} is in the place of this attempt's next record and is not readable: another "
+                f"{self._uri(entry.number)} is in the place of this attempt's next record and is not readable: another "
                 "attempt may have written it, or the store damaged it.",
                 remedy="Start the run again: it continues after this record.",
             )
@@ -211,7 +229,7 @@ class Ledger:
         body = decode(data)
         if body and isinstance(body.get("layout"), int) and body["layout"] > LAYOUT:
             raise ConfigError(
-                f"{self._key(number)} has layout {body['layout']}, this version reads up to {LAYOUT}: a newer "
+                f"{self._uri(number)} has layout {body['layout']}, this version reads up to {LAYOUT}: a newer "
                 "version of the job has worked on this run.",
                 remedy="Use that version again, or another TUNE_RUN_ID.",
             )
@@ -253,6 +271,9 @@ class Ledger:
     def _key(self, number: int) -> str:
         return f"{self.run_id}/checkpoints/commits/{number:06d}.json"
 
+    def _uri(self, number: int) -> str:
+        return f"{self.store.uri.rstrip('/')}/{self._key(number)}"
+
 
 def _life(entry: Entry) -> int:
     """The life that a readable record belongs to; a `fresh` record begins one."""
@@ -267,9 +288,18 @@ def _is_record(body: Any) -> bool:
     shape = {"layout": int, "attempt": int, "owner": str, "life": int, "nonce": str} | SHAPES[body["kind"]]
     if not all(isinstance(body.get(name), wanted) for name, wanted in shape.items()):
         return False
+    if not is_plan(body.get("plan", {})):
+        return False
     return body["kind"] != "published" or (
         body["prefix"] == results_prefix(body["final"]) and are_artifacts(body["artifacts"])
     )
+
+
+def is_plan(found: Any) -> bool:
+    """Whether all that a later attempt reads of a plan has the right type; an older layout may lack fields."""
+    if not isinstance(found, dict) or ("micro_batch" in found and "batching" not in found):
+        return False
+    return all(isinstance(found[name], PLAN[name]) for name in PLAN.keys() & found.keys())
 
 
 def are_artifacts(found: Any) -> bool:

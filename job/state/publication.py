@@ -19,15 +19,14 @@ import structlog
 from job.runtime.errors import ConfigError, FencedError, JobError, StorageError
 from job.runtime.hashing import hashes
 from job.state import copies
-from job.state.json_object import decode, encode, now, put, read
+from job.state.json_object import decode, now, read
 from job.state.ledger import Entry, Ledger, are_artifacts, results_prefix
 from job.storage.base import Store
 
 log = structlog.get_logger()
-LATEST = ("run_id", "record", "uri", "prefix", "published_at", "artifacts")
-"""The fields of `done.json` that `latest.json` has."""
 FACTS = ("steps", "plan", "fingerprint", "results", "versions")
 """Of a `final` record; every attempt that publishes the same checkpoint publishes the same ones."""
+SHOWN = 3
 LAST = "README.md"
 """The file of an artifact that is uploaded last: where it is, the others are."""
 _OF_THE_LEDGER = ("layout", "kind", "owner", "life", "nonce")
@@ -60,9 +59,14 @@ class Published:
         return str(self.body.get("prefix", ""))
 
     @property
+    def artifacts(self) -> list[Artifact]:
+        """The published files."""
+        return [Artifact(name=it["name"], size=it["size"], sha256=it["sha256"]) for it in self.body["artifacts"]]
+
+    @property
     def names(self) -> list[str]:
         """The artifacts' names, relative to the prefix."""
-        return [str(artifact["name"]) for artifact in self.body["artifacts"]]
+        return [artifact.name for artifact in self.artifacts]
 
 
 @dataclass(kw_only=True)
@@ -109,18 +113,45 @@ class Publication:
             return None
         if not are_artifacts(body.get("artifacts")):
             return None
-        return Published(number=0, attempt=0, body={**body, "uri": f"{self.store.uri.rstrip('/')}/{self._key('')}"})
+        return Published(number=0, attempt=0, body={**body, "uri": self._uri("")})
 
     def _without_ledger(self) -> Published | None:
         """A run of which there is no record: new, or finished before there were `published` records and tidied up."""
         before = self._published_before()
         if before is None and "record" in (decode(read(self.store, self._key("done.json"))) or {}):
+            if self.ledger.progress().newest is not None:
+                return self.published()  # another attempt has finished the run in the meantime
             raise ConfigError(
-                f"{self._key('done.json')} says that run {self.ledger.run_id} is finished, and the records in "
+                f"{self._uri('done.json')} says that run {self.ledger.run_id} is finished, and the records in "
                 "checkpoints/commits/ that would prove it are gone.",
                 remedy="Restore them, or set another TUNE_RUN_ID, or start over with TUNE_RESUME=fresh.",
             )
         return before
+
+    def check_results(self, published: Published) -> None:
+        """Check that the published files are still there, by names and sizes.
+
+        Raises:
+            ConfigError: some are not: somebody deleted or replaced them.
+        """
+        lost = [it for it in self._unlisted(published.prefix, published.artifacts) if not self._is_there(published, it)]
+        if lost:
+            names = ", ".join(self._uri(_below(published.prefix, artifact.name)) for artifact in lost[:SHOWN])
+            raise ConfigError(
+                f"Run {self.ledger.run_id} is finished, but {len(lost)} of the {len(published.names)} files that it "
+                f"published are gone, or others: {names}{', ...' if len(lost) > SHOWN else ''}.",
+                remedy="Restore them from the bucket's versions or a backup, or train again: set another TUNE_RUN_ID, "
+                "or start over with TUNE_RESUME=fresh.",
+            )
+
+    def _is_there(self, published: Published, artifact: Artifact) -> bool:
+        found = self.store.head(self._key(_below(published.prefix, artifact.name)))
+        return found is not None and found.size == artifact.size
+
+    def _unlisted(self, prefix: str, artifacts: Sequence[Artifact]) -> list[Artifact]:
+        """Those files that a listing of the results does not show with their size."""
+        sizes = {entry.key: entry.size for entry in self.store.list_objects(self._key(_below(prefix, "")))}
+        return [it for it in artifacts if sizes.get(self._key(_below(prefix, it.name))) != it.size]
 
     def win(self, facts: dict[str, Any], *, checkpoint: int) -> dict[str, Any]:
         """Append the ledger's `final` record, which gives the right to upload results, under a prefix of its own.
@@ -151,7 +182,7 @@ class Publication:
     @property
     def uri(self) -> str:
         """The same, in full."""
-        return f"{self.store.uri.rstrip('/')}/{self._key(self.prefix)}"
+        return self._uri(self.prefix)
 
     def upload(self, directory: Path, *, name: str = "") -> list[Artifact]:
         """Upload files to the results of this attempt, and log `artifact_uploaded`.
@@ -202,14 +233,12 @@ class Publication:
         )
         found = self.ledger.read(number)
         if found is None or found.body is None:
-            raise StorageError(f"{self._key('')} lost a record that it had shown.", remedy="Start the run again.")
+            raise StorageError(f"{self._uri('')} lost a record that it had shown.", remedy="Start the run again.")
         return self._published(found)
 
     def _check_uploads(self, artifacts: Sequence[Artifact]) -> None:
         """Compare the listing of the results with what was uploaded."""
-        top = f"{self._key(self.prefix)}/"
-        there = {entry.key.removeprefix(top): entry.size for entry in self.store.list_objects(top)}
-        lost = [artifact.name for artifact in artifacts if there.get(artifact.name) != artifact.size]
+        lost = [artifact.name for artifact in self._unlisted(self.prefix, artifacts)]
         if lost:
             self.ledger.check()  # an attempt that has published deletes the results of those that it replaced
             raise StorageError(
@@ -227,8 +256,7 @@ class Publication:
             FencedError: another attempt has taken over. What was published stays.
             StorageError: the store does not keep what it confirmed.
         """
-        self._write_done(published)
-        self._write_latest(published)
+        self._write(published)
         if self.ledger.attempt:
             try:
                 self.ledger.check()
@@ -242,17 +270,20 @@ class Publication:
     def restore(self, published: Published) -> None:
         """Write `done.json` and `latest.json` again where they are missing. `latest.json` stays if it names any run:
         this run has been the latest one, and what came after it is not this run's business."""
-        self._write_done(published)
-        found = decode(read(self.store, "latest.json"))
-        if not found or not found.get("run_id"):
-            self._write_latest(published)
+        self._write(published, latest=False)
+        copies.restore_latest(self.ledger, published.body)
 
     def _put_back_newer(self, published: Published) -> None:
         """Where a store does not compare and write in one step, this attempt may have replaced its successor's."""
         newest = self.ledger.progress().published
         if newest is not None and newest.number > published.number:
-            self._write_done(self._published(newest))
-            self._write_latest(self._published(newest))
+            self._write(self._published(newest))
+
+    def _write(self, published: Published, *, latest: bool = True) -> None:
+        if published.number:
+            copies.write_done(self.ledger, published.body)
+        if latest:
+            copies.write_latest(self.ledger, published.body)
 
     def _copy_newest(self, published: Published) -> Published:
         """Copy for convenience; again if the run was published once more meanwhile, so that copies are never mixed."""
@@ -267,53 +298,21 @@ class Publication:
                 return published
             published = self._published(newest)
 
-    def _write_done(self, published: Published) -> None:
-        if published.number:
-            self._put(self._key("done.json"), published.body)
-
-    def _write_latest(self, published: Published) -> None:
-        if published.body.get("promoted", True):
-            self._put("latest.json", {name: published.body[name] for name in LATEST if name in published.body})
-
-    def _put(self, key: str, body: dict[str, Any]) -> None:
-        """Write an object unless a newer one is there."""
-        conditional = self.ledger.conditional
-        put(
-            self.store,
-            key,
-            encode(body),
-            conditional=conditional,
-            replaces=lambda it: not self._is_newer(decode(it), body),
-        )
-
-    def _is_newer(self, there: dict[str, Any] | None, body: dict[str, Any]) -> bool:
-        """Whether an object describes a later publication: of one run by its records, of several by their times.
-
-        What names this run and a record that the run does not have is left over from a run of this id that somebody
-        deleted.
-        """
-        if not there or not isinstance(there.get("record"), int):
-            return False  # damaged, or written before there were `published` records
-        if there.get("run_id") == body["run_id"]:
-            if there["record"] <= body.get("record", 0):
-                return False
-            found = self.ledger.read(there["record"])
-            return (
-                found is not None
-                and found.kind == "published"
-                and (found.body or {}).get("published_at") == there.get("published_at")
-            )
-        times = [when if isinstance(when := it.get("published_at"), str) else "" for it in (there, body)]
-        return times[0] > times[1]
-
     def _key(self, name: str) -> str:
         return f"{self.ledger.run_id}/{name}"
 
+    def _uri(self, name: str) -> str:
+        return f"{self.store.uri.rstrip('/')}/{self._key(name)}"
+
     def _published(self, entry: Entry) -> Published:
         body = {name: value for name, value in (entry.body or {}).items() if name not in _OF_THE_LEDGER}
-        uri = f"{self.store.uri.rstrip('/')}/{self._key(body['prefix'])}/"
+        uri = f"{self._uri(body['prefix'])}/"
         body = {"run_id": self.ledger.run_id, "record": entry.number, "uri": uri, **body}
         return Published(number=entry.number, attempt=entry.attempt, body=body)
+
+
+def _below(prefix: str, name: str) -> str:
+    return f"{prefix}/{name}" if prefix else name
 
 
 def _same_result(earlier: dict[str, Any], facts: dict[str, Any]) -> bool:

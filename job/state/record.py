@@ -5,6 +5,7 @@ Attempts are in `attempts`, the order of events in `ledger`, the end of a run in
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 from collections.abc import Iterable
@@ -14,10 +15,11 @@ from typing import Any
 import structlog
 
 from job.observability import logs
+from job.observability.json_text import encoded
 from job.runtime import libraries
-from job.runtime.errors import AccessDeniedError, ConfigError, StorageError
+from job.runtime.errors import ConfigError, JobError, StorageError
 from job.state.json_object import decode, encode, put
-from job.state.ledger import Ledger
+from job.state.ledger import Ledger, is_plan
 from job.storage.base import Store
 
 log = structlog.get_logger()
@@ -104,7 +106,7 @@ class Record:
         """Add a line to the history that becomes `metrics.jsonl`."""
         entry = {**entry, "attempt": self.attempt}
         self._history.append(entry)
-        self._lines.append(json.dumps(logs.redact_data(entry), ensure_ascii=False, default=str).encode() + b"\n")
+        self._lines.append(encoded(logs.redact_data(entry)) + b"\n")
 
     def resume(self, history: bytes) -> None:
         """Continue the history of a checkpoint."""
@@ -124,7 +126,7 @@ class Record:
         """Remove what cancelled uploads of this run have left. Only for the attempt that publishes."""
         try:
             count = self.store.remove_unfinished(f"{self.run_id}/")
-        except (AccessDeniedError, StorageError) as error:
+        except JobError as error:
             log.warning("unfinished_uploads_not_removed", reason=error.message)
         else:
             if count:
@@ -154,10 +156,23 @@ def _names_files(body: dict[str, Any]) -> bool:
     named = isinstance(files, list) and all(
         isinstance(file, dict) and isinstance(file.get("name"), str) for file in files
     )
-    return named and isinstance(body.get("date", ""), str)
+    return named and _is_date(body.get("date", "2026-01-01"))
 
 
-_READABLE = {"run.json": lambda body: isinstance(body.get("fingerprint"), dict), "inputs.json": _names_files}
+def _is_date(value: Any) -> bool:
+    try:
+        return bool(datetime.date.fromisoformat(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def _describes_a_run(body: dict[str, Any]) -> bool:
+    """Whether a `run.json` has what is read of it."""
+    asked, plan = body.get("asked", {}), body.get("plan", {})
+    return isinstance(body.get("fingerprint"), dict) and is_plan(plan) and isinstance(asked, dict)
+
+
+_READABLE = {"run.json": _describes_a_run, "inputs.json": _names_files}
 
 
 def check_inputs(run_id: str, pinned: dict[str, Any], inputs: dict[str, Any], *, added_too: bool = False) -> None:

@@ -25,7 +25,8 @@ class Store(Protocol):
     """A flat space of objects under one root.
 
     Every method may raise StorageError (unreachable past the patience, disk full), AccessDeniedError (refused past the
-    denied patience) and DataError (no such bucket, or an invalid key, see `uri.checked_key`).
+    denied patience), ConfigError (a mistake in the settings of the store, or a file system that cannot do this) and
+    DataError (no such bucket, an object that cannot be read, or an invalid key, see `uri.checked_key`).
     """
 
     uri: str

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from job.runtime.errors import NO_ACCESS, NO_SPACE, AccessDeniedError, StorageError
+from job.runtime.errors import JobError, StorageError, system_error
 
 _TEMPORARY_PREFIX = ".finetune-job-"
 
@@ -29,18 +29,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise _explained(error, path) from error
 
 
-def _explained(error: OSError, path: Path) -> AccessDeniedError | StorageError:
-    if error.errno in NO_SPACE:
-        return StorageError(
-            f"The disk is full: {path} could not be written ({error.strerror}).",
-            remedy="Give the volume that holds it more space.",
-        )
-    if error.errno in NO_ACCESS:
-        return AccessDeniedError(
-            f"{path} is not accessible: {error.strerror}, as uid {os.geteuid()}.",
-            remedy="Make it accessible for that user.",
-        )
-    return StorageError(
+def _explained(error: OSError, path: Path) -> JobError:
+    # A folder that cannot be made since a file has its name; who creates files handles that by itself.
+    number = errno.ENOTDIR if error.errno == errno.EEXIST else error.errno
+    return system_error(error, path, number=number) or StorageError(
         f"{path} could not be read or written: {error.strerror or error}.", remedy="Check the volume that holds it."
     )
 

@@ -33,6 +33,8 @@ WORKERS = 8
 _CHANGED_ATTEMPTS = 3
 _INDEX_SECONDS = 5.0
 _SHOWN = 8
+EVERYTHING = Rule(enters=lambda name: not name.startswith(".."), reads=lambda _: True)
+"""All that is in a folder, apart from where Kubernetes keeps the versions of a mounted ConfigMap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,6 @@ def fetch(
     directory: Path,
     *,
     patience_seconds: float = 3600.0,
-    wanted: Callable[[str], bool] | None = None,
     names: frozenset[str] | None = None,
 ) -> list[Fetched]:
     """Download an object, or all objects under a prefix, and return them sorted by key.
@@ -64,7 +65,6 @@ def fetch(
         uri: `s3://`, `file://` or an absolute path; of local files the paths are returned in place.
         directory: where the files go, under their relative keys. It also keeps an index of what it holds.
         patience_seconds: see `open_store`.
-        wanted: which keys to take; all when None.
         names: take only these, by full URI; other objects are logged and ignored.
 
     Raises:
@@ -74,7 +74,7 @@ def fetch(
     """
 
     def once() -> list[Fetched]:
-        resolved = resolve(uri, patience_seconds, wanted)
+        resolved = resolve(uri, patience_seconds=patience_seconds)
         return download(resolved if names is None else resolved.only(names), directory)
 
     return again_if_changed(once)
@@ -106,12 +106,10 @@ def download(resolved: Resolved, directory: Path) -> list[Fetched]:
     return [resolved.fetched(entry, directory / entry.key) for entry in resolved.entries]
 
 
-def list_objects(
-    uri: str, *, patience_seconds: float = 3600.0, wanted: Callable[[str], bool] | None = None
-) -> dict[str, Entry]:
+def list_objects(uri: str, *, patience_seconds: float = 3600.0) -> dict[str, Entry]:
     """The objects that `fetch` would download, by full URI; empty when there are none."""
     try:
-        resolved = resolve(uri, patience_seconds, wanted)
+        resolved = resolve(uri, patience_seconds=patience_seconds)
     except MissingError:
         return {}
     return {resolved.name(entry): entry for entry in resolved.entries}
@@ -148,24 +146,17 @@ class Resolved:
         )
 
 
-def resolve(uri: str, patience_seconds: float, wanted: Callable[[str], bool] | None) -> Resolved:
-    """The object of that name, else those under it that are wanted, without other folders if only some are.
+def resolve(uri: str, rule: Rule = EVERYTHING, *, patience_seconds: float) -> Resolved:
+    """Like `find`, with every name of a file that has several by links to it.
 
-    Raises:
-        MissingError: there are none; it lists similar names.
+    Raises: see `find`; MissingError also where there are folders only.
     """
-    resolved = find(
-        uri,
-        Rule(
-            enters=lambda name: wanted is None and not name.startswith(".."),
-            reads=lambda name: wanted is None or wanted(name),
-        ),
-        patience_seconds=patience_seconds,
-    )
-    chosen = [entry for entry in resolved.entries if wanted is None or wanted(entry.key)]
-    if not chosen:
-        raise _missing(uri, [entry.key for entry in resolved.entries])
-    return replace(resolved, entries=chosen)
+    found = find(uri, rule, patience_seconds=patience_seconds)
+    entries = {entry.key: entry for entry in found.entries}
+    links = [replace(entries[key], key=link) for link, key in found.repeated.items() if key in entries]
+    if not entries:
+        raise _missing(uri, [*found.folders])
+    return replace(found, entries=sorted([*found.entries, *links], key=lambda entry: entry.key))
 
 
 def find(uri: str, rule: Rule, *, patience_seconds: float) -> Resolved:

@@ -44,7 +44,10 @@ def _s3(uri: str) -> S3Address:
     if not bucket:
         raise ConfigError(f"{uri!r} has no bucket name.", remedy="Use s3://bucket/prefix.")
     if key.strip("/"):
-        checked_key(key.strip("/"))
+        try:
+            checked_key(key.strip("/"))
+        except DataError as error:
+            raise ConfigError(f"{uri!r} is not a valid address: {error.message}", remedy="Correct it.") from None
     return S3Address(bucket=bucket, key=key)
 
 

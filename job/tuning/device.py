@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import job.tuning.unsloth_import  # before torch, transformers, trl and peft, which it patches
 
-import resource
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
+
+from job.observability.memory import peak_bytes
 
 AMPERE = 8
 """The first number of its compute capability."""
@@ -85,7 +86,7 @@ def memory(device: Device) -> dict[str, Any]:
         "gpu_memory_peak_bytes": torch.cuda.max_memory_reserved() if gpu else 0,
         "gpu_memory_total_bytes": device.memory_bytes if gpu else 0,
         "host_memory_rss_bytes": psutil.Process().memory_info().rss,
-        "host_memory_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "host_memory_peak_bytes": peak_bytes(),
     }
 
 

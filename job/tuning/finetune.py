@@ -20,6 +20,7 @@ from job.data.rendering.renderer import Prompt
 from job.model import shape
 from job.model.base_model import BaseModel
 from job.model.memory import STATE_BYTES, STATE_BYTES_OTHERS
+from job.model.schedule import usual_rate
 from job.runtime import signals
 from job.runtime.errors import ConfigError, PermanentError
 from job.tuning import checkpoint_files
@@ -112,7 +113,7 @@ class Finetune:
         with explained():
             loaded = models.load(base, config, device, directory=base.path)
         lengths = data.train.dataset["length"][:]
-        planned = make_plan(config, device, lengths=lengths, learning_rate=base.learning_rate())
+        planned = make_plan(config, device, lengths=lengths, learning_rate=usual_rate(base.parameters))
         if config.curriculum == "short_first" and planned.epochs < 1:
             log.warning("curriculum_incomplete", epochs=round(planned.epochs, 3), steps=planned.steps)
         now = memory(device)
@@ -263,7 +264,7 @@ class Finetune:
 
     def save_adapter(self, directory: Path, *, base: BaseModel) -> None:
         """Write the adapter and its tokenizer."""
-        adapters.save_adapter(self.model, self.tokenizer.hf, directory, base=base)
+        adapters.save_adapter(self.model, self.tokenizer, directory, base=base)
 
     def merge(self, adapter: Path, directory: Path, *, base: BaseModel) -> None:
         """Write base + adapter in 16 bit."""

@@ -11,13 +11,12 @@ from typing import Any
 import bitsandbytes
 import structlog
 import torch
-from safetensors import SafetensorError
 from unsloth import FastLanguageModel
 
 from job.config.schema import Config
 from job.model import shape
 from job.model.base_model import BaseModel
-from job.runtime.errors import ConfigError, DataError, PermanentError
+from job.runtime.errors import ConfigError, DataError, PermanentError, known
 from job.tuning.device import MORE_ROOM, Device, out_of_memory
 
 log = structlog.get_logger()
@@ -87,8 +86,8 @@ def _load_base(base: BaseModel, config: Config, device: Device, directory: Path)
             # By default, weights that do not fit would be placed on the host, where they cannot be trained.
             device_map={"": 0} if device.kind == "cuda" else None,
         )
-    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, SafetensorError) as error:
-        if out_of_memory(error):
+    except Exception as error:  # the model's files are the only thing here that varies
+        if out_of_memory(error) or known(error):
             raise
         # Transformers raises an error of its own where memory runs out while weights are quantised.
         if SPILLED in str(error) or torch.cuda.memory_stats().get("num_ooms"):

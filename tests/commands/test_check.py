@@ -1,5 +1,6 @@
 """`python -m job check`: a real process, real S3 over HTTP, a real small model; each fault has its code."""
 
+import io
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import boto3
 import pytest
 
+from job.commands.check_text import show
 from job.config.schema import Config
 from job.inputs.pull import Sources, listing
 from tests.hub_server import serve_hub
@@ -31,6 +33,24 @@ class Checked:
 
     def problem(self, check: str) -> dict:
         return next(problem for problem in self.found["problems"] if problem["check"] == check)
+
+
+STOPPED = """
+import os, runpy, signal, sys, time
+from job.commands import checks
+swallows = sys.argv[1] == "swallows"
+def stopped(*_, **__):
+    os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        time.sleep(20)
+    except BaseException as error:
+        if swallows:
+            raise RuntimeError("a library's own error") from error
+        raise
+checks.read = stopped
+sys.argv = ["job", "check", "--json"]
+runpy.run_module("job", run_name="__main__", alter_sys=True)
+"""
 
 
 def execute(tmp_path, *arguments, python=(), **variables):
@@ -129,7 +149,7 @@ def test_large_weights_are_not_downloaded(place, tiny_model, tmp_path):
     client.put_object(Bucket=place["bucket"], Key="model/model.safetensors", Body=weights)
     checked = check(tmp_path, **settings(place, dataset=f"s3://{place['bucket']}/nothing"))
     assert checked.found["model"]["parameters"] == 4 << 20
-    (stand_in,) = (tmp_path / "scratch").rglob("*.safetensors")
+    (stand_in,) = (path for path in (tmp_path / "scratch").rglob("*.safetensors") if not path.is_symlink())
     assert stand_in.read_bytes().rstrip(b"\0").count(b"w") < 1 << 20
 
 
@@ -274,6 +294,30 @@ def test_files_left_out_are_named(tiny_model, rows, tmp_path):
     assert "notes.docx" in page.read_text()
 
 
+def test_what_is_not_learned_and_not_read_is_said(tiny_model, tmp_path):
+    """A template that drops reasoning from answers, and keys that nothing reads, are in JSON, in words and on the page;
+    under TUNE_QUALITY=fail the run would end with 65."""
+    said = {"role": "assistant", "content": "<think>\n17 + 3 is 20, 2 more is 22.\n</think>\n\n22", "score": 1}
+    data, template, page = tmp_path / "a.jsonl", tmp_path / "t.jinja", tmp_path / "page.html"
+    row = {"messages": [{"role": "user", "content": "What is 17 + 5?"}, said], "source": "exam"}
+    data.write_text(f"{json.dumps(row)}\n" * 3)
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    named = {"model": tiny_model, "dataset": data, "output": tmp_path / "runs", "chat_template": template}
+    named |= {"max_length": 256, "eval_fraction": 0, "quality": "fail"}
+    checked = check(tmp_path, "--report", str(page), **named)
+    assert (checked.code, {problem["check"] for problem in checked.found["problems"]}) == (65, {"quality"})
+    (finding,) = [one for one in checked.found["findings"] if one["code"] == "answers_not_learned"]
+    assert (finding["count"], finding["first"]) == (3, [f"{data}:{line}" for line in (1, 2, 3)])
+    assert checked.found["files"][0]["unread"] == {"source": 3, "messages[].score": 3}
+    assert "messages[].score (3)" in page.read_text()
+    words = io.StringIO()
+    show(checked.found, words)
+    assert "not read    source (3), messages[].score (3)" in words.getvalue()
+
+
 def test_a_model_on_the_hub(tiny_model, rows, tmp_path, monkeypatch):
     """Of a model on the hub, configuration and tokenizer are downloaded, and of its weights the headers."""
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY"):
@@ -315,3 +359,23 @@ def test_a_page_that_cannot_be_written(rows, tmp_path):
     problem = checked.problem("report")
     assert (problem["exit_code"], checked.found["report"]) == (78, None)
     assert f"cannot be written to {nowhere / 'r'}: No such file or directory" in problem["message"]
+
+
+@pytest.mark.parametrize("library", ["passes it on", "swallows"])
+def test_a_signal_is_said_once(tiny_model, rows, tmp_path, library):
+    """SIGTERM ends a check with 75 and is one problem: in nested checks, and where a library makes an error of it."""
+    settings = {"TUNE_MODEL": str(tiny_model), "TUNE_DATASET": str(rows), "TUNE_OUTPUT": str(tmp_path / "out")}
+    settings["TUNE_MAX_LENGTH"] = "128"
+    (scratch := tmp_path / "scratch").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, library],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(scratch), **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (line,) = done.stdout.splitlines()
+    problems = json.loads(line)["problems"]
+    assert [(problem["kind"], problem["check"]) for problem in problems] == [("interrupted", "dataset")], done.stderr
+    assert done.returncode == 75

@@ -53,6 +53,8 @@ def test_defaults_are_the_tables(load):
         pytest.param("TUNE_WARMUP", "5", 5.0, id="warm-up in steps"),
         pytest.param("TUNE_MODEL", "s3://models/llama/8b", "s3://models/llama/8b", id="model in S3"),
         pytest.param("TUNE_MODEL", "org/name@main", "org/name@main", id="hub model with a revision"),
+        pytest.param("TUNE_OUTPUT", "s3://bucket", "s3://bucket", id="a whole bucket"),
+        pytest.param("TUNE_OUTPUT", "s3://bucket/a/.b/..c/d./", "s3://bucket/a/.b/..c/d./", id="dots in names"),
         pytest.param("TUNE_DATASET", "hf://datasets/o/n:train,/data/x.csv", ("hf://datasets/o/n:train", "/data/x.csv")),
     ],
 )
@@ -77,6 +79,19 @@ def test_values_are_read(load, name, text, value):
         ("TUNE_COLUMNS", "prompt", "our name=your column"),
         ("TUNE_EXPORT", "adapter,onnx", "any of adapter, merged_16bit"),
         ("TUNE_RUN_ID", "../x", "letters, digits"),
+        (
+            "TUNE_OUTPUT",
+            "s3://My_Bucket/x",
+            "'My_Bucket' is not the name of a bucket: it has 3 to 63 lower-case letters",
+        ),
+        ("TUNE_MODEL", "s3://my_models/x", "'my_models' is not the name of a bucket"),
+        ("TUNE_OUTPUT", "s3://ab/x", "3 to 63"),
+        ("TUNE_OUTPUT", "s3:///x", "'' is not the name of a bucket"),
+        ("TUNE_OUTPUT", "s3://bucket/a//c", "'a//c' is not a key: it has no empty, '.' or '..' part"),
+        ("TUNE_OUTPUT", "s3://bucket/../c", "'../c' is not a key"),
+        ("TUNE_OUTPUT", "s3://bucket/a//", "'a//' is not a key"),
+        ("TUNE_DATASET", "s3://bucket/good,s3://bucket/a\\b", "no backslash"),
+        ("TUNE_CACHE", "s3://Cache", "'Cache' is not the name of a bucket"),
     ],
 )
 def test_bad_values_name_value_and_rule(load, name, text, part):
@@ -111,6 +126,9 @@ def test_all_problems_at_once(load):
         ({"TUNE_WARMUP": "2.5"}, "TUNE_WARMUP=2.5 is neither"),
         ({"TUNE_WARMUP": "9", "TUNE_MAX_STEPS": "5"}, "TUNE_WARMUP=9 steps are not fewer"),
         ({"TUNE_DEVICE": "cpu", "TUNE_PRECISION": "8bit"}, "TUNE_PRECISION=8bit needs a GPU"),
+        ({"TUNE_RUN_ID": "latest.json"}, "TUNE_RUN_ID='latest.json' is the name of an object"),
+        ({"TUNE_RUN_ID": "LATEST.json"}, "TUNE_RUN_ID='LATEST.json' is the name"),
+        ({"TUNE_RUN_ID": "preflight-1"}, "TUNE_RUN_ID='preflight-1' is the name"),
     ],
 )
 def test_rules_between_variables(load, values, part):
@@ -194,3 +212,34 @@ def test_bad_command_line_exits_78():
     done = subprocess.run([sys.executable, "-m", "job", "bogus"], capture_output=True, text=True, check=False)
     assert done.returncode == 78
     assert "bogus" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("temporary", "output", "lost"),
+    [
+        ("{0}/scratch", "{0}/scratch/runs", True),
+        ("{0}/scratch", "{0}/scratch", True),
+        ("{0}/scratch", "{0}/link/runs", True),
+        ("{0}/scratch", "{0}/scratch2/runs", False),
+        ("{0}/scratch", "{0}/runs", False),
+        (None, "/tmp/finetune-job-{1}/runs", True),
+        (None, "/tmp/runs", False),
+        ("/tmp", "/tmp/runs", False),
+        ("{0}/scratch", "s3://bucket/scratch", False),
+    ],
+)
+def test_an_output_that_would_be_lost(load, monkeypatch, tmp_path, temporary, output, lost):
+    """What lies in the scratch directory is gone with its machine; /tmp is shared, so only the job's part of it is."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "scratch")
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    if temporary:
+        monkeypatch.setenv("TMPDIR", temporary.format(tmp_path))
+    place = output.format(tmp_path, os.getuid())
+    if not lost:
+        assert load(TUNE_OUTPUT=place).output == place
+        return
+    with pytest.raises(ConfigError) as caught:
+        load(TUNE_OUTPUT=place)
+    assert f"TUNE_OUTPUT={place!r} lies in the scratch directory" in caught.value.problems[0]

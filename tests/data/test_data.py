@@ -235,3 +235,29 @@ def test_log_lines_of_the_pass(model: Path, tmp_path: Path) -> None:
     assert {line["event"] for line in lines[:-1]} == {"data_quality"}
     ready = lines[-1]
     assert (ready["event"], ready["rows"] + ready["eval_rows"], ready["duplicates"]) == ("dataset_ready", 31, 1)
+
+
+DROPS_THOUGHTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("quality", ["warn", "fail", "off"])
+def test_what_is_not_learned_is_judged(model: Path, tmp_path: Path, quality: str) -> None:
+    """A part of an answer that the template drops is a warning before `dataset_ready`, and ends a run under `fail`;
+    every held-out row is held against its labels, too."""
+    talks = [[("user", f"What is {n} + {n}?"), ("assistant", f"<think>{n} twice.</think>{2 * n}")] for n in range(40)]
+    inputs = replace(given(model, write(tmp_path / "a.jsonl", talks)), template_text=DROPS_THOUGHTS)
+    asked = config(quality=quality, eval_fraction=0.3)
+    with structlog.testing.capture_logs() as lines:
+        if quality == "fail":
+            with pytest.raises(DataError, match="answers_not_learned"):
+                prepare.prepare(asked, inputs, directory=tmp_path / "out")
+            return
+        found = prepare.prepare(asked, inputs, directory=tmp_path / "out")
+    assert lines[-1]["event"] == "dataset_ready"
+    assert lines[-1]["answers_not_learned"]["count"] + lines[-1]["evaluation"]["answers_not_learned"]["count"] == 40
+    warned = [line for line in lines if line.get("code") == "answers_not_learned"]
+    assert len(warned) == (2 if quality == "warn" else 0)
+    assert [one.code for one in found.losses()] == ["answers_not_learned"] * 2

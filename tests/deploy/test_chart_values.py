@@ -3,7 +3,7 @@
 import helm_python as helm
 import pytest
 
-from tests.manifests import environment, files, only, render, values
+from tests.manifests import environment, files, only, pod_specs, render, values
 
 
 def refused(given):
@@ -19,7 +19,7 @@ def refused(given):
         ("TUNE_BATCH_SIZE", 3, "3"),
         ("TUNE_BATCH_SIZE", "3", "3"),
         pytest.param("TUNE_MAX_STEPS", 1000000, "1000000", id="a million is no 1e+06"),
-        ("TUNE_SEED", 2**53 - 1, "9007199254740991"),
+        ("TUNE_SEED", 2**32 - 1, "4294967295"),
         ("TUNE_EPOCHS", 0.5, "0.5"),
         ("TUNE_LEARNING_RATE", 0.00001, "1e-05"),
         ("TUNE_LEARNING_RATE", "2e-4", "2e-4"),
@@ -119,6 +119,10 @@ def test_good_schedules_pass(schedule):
 
 
 CRON = {"mode": "cronjob", "cron": {"schedule": "@daily"}}
+BESIDES = (
+    "resources.{part} names {name}, which the pod would ask for besides gpu.count=1 of nvidia.com/gpu. "
+    "Set gpu.resource to {name} and gpu.count to 1 instead"
+)
 REFUSED_BY_A_RULE = [
     (values(cron={"schedule": "@daily"}), 'cron.schedule is "@daily" and mode is job'),
     (values(**CRON, keepOnUpgrade=True), "keepOnUpgrade is true and mode is cronjob"),
@@ -181,6 +185,39 @@ REFUSED_BY_A_RULE = [
         values(resources={"limits": {"nvidia.com/gpu": 1}}),
         "resources.limits names nvidia.com/gpu. Set gpu.count instead",
     ),
+    *(
+        (
+            values(resources={part: {name: 1}}),
+            BESIDES.format(part=part, name=name),
+        )
+        for part, name in [
+            ("limits", "nvidia.com/mig-1g.10gb"),
+            ("requests", "nvidia.com/mig-3g.40gb"),
+            ("limits", "nvidia.com/gpu.shared"),
+            ("limits", "amd.com/gpu"),
+            ("limits", "gpu.intel.com/i915"),
+            ("limits", "aws.amazon.com/neuroncore"),
+            ("limits", "volcano.sh/vgpu-number"),
+        ]
+    ),
+    (
+        values(gpu={"count": 0}, resources={"limits": {"nvidia.com/mig-1g.10gb": 1}}),
+        "besides gpu.count=0 of nvidia.com/gpu. Set gpu.resource to nvidia.com/mig-1g.10gb",
+    ),
+    (
+        values(gpu={"resource": "nvidia.com/mig-1g.10gb"}, resources={"limits": {"nvidia.com/gpu": 1}}),
+        "besides gpu.count=1 of nvidia.com/mig-1g.10gb. Set gpu.resource to nvidia.com/gpu",
+    ),
+    (
+        values(resources={"requests": {"vpc.amazonaws.com/efa": 1}}),
+        "resources.requests names vpc.amazonaws.com/efa, and resources.limits does not name it with the same amount",
+    ),
+    (
+        values(resources={"requests": {"hugepages-2Mi": "1Gi"}, "limits": {"hugepages-2Mi": "2Gi"}}),
+        "resources.requests names hugepages-2Mi, and resources.limits does not name it with the same amount",
+    ),
+    (values(gpu={"resource": "amd.com/gpu"}), "gpu.resource is amd.com/gpu: the image trains on NVIDIA GPUs"),
+    (values(enabled=False), "enabled is false, and the chart is installed all the same"),
 ]
 
 
@@ -188,6 +225,30 @@ REFUSED_BY_A_RULE = [
 def test_rules_between_values(given, message):
     """What no schema can say is refused at template time with the value, the rule and the remedy."""
     assert message in refused(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "limits"),
+    [
+        pytest.param({"gpu": {"resource": "nvidia.com/mig-1g.10gb"}}, {"nvidia.com/mig-1g.10gb": "1"}, id="slice"),
+        pytest.param({"gpu": {"resource": "nvidia.com/gpu.shared"}}, {"nvidia.com/gpu.shared": "1"}, id="shared"),
+        pytest.param(
+            {"resources": {"limits": {"nvidia.com/gpumem": 8000, "nvidia.com/gpucores": 50}}},
+            {"nvidia.com/gpu": "1", "nvidia.com/gpumem": 8000, "nvidia.com/gpucores": 50},
+            id="a part of a GPU, by memory and cores",
+        ),
+        pytest.param(
+            {"resources": {"requests": {"vpc.amazonaws.com/efa": 1}, "limits": {"vpc.amazonaws.com/efa": "1"}}},
+            {"nvidia.com/gpu": "1", "vpc.amazonaws.com/efa": "1"},
+            id="a network device",
+        ),
+    ],
+)
+def test_one_accelerator(given, limits):
+    """The pod asks for the one accelerator that is named, and for what else it is given."""
+    for pod in pod_specs(render(values(**given))):
+        asked = pod["containers"][0]["resources"]["limits"]
+        assert {name: amount for name, amount in asked.items() if "/" in name} == limits
 
 
 def test_all_problems_at_once():

@@ -42,6 +42,7 @@ NEEDED = {
     "put_object": {"s3:PutObject"},
     "delete_object": {"s3:DeleteObject"},
     "copy": {"s3:GetObject", "s3:PutObject"},
+    "copy_object": {"s3:GetObject", "s3:PutObject"},
     "create_multipart_upload": {"s3:PutObject"},
     "upload_part": {"s3:PutObject"},
     "complete_multipart_upload": {"s3:PutObject"},

@@ -56,3 +56,19 @@ def through(bench: Any, *faults: Act, port: int = 0) -> AbstractContextManager[s
             fault(seen)
 
     return serve_proxy(bench.place.endpoint, rule, port=port)
+
+
+class Held:
+    """A request that waits on its way to the store until it is let go."""
+
+    def __init__(self, pattern: str, first: int = 1) -> None:
+        self.there, self._released = threading.Event(), threading.Event()
+        self.fault = Fault(on=pattern, act=to(before=self._hold), first=first, last=first)
+
+    def _hold(self) -> None:
+        self.there.set()
+        self._released.wait(120)
+
+    def release(self) -> None:
+        """Let it continue."""
+        self._released.set()

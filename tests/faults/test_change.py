@@ -60,7 +60,7 @@ def _curve(bench, run_id, field="loss"):
 def _linear(rate, steps, *, warmup=1):
     """The learning rate that each step is taken with, by the definition of the linear schedule."""
     return {
-        step: rate * (min(1, (step - 1) / warmup) if step <= warmup else (steps - step + 1) / (steps - warmup))
+        step: rate * (step / (warmup + 1) if step <= warmup else (steps - step + 1) / (steps - warmup))
         for step in range(1, steps + 1)
     }
 

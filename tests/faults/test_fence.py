@@ -10,7 +10,8 @@ import pytest
 from job.runtime.errors import FencedError
 from job.state.ledger import Ledger
 from job.storage.open import open_store
-from tests.faults.harness import FENCED, INTERRUPTED, PERMANENT
+from tests.faults.harness import FENCED, INTERRUPTED, PERMANENT, killed_run
+from tests.faults.rules import Held, through
 
 CONTENT = {"data": "", "files": [], "fingerprint": {}, "plan": {}}  # of a record that is no checkpoint
 
@@ -53,6 +54,21 @@ def test_a_zombie_in_training(bench, uploader_too):
     zombie.send(signal.SIGCONT)
     zombie.ends(FENCED)
     assert published(bench, run_id) == before
+    bench.check_whole(run_id)
+
+
+def test_a_zombie_in_the_restore(bench):
+    """An attempt that stands still while it restores, until its successor has finished and deleted that checkpoint,
+    ends with 76: neither does it call the checkpoints damaged, nor the finished run failed."""
+    run_id, held = killed_run(bench, "restore"), Held("GET .*/data/0001/step-.*/optimizer.pt")
+    with through(bench, held.fault) as url:
+        zombie = bench.start(run_id, endpoint=url)
+        assert held.there.wait(60), zombie.tail()
+        bench.start(run_id).ends(0)
+        held.release()
+        zombie.ends(FENCED)
+    names = [name.removeprefix(bench.key(run_id, "")) for name in bench.place.names(bench.key(run_id, ""))]
+    assert not [name for name in names if name == "failure.json" or name.startswith("checkpoints/damaged/")]
     bench.check_whole(run_id)
 
 

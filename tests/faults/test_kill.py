@@ -74,8 +74,8 @@ def test_kill_after_the_last_commit(bench, place):
 
 
 PROCLAIMED = [
-    "publication:Publication._write_done",
-    "publication:Publication._write_latest",
+    "copies:write_done",
+    "copies:write_latest",
     "copies:copy",
     "copies:remove_unpublished",
 ]

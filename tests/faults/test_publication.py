@@ -2,31 +2,14 @@
 
 import hashlib
 import json
-import threading
 
 import pytest
 
 from tests.faults.harness import CONFIG, FENCED, KILLED, STORAGE, copied_run
-from tests.faults.rules import Fault, refuse, through, to
+from tests.faults.rules import Fault, Held, refuse, through, to
 
 SLOW = [["slow_steps", 0.1]]
 CHANGE = {"learning_rate": 5e-3, "allow_change": "TUNE_LEARNING_RATE"}
-
-
-class Held:
-    """A request that waits on its way to the store until it is let go."""
-
-    def __init__(self, pattern: str, first: int = 1) -> None:
-        self.there, self._released = threading.Event(), threading.Event()
-        self.fault = Fault(on=pattern, act=to(before=self._hold), first=first, last=first)
-
-    def _hold(self) -> None:
-        self.there.set()
-        self._released.wait(120)
-
-    def release(self) -> None:
-        """Let it go on."""
-        self._released.set()
 
 
 def artifacts_are_true(bench, name: str) -> dict:

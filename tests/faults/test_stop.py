@@ -213,7 +213,7 @@ def test_pid_1(tiny_model, rows, tmp_path):
         "TUNE_MAX_LENGTH": "128",
         "TUNE_SAMPLES": "0",
         "TUNE_LOG_FORMAT": "json",
-        "TMPDIR": str(tmp_path),
+        "TMPDIR": str(tmp_path / "scratch"),
         "OMP_NUM_THREADS": "1",
     }
     command = [*namespace, sys.executable, "-m", "job"]

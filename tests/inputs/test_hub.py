@@ -10,14 +10,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import psutil
 import pytest
 from structlog.testing import capture_logs
 
-from job.inputs.hub import fetch_dataset, fetch_model
-from job.inputs.hub_files import data_files, model_files
+from job.inputs import hub_failures, hub_worker
+from job.inputs.data_files import choose
+from job.inputs.dataset_card import declared_splits
+from job.inputs.hub import Request, Unreachable, fetch_dataset, fetch_model
+from job.runtime.child import Failed
 from job.runtime.errors import AccessDeniedError, ConfigError, DataError, StorageError
 from tests.hub_server import COMMIT, Hub, serve_hub
+from tests.misbehaving import Answer, serve_answers
+from tests.servers import make_certificates, serve_proxy
 
 pytestmark = pytest.mark.process
 
@@ -180,6 +186,93 @@ def _alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
+BAD = [
+    # (what the hub answers, exit code, words of the message, words of the remedy, what is done about it)
+    (Answer.page(), 78, "not a hub", "HF_ENDPOINT", "briefly"),
+    (Answer(body=b"[]"), 78, "not a hub", "login page", "briefly"),
+    (Answer(status=404), 78, "rejected", "HF_ENDPOINT", "briefly"),
+    (Answer.page(403), 77, "not the hub", "firewall", "once"),
+    (Answer(status=403), 77, "does not exist or is private", "HF_TOKEN", "once"),
+    (Answer(status=407), 77, "proxy asks", "HTTPS_PROXY", "once"),
+    (Answer(status=429), 74, "429", "again", "long"),
+    (Answer.page(502), 74, "502", "again", "long"),
+    (Answer(status=501), 78, "rejected", "HF_ENDPOINT", "briefly"),
+]
+REQUEST = Request(kind="model", repo="org/model", revision=None, split=None, directory="/nowhere")
+
+
+def _answered(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> Failed | Unreachable:
+    """What the worker would send, in this process."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    huggingface_hub.close_session()
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever it is
+        hub_worker._download(REQUEST)
+    huggingface_hub.close_session()
+    answer = hub_failures.answer(REQUEST, caught.value)
+    assert isinstance(answer, Failed | Unreachable)
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "says", "remedy", "tried"), BAD, ids=[f"{row[0].status}-{row[1]}" for row in BAD]
+)
+def test_a_hub_that_misbehaves(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, answer: Answer, code: int, says: str, remedy: str, tried: str
+) -> None:
+    """Each reply ends with its code; what cannot get better is not waited for."""
+    with serve_answers(lambda *_: answer) as server:
+        found = _answered(monkeypatch, server.endpoint)
+    ended = Failed(kind=found.kind, message=found.message, remedy=found.remedy).error()
+    assert (ended.exit_code, says in ended.message, remedy in ended.remedy) == (code, True, True), ended
+    assert tried == ("once" if isinstance(found, Failed) else "briefly" if found.brief else "long")
+
+
+@pytest.mark.parametrize(
+    ("variables", "endpoint", "says", "remedy"),
+    [
+        ({}, "127.0.0.1:9", "not a URL", "HF_ENDPOINT"),
+        ({"HF_TOKEN": "hf_“quoted”"}, "http://127.0.0.1:9", "HTTP does not allow", "HF_TOKEN"),
+        ({"HTTP_PROXY": "socks5://127.0.0.1:9"}, "http://hub.invalid", "SOCKS", "http://host:port"),
+    ],
+    ids=["no scheme", "a token with quotes", "a SOCKS proxy"],
+)
+def test_settings_of_the_hub(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], endpoint: str, says: str, remedy: str
+) -> None:
+    """A mistake in them ends with 78 at once; the token is not shown."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = _answered(monkeypatch, endpoint)
+    assert isinstance(found, Failed), found
+    assert (found.kind, says in found.message, remedy in found.remedy) == ("config", True, True), found
+    assert "quoted" not in found.message
+
+
+def test_a_ca_file_of_the_hub_that_is_not_there(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is named with its variable, by a real process, without a second try."""
+    monkeypatch.setenv("SSL_CERT_FILE", "/no/ca.pem")
+    with pytest.raises(ConfigError, match=r"SSL_CERT_FILE=/no/ca\.pem"):
+        fetch_model("org/model", tmp_path / "model", patience_seconds=600)
+
+
+def test_what_is_no_hub_is_waited_for_briefly(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It may be a machine that is just starting; then the mistake is what is reported."""
+    monkeypatch.setattr("job.inputs.hub.BRIEF_SECONDS", 0.1)
+    with serve_answers(lambda *_: Answer.page()) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        with pytest.raises(ConfigError, match="not a hub"):
+            fetch_model("org/model", tmp_path / "model", patience_seconds=600)
+    assert server.seen
+
+
+def test_a_hub_with_a_certificate_of_a_private_ca(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The variable that the hub's library reads is named."""
+    made = make_certificates(tmp_path / "made")
+    with serve_proxy("http://127.0.0.1:9", lambda _: None, tls=made) as endpoint:
+        found = _answered(monkeypatch, endpoint)
+    assert (found.kind, "not trusted" in found.message, "SSL_CERT_FILE" in found.remedy) == ("config", True, True)
+
+
 SHARDS = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/validation-0.parquet"]
 HEADER = """---
 license: mit
@@ -195,6 +288,11 @@ configs:
 ---
 # text
 """
+
+
+def _files_of(split: str | None, names: list[str], readme: str) -> list[str]:
+    place = "hf://datasets/org/data"
+    return list(choose(place, names, split=split, declared=declared_splits(place, readme.encode(), names)).files)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +320,7 @@ configs:
 )
 def test_splits(split: str | None, names: list[str], readme: str, expected: list[str]) -> None:
     """A split is what the README declares, else what the file names say."""
-    assert sorted(expected) == list(data_files("org/data", split, names, readme).files)
+    assert sorted(expected) == _files_of(split, names, readme)
 
 
 @pytest.mark.parametrize(
@@ -235,19 +333,21 @@ def test_splits(split: str | None, names: list[str], readme: str, expected: list
         pytest.param(None, ["train/a.csv", "train/b.jsonl"], "", "several formats.*a.csv", id="two formats"),
         pytest.param(None, ["a.jsonl"], HEADER.replace("default", "large"), "several configurations", id="configs"),
         pytest.param(None, ["a.jsonl"], "---\na: [\n---\n", "README.md", id="not YAML"),
+        pytest.param(None, ["a.jsonl"], "---\nconfigs: text\n---\n", "README.md", id="configs are a text"),
+        pytest.param(None, ["a.jsonl"], "---\nconfigs: [text]\n---\n", "README.md", id="a config is a text"),
+        pytest.param(None, ["a.jsonl"], "---\nconfigs: {a: 1}\n---\n", "README.md", id="configs are an object"),
+        pytest.param(None, ["a.jsonl"], "---\nconfigs: [{data_files: 5}]\n---\n", "README.md", id="files are a number"),
+        pytest.param(None, ["a.jsonl"], "---\nconfigs: [{data_files: [{path: a}]}]\n---\n", "README.md", id="no split"),
+        pytest.param(
+            None, ["a.jsonl"], "---\nconfigs: [{data_files: [[1]]}]\n---\n", "README.md", id="a list in a list"
+        ),
         pytest.param(None, ["a.jsonl"], "---\n- a\n---\n", "README.md", id="a list"),
     ],
 )
 def test_unclear_splits(split: str | None, names: list[str], readme: str, text: str) -> None:
     """Where it is not clear which files are meant, the error lists them."""
     with pytest.raises(DataError, match=text):
-        data_files("org/data", split, names, readme)
-
-
-def test_model_files() -> None:
-    """Weights are taken once: not the copies that some repositories carry in other formats."""
-    names = ["consolidated.safetensors", "model-1.safetensors", "model.safetensors.index.json", "onnx/config.json"]
-    assert ["model-1.safetensors", "model.safetensors.index.json"] == model_files("org/model", names)
+        _files_of(split, names, readme)
 
 
 def test_a_model_without_its_weights(hub: Hub, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from job.model.base_model import BaseModel, check_fits, inspect
+from job.model.base_model import check_fits, inspect
 from job.runtime.errors import ConfigError, DataError
 
 
@@ -135,38 +135,12 @@ def test_damage_is_found_before_loading(model):
         inspect(model, name="m")
 
 
-def test_a_damaged_index_is_named(model):
-    """A damaged index is a data error that names it."""
-    (model / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(DataError, match=r"model\.safetensors\.index\.json of m is damaged"):
-        inspect(model, name="m")
-
-
 def test_files_outside_the_index_are_not_the_model(model):
     """An original in another layout, as some publishers add it, is not counted, loaded or merged."""
     before = inspect(model, name="m")
     shutil.copy(min(model.glob("*.safetensors")), model / "consolidated.safetensors")
     after = inspect(model, name="m")
     assert (before.parameters, before.weights) == (after.parameters, after.weights)
-
-
-def test_learning_rate_by_size():
-    """The default learning rate falls with the model's size."""
-    sizes = {1e8: 2e-4, 7e9: 2e-4, 8e9: 1e-4, 13e9: 1e-4, 70e9: 5e-5}
-    made = {
-        size: BaseModel(
-            path=Path(),
-            name="",
-            weights=(),
-            architecture="",
-            parameters=int(size),
-            positions=None,
-            prequantised=None,
-            config={},
-        ).learning_rate()
-        for size in sizes
-    }
-    assert sizes == made
 
 
 def test_settings_that_do_not_fit(model):

@@ -10,7 +10,6 @@ from job.config.schema import Config
 from job.model import memory, shape
 from job.model.base_model import BaseModel, inspect
 from job.model.schedule import schedule
-from job.runtime.errors import ConfigError
 from tests.jobs import ROOT
 
 RESULTS = ROOT / "benchmarks/results"
@@ -82,12 +81,6 @@ def test_steps():
     assert schedule(settings(epochs=3.0, batch_size=8), examples=17).steps == 9
     assert schedule(settings(epochs=0.5, batch_size=8), examples=24).steps == 2
     assert schedule(settings(batch_size=12, micro_batch="auto"), examples=24).micro_batch == 8
-
-
-def test_a_warm_up_as_long_as_the_run_is_rejected():
-    """The learning rate would never reach its value."""
-    with pytest.raises(ConfigError, match="TUNE_WARMUP=50 is 50 steps"):
-        schedule(settings(warmup=50.0), examples=8)
 
 
 def test_the_shape_by_tensors_and_by_configuration_is_the_same(tiny_model):

@@ -6,18 +6,20 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from job.observability.capture import Output
+from job.observability import capture
+from job.observability.capture import Output, Pump
 from tests.jobs import KEPT, ROOT, zygote
 
 pytestmark = pytest.mark.process
 
 PROLOGUE = """
-import contextlib, logging, os, signal, sys, time
+import contextlib, logging, os, signal, sys, threading, time
 from pathlib import Path
 import psutil, structlog
 from job.observability import logs
@@ -95,19 +97,79 @@ def test_a_stopped_log_process_continues():
     assert events(text)[-1] == "last"
 
 
+def test_a_log_process_stopped_at_the_end():
+    """It is woken to deliver the last line."""
+    code, text = speak("configure(); log.info('first'); os.kill(*logs.processes(), signal.SIGSTOP); log.info('last')")
+    assert (code, events(text)) == (7, ["first", "last"])
+
+
+@pytest.mark.full
+def test_a_huge_line():
+    """The time that a line takes grows with its length only."""
+    code, text = speak("configure(); log.info('huge', data='x' * 60_000_000)")
+    assert (code, len(json.loads(text)["data"])) == (7, 60_000_000)
+
+
 def test_no_process_can_be_started():
     """Without another process, a thread makes the same lines."""
     code, text = speak("""
         sys.executable = "/nowhere/python"
         configure()
-        seen = []
-        logs.observe(lambda event: seen.append(event["event"]))
         print("x" * 300_000); print("a s3cr3t-value"); log.info("last")
-        while "log_process_not_available" not in seen:
-            time.sleep(0.01)
         """)
     assert code == 7
     assert {"last", "a ***", "log_process_not_available"} <= set(events(text))
+
+
+def test_log_processes_that_end_at_once_while_the_job_logs():
+    """A line that waits for a log process does not keep the next one from being started."""
+    code, text = speak("""
+        configure()
+        sys.executable = "/bin/false"
+        kill()
+        for _ in range(30):
+            log.info("many", data="x" * 10_000)
+        log.info("last")
+        """)
+    assert code == 7
+    found = events(text)
+    assert found[-1] == "last"
+    assert found.count("many") == 30
+    assert {"log_process_ended", "log_process_not_available"} <= set(found)
+
+
+def test_no_thread_can_be_started():
+    """Where the process may have no more threads and processes, lines go to stdout as they are."""
+    code, text = speak("""
+        def start(self): raise RuntimeError("can't start new thread")
+        sys.executable = "/nowhere/python"
+        threading.Thread.start = start
+        configure()
+        log.info("last")
+        """)
+    assert (code, events(text)) == (7, ["last"])
+
+
+def test_a_fork_while_others_log():
+    """A forked process logs, whatever the threads were doing that it does not have."""
+    code, text = speak("""
+        configure()
+        over = threading.Event()
+        def work():
+            while not over.is_set(): log.info("busy", data="x" * 3000)
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        [thread.start() for thread in threads]
+        for _ in range(20):
+            if not (child := os.fork()):
+                signal.alarm(20)
+                log.info("child")
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+        over.set()
+        [thread.join() for thread in threads]
+        """)
+    assert code == 7
+    assert text.count('"child"') == 20
 
 
 def test_the_log_process_knows_no_credentials():
@@ -236,6 +298,32 @@ def test_a_disk_that_has_room_again(tmp_path):
     output.put(b"last")
     output.finish()
     assert (tmp_path / "log").read_text() == "3 lost: No space left on device\nnext\nlast\n"
+
+
+def test_a_reader_that_is_slow(monkeypatch):
+    """One that reads a line now and then does not hold the job for each line that it reads."""
+    monkeypatch.setattr(capture, "STALL_SECONDS", 0.01)
+    reading, writing = os.pipe()
+    output = Output(writing, lambda lines, reason: b"lost")
+    for _ in range(20):
+        output.put(b"x" * 99_999)  # more than fits
+    monkeypatch.setattr(capture, "STALL_SECONDS", 3600)
+    for _ in range(100_000 // 50):
+        os.read(reading, 50)
+    slow = threading.Thread(target=lambda: [output.put(b"x" * 99_999) for _ in range(20)], daemon=True)
+    slow.start()
+    slow.join(20)
+    assert not slow.is_alive()
+
+
+def test_the_rest_of_a_line_is_none(tmp_path):
+    """What a killed log process left of a line is dropped, also where it looks like an object."""
+    with (tmp_path / "log").open("wb") as log:
+        pump = Pump(log.fileno(), {})
+        pump.own(b'{"loss": 1}}')
+        pump.own(b'{"timestamp": "now", "event": "last"}')
+        pump.output.finish()
+    assert (tmp_path / "log").read_text() == '{"timestamp": "now", "event": "last"}\n'
 
 
 def test_a_descriptor_that_does_not_block(tmp_path):

@@ -88,6 +88,29 @@ def test_secrets_are_replaced_everywhere():
     assert text.count("***") >= 6
 
 
+def test_printed_addresses_are_shown_without_secrets():
+    """What libraries print of an address loses passwords and signatures, also those that nobody knew before."""
+    code = """
+    print("Error while downloading from https://cdn/x?Policy=p&Signature=0a1b2c&Key-Pair-Id=K")
+    def fail(): raise ValueError("https://user:hunter2@host/a")
+    thread = threading.Thread(target=fail); thread.start(); thread.join()
+    """
+    _, lines = speak(textwrap.dedent(code) + END)
+    text = json.dumps(lines)
+    assert "Signature=***&Key-Pair-Id=K" in text
+    assert "https://***@host/a" in text
+    assert "0a1b2c" not in text
+    assert "hunter2" not in text
+
+
+def test_a_long_printed_line_keeps_no_part_of_a_secret():
+    """It loses its beginning after its secrets."""
+    _, lines = speak("print('x' * 300_000 + 's3cr3t-value' + 'y' * (32_768 - 6))" + END)
+    (line,) = lines
+    assert "-value" not in line["message"]
+    assert len(line["message"]) == 32_768
+
+
 def test_secrets_are_replaced_on_a_terminal_too():
     """Readable lines hide the same secrets, and list every problem of a bad environment whole."""
     program = PROLOGUE.replace('form="json"', 'form="text"') + textwrap.dedent("""

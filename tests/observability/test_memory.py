@@ -1,5 +1,7 @@
 """The container's memory as the kernel shows it, and when it is noted that it runs out."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -8,6 +10,7 @@ import pytest
 from job.observability import memory
 from job.observability.memory import Judge, Usage
 from tests.groups import GIB, ControlGroup
+from tests.jobs import ROOT
 
 MEMINFO = "MemTotal:       8388608 kB\nMemFree:        1048576 kB\nMemAvailable:   2097152 kB\n"
 
@@ -47,6 +50,17 @@ def test_the_nearest_limit(kernel, tmp_path, line, directory, version):
     ControlGroup(directory=tmp_path / "cgroup" / directory, version=version).show(0.5, files=0.25, kills=3)
     assert memory.container().read() == Usage(limit_bytes=GIB, in_use_bytes=GIB // 2, oom_kills=3)
     assert memory.container_limit() == GIB
+
+
+@pytest.mark.parametrize(
+    ("outer", "found"), [(GIB // 2, "user.slice"), (GIB, "user.slice/job"), (2 * GIB, "user.slice/job")]
+)
+def test_the_lowest_limit(kernel, tmp_path, outer, found):
+    """Of several limits the lowest counts, wherever it is; of equal ones the nearest."""
+    kernel("0::/user.slice/job")
+    ControlGroup(directory=tmp_path / "cgroup/user.slice", limit=outer).show(0.5)
+    ControlGroup(directory=tmp_path / "cgroup/user.slice/job").show(0.25)
+    assert memory.container().directory == tmp_path / "cgroup" / found
 
 
 @pytest.mark.parametrize(
@@ -136,3 +150,38 @@ def test_watching_costs_next_to_nothing(kernel, tmp_path):
     for second in range(1000):
         judge.look(limit.read(), second)
     assert time.thread_time() - started < 1
+
+
+CHILD = """
+import resource
+from job.observability import memory
+print(memory.peak_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+large = b"x" * (64 << 20)
+print(memory.peak_bytes())
+del large
+print(memory.peak_bytes())
+"""
+PARENT = f"""
+import subprocess, sys
+large = b"x" * (400 << 20)
+subprocess.run([sys.executable, "-c", {CHILD!r}], check=True)
+"""
+
+
+@pytest.mark.process
+def test_the_peak_is_that_of_this_process():
+    """What the launching process had before this one's program began is not counted, as it is by getrusage; the peak
+    grows with what is used, and stays when that is given back."""
+    done = subprocess.run([sys.executable, "-c", PARENT], cwd=ROOT, capture_output=True, text=True, check=True)
+    first, with_launcher, after, at_the_end = map(int, done.stdout.split())
+    assert first < 300 << 20
+    assert with_launcher > 400 << 20
+    assert after >= first + (60 << 20)
+    assert at_the_end == pytest.approx(after, rel=0.05)  # the kernel's own count is not exact
+
+
+def test_the_peak_where_the_kernel_does_not_show_it(kernel, tmp_path):
+    """A sandbox may have no such line, or no such file: then getrusage has to do."""
+    assert memory.peak_bytes() > 1 << 20
+    (tmp_path / "proc/self/status").write_text("Name:\tpython\nVmHWM:\t 1234 kB\nVmRSS:\t 1000 kB\n")
+    assert memory.peak_bytes() == 1234 << 10

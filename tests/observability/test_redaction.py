@@ -1,11 +1,13 @@
 """Secrets vanish from texts; numbers, keys and JSON stay whole, whatever the environment holds."""
 
+import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
 import pytest
 
@@ -55,6 +57,15 @@ def secrets(monkeypatch):
         ("DB_PASSWORD_2", True),
         ("AZURE_CREDENTIAL", True),
         ("WEBHOOK_SIGNATURE", True),
+        ("DB_PASS", True),
+        ("GITHUB_PAT", True),
+        ("MY_JWT", True),
+        ("PASSWORD2", True),
+        ("SSH_KEY_BASE64", True),
+        ("GOOGLE_APPLICATION_CREDENTIALS_JSON", True),
+        ("AWS_BEARER_TOKEN_BEDROCK", True),
+        ("DOCKER_AUTH_CONFIG", True),
+        ("COMPASS", False),
         ("PUBLIC_KEY", False),
         ("MY_API_KEY", True),
         ("MAX_TOKENS", False),
@@ -179,7 +190,7 @@ def test_records_of_failures_hold_no_secret(tmp_path, secrets):
     ],
 )
 def test_a_secret_is_found_however_it_is_quoted(text):
-    """As it is, as JSON writes it, as Python shows it in a message, and as an address holds it."""
+    """As it is, as JSON writes it, as Python shows it in a message, as an address holds it, and in base64."""
     redact = Redactor(frozenset({text}))
     for form in (
         text,
@@ -187,6 +198,10 @@ def test_a_secret_is_found_however_it_is_quoted(text):
         json.dumps(text, ensure_ascii=False),
         f"x={text!r}.",
         f"?a={quote(text, safe='')}",
+        f"?a={quote(text)}",
+        f"?a={quote_plus(text)}",
+        "?a=" + re.sub("%..", lambda found: found[0].lower(), quote(text, safe="")),
+        f"Authorization: Basic {base64.b64encode(text.encode()).decode()}",
     ):
         assert text not in redact.text(form)
         assert "***" in redact.text(form)
@@ -295,3 +310,40 @@ structlog.get_logger().info("event", message={SECRET!r}, step=3)
 """
     said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
     assert 'seen ["***", 3]' in said
+
+
+REJECTED = {
+    "TUNE_MODEL": "https://u:planted-pw1@host/x?X-Amz-Signature=planted-sig1&X-Amz-Credential=planted-id1",
+    "TUNE_DATASET": "s3://planted-id2:planted-key2@bucket/x",
+    "TUNE_OUTPUT": "s3://a:planted-key3@bucket",
+    "TUNE_CHAT_TEMPLATE": "https://host/a.jinja?se=1&sig=planted-sig4",
+    "TUNE_CACHE": "https://planted-token5@host/",
+    "TUNE_RUN_ID": "a b?token=planted-token6",
+    "TUNE_EPOCHS": "https://x/?AWSAccessKeyId=planted-id7&Signature=planted-sig7",
+    "TUNE_MODLE": "https://host/?sig=planted-sig8",
+    "TUNE_ALLOW_CHANGE": "https://host/?api_key=planted-key9",
+    "TUNE_COLUMNS": "prompt=https://host/?X-Amz-Security-Token=planted-token10",
+    "TUNE_SEED_FILE": "/nowhere/?password=planted-pw11",
+    "TUNE_EVAL_DATASET": "hf_planted-token12",
+    "HF_TOKEN": "hf_planted-token12",
+    "RANK": "http://u:planted-pw13@host",
+}
+"""Values that are rejected, each with a credential in it."""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("command", [["train"], ["check", "--json"], ["env"], ["https://u:planted-pw14@host"]])
+def test_rejected_values_show_no_credentials(tmp_path, command):
+    """Whatever is wrong with a value, and wherever it is shown, its passwords and signatures are not."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TUNE_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "job", *command],
+        cwd=ROOT,
+        env={**environment, **REJECTED, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == (0 if command == ["env"] else 78), done.stderr
+    assert "planted" not in done.stdout + done.stderr
+    assert "TUNE_MODEL" in done.stdout or command[0].startswith("https")

@@ -139,7 +139,8 @@ def test_the_first_run_of_a_contributor_works(tmp_path):
     (block,) = re.findall(r"^```sh\n(.+?-m tests\.tiny.+?)^```", section, re.MULTILINE | re.DOTALL)
     place = shlex.quote(str(tmp_path))
     script = block.replace("/tmp/tiny", place).replace(".venv/bin/python", shlex.quote(sys.executable))
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    (scratch := tmp_path / "scratch").mkdir()
+    environment = {**os.environ, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["bash", "-ec", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

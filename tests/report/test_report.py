@@ -98,7 +98,8 @@ def full(tmp_path, texts) -> Page:
     expected = expect(config, BASE_1B, data)
     made = check_page(config, data, expected, [])
     finding = Finding(code="odd", count=1, first=(f"{words}:1",), message=words, remedy=words)
-    facts = {"name": words, "format": words, "rows": 1, "bytes": 1, "sha256": "0" * 64, "held_out": True}
+    facts = {"name": words, "format": words, "rows": 1, "bytes": 1, "sha256": "0" * 64}
+    facts |= {"held_out": True, "unread": {words: 1}}
     return Page(
         title=words,
         state="complete",

@@ -38,6 +38,17 @@ SIGNED = (
         ),
         pytest.param("https://a.blob/c?sv=2026&sig=x%3D&se=2027", "https://a.blob/c?sv=2026&sig=***&se=2027", id="SAS"),
         pytest.param("s3://b/k?token=abc", "s3://b/k?token=***", id="a token"),
+        pytest.param("https://g/a?private_token=abc", "https://g/a?private_token=***", id="GitLab"),
+        pytest.param(
+            "https://b.tos/k?X-Tos-Credential=a&X-Tos-Signature=0a",
+            "https://b.tos/k?X-Tos-Credential=***&X-Tos-Signature=***",
+            id="Volcengine",
+        ),
+        pytest.param(
+            "https://b.cos/k?q-ak=a&q-signature=0a&x-cos-security-token=t",
+            "https://b.cos/k?q-ak=***&q-signature=***&x-cos-security-token=***",
+            id="Tencent",
+        ),
         pytest.param("<a href='https://h/?a=1&amp;sig=x'>", "<a href='https://h/?a=1&amp;sig=***'>", id="HTML"),
         pytest.param(
             "https://h/?to=https%3A%2F%2Fb%2Fk%3FX-Amz-Signature%3D0a%26z%3D1",
@@ -76,6 +87,12 @@ def test_addresses_are_shown_without_secrets(text, expected):
 )
 def test_what_is_no_secret_is_shown(text):
     """Revisions, ports, an @ in a path, and text that is no address stay as they are."""
+    assert shown(text) == text
+
+
+def test_a_text_of_many_addresses():
+    """The time that it takes grows with its length only."""
+    text = "@" + "://a:b" * 60_000
     assert shown(text) == text
 
 

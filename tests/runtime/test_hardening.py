@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.jobs import ROOT
@@ -16,7 +18,10 @@ pytestmark = pytest.mark.process
 
 READS = [sys.executable, "-c", "import os; open(os.environ['TUNE_MODEL_FILE']).read()"]
 JOB = [sys.executable, "-m", "job"]
-SHADOWS = ("structlog", "json", "yaml", "torch", "argparse", "signal", "resource", "__future__", "psutil", "environs")
+SHADOWS = (
+    *("structlog", "json", "yaml", "torch", "argparse", "signal", "resource", "__future__", "psutil", "environs"),
+    *("boto3", "pyarrow", "numpy", "rich", "ssl", "secrets", "decimal", "hashlib", "logging", "tests", "conftest"),
+)
 
 
 @pytest.fixture
@@ -69,9 +74,28 @@ def test_a_crash_leaves_no_core_dump(plain, tmp_path, number):
     assert not os.WCOREDUMP(status)
 
 
-def shadow(directory):
+def test_no_memory_for_a_program_that_takes_core_dumps(plain, tmp_path):
+    """Where the kernel pipes dumps to a program, no limit holds: the dump has none of the memory, nor children's."""
+    fifo = tmp_path / "model"
+    os.mkfifo(fifo)
+    child = subprocess.Popen(
+        JOB,
+        cwd=tmp_path,
+        env={**plain, "PYTHONPATH": str(ROOT), "TUNE_MODEL_FILE": str(fifo)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    with opened(fifo, child):
+        family = [child.pid, *(process.pid for process in psutil.Process(child.pid).children())]
+        filters = [int(Path(f"/proc/{pid}/coredump_filter").read_text(), 16) for pid in family]
+    child.wait()
+    assert len(filters) > 1
+    assert set(filters) == {0}
+
+
+def shadow(directory, *more):
     """Put modules there that say so when they are run."""
-    for name in SHADOWS:
+    for name in (*SHADOWS, *more):
         (directory / f"{name}.py").write_text(f"open({str(directory / ('ran-' + name))!r}, 'w')\n")
 
 
@@ -81,8 +105,9 @@ def ran(directory):
 
 @pytest.mark.parametrize("path", [str(ROOT), f":{ROOT}"], ids=["PYTHONPATH", "PYTHONPATH with an empty place"])
 def test_the_working_directory_is_not_searched(plain, tmp_path, path):
-    """The modules of the directory where the job is started are not run."""
-    shadow(tmp_path)
+    """The modules of the directory where the job is started are not run. Those by which a site customises Python are,
+    where PYTHONPATH itself names the directory."""
+    shadow(tmp_path, *(("sitecustomize", "usercustomize") if path == str(ROOT) else ()))
     command = [sys.executable, "-m", "job", "variables"]
     environment = {**plain, "PYTHONPATH": path}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -222,12 +222,12 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfil
         pytest.param([(member("files/a", tarfile.LNKTYPE, "files/b"), b"")], "not a regular file", id="hard link"),
         pytest.param([(member("files/a", tarfile.FIFOTYPE), b"")], "not a regular file", id="fifo"),
         pytest.param([(member("files/a"), b"1"), (member("files/a"), b"2")], "exists", id="twice"),
-        pytest.param([(member("files/a"), b"1" * 2000)], "room for", id="too large"),
+        pytest.param([(member("files/a"), b"1" * 20_000)], "room for", id="too large"),
     ],
 )
 def test_an_archive_writes_only_where_it_may(machine, tmp_path, logged, monkeypatch, members, reason):
     """An archive with anything but bounded regular files under plain names is passed over as a whole."""
-    monkeypatch.setattr(compile_cache, "MOST_BYTES", 2000)
+    monkeypatch.setattr(compile_cache, "MOST_BYTES", 20_000)
     uri = str(tmp_path / "kept")
     put(machine.cache(uri), uri, tmp_path, [(member("files/triton/good"), b"good"), *members])
     assert restored(machine.cache(uri)) == {}

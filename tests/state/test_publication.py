@@ -1,11 +1,14 @@
 """What is published, where the output holds what no attempt of this version has left there: old, damaged, deleted."""
 
+import itertools
 import json
 
 import pytest
+from structlog.testing import capture_logs
 
-from job.runtime.errors import ConfigError, StorageError
+from job.runtime.errors import AccessDeniedError, ConfigError, StorageError
 from job.state import json_object
+from job.state.attempts import Attempts
 from job.state.ledger import Ledger
 from job.state.publication import Publication
 from job.state.record import Record
@@ -126,6 +129,18 @@ def test_results_without_their_ledger(world):
     world.finish()
 
 
+def test_another_attempt_finishes_meanwhile(world):
+    """An attempt that listed no record, and stood still until another had finished the run, sees that it is over."""
+    calls = itertools.count()
+
+    def turn() -> None:
+        if next(calls) == 1:  # the listing was before
+            code(world)
+
+    store = Memory(world.objects, turn)
+    assert Publication(ledger=Ledger(store=store, run_id=RUN)).published().number > 0
+
+
 def test_a_run_id_that_is_used_again(world):
     """Somebody deleted the run; latest.json still names its results. A new run of this id replaces it."""
     for kind in (AUTO, FRESH):
@@ -215,6 +230,107 @@ def test_what_was_pinned_is_damaged(world, name, content):
     record = Record(ledger=Ledger(store=Memory(world.objects, lambda: None), run_id=RUN))
     with pytest.raises(StorageError, match="is damaged"):
         record.first() if name == "run.json" else record.inputs()
+
+
+DEEP = b'{"layout": 2, "fingerprint": {}, "files": [], "x": ' + b"[" * 500 + b"]" * 500 + b"}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", DEEP),
+        ("inputs.json", DEEP),
+        ("run.json", b'{"fingerprint": {}, "plan": [1]}'),
+        ("run.json", b'{"fingerprint": {}, "plan": {"micro_batch": "8", "batching": "padded"}}'),
+        ("run.json", b'{"fingerprint": {}, "asked": 5}'),
+        ("inputs.json", b'{"files": [], "date": "yesterday"}'),
+        ("inputs.json", b'{"files": [], "date": 5}'),
+    ],
+    ids=lambda it: it if isinstance(it, str) else it[-30:],
+)
+def test_what_was_pinned_has_another_shape(world, name, content):
+    """Whatever a later attempt would stumble over counts as damaged: nested too deeply, or of other types."""
+    world.objects.content[f"{RUN}/{name}"] = content
+    pinned = Record(ledger=Ledger(store=Memory(world.objects, lambda: None), run_id=RUN))
+    with pytest.raises(StorageError, match=f"memory://output/{RUN}/{name} is damaged"):
+        pinned.first() if name == "run.json" else pinned.inputs()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"x": json.loads("[" * 200 + "]" * 200)}, {"plan": {"micro_batch": "8"}}], ids=["deep", "plan"]
+)
+def test_a_record_of_another_shape(world, fields):
+    """It is no record; the run goes on behind it and is published."""
+    assert code(world) == 0
+    change(world, record(world, "published"), **fields)
+    found = publication(world)
+    assert found.ledger.read(int(record(world, "checkpoint")[-11:-5])).kind == "checkpoint"
+    assert found.published() is None
+
+
+@pytest.mark.parametrize("outcome", [["unknown"], {"a": 1}, None])
+def test_an_end_of_another_shape(world, outcome):
+    """An attempt's end whose outcome is no text says nothing."""
+    world.objects.content[f"{RUN}/attempts/0001.json"] = b'{"attempt": 1}'
+    world.objects.content[f"{RUN}/attempts/0001.end.json"] = json.dumps({"outcome": outcome}).encode()
+    attempts = Attempts(store=Memory(world.objects, lambda: None), closing=lambda _: None, run_id=RUN, number=2)
+    assert attempts._failures_before(None) == 0
+
+
+@pytest.mark.parametrize("lost", ["adapter/adapter_model.safetensors", "adapter/README.md"])
+def test_results_that_somebody_deleted(world, lost):
+    """The run is finished, but its files are gone: 78 with their names and what to do; restored, it is complete."""
+    assert code(world) == 0
+    found = publication(world)
+    published = found.published()
+    found.check_results(published)
+    key = f"{RUN}/{published.prefix}/{lost}"
+    data = world.objects.content.pop(key)
+    for there in ({}, {key: data[:-1]}):
+        world.objects.content |= there
+        with pytest.raises(ConfigError, match="1 of the 2 files") as caught:
+            found.check_results(published)
+        assert f"memory://output/{key}" in caught.value.message
+        assert "TUNE_RESUME=fresh" in caught.value.remedy
+    world.objects.content[key] = data
+    found.check_results(published)
+
+
+class Guarded(Memory):
+    """A store in which this identity may not touch one object."""
+
+    def read(self, key: str) -> bytes | None:
+        """All but one."""
+        if key == "latest.json":
+            raise AccessDeniedError(f"GetObject on {key} was denied.", remedy="Ask.")
+        return super().read(key)
+
+
+def test_a_latest_json_that_is_denied(world):
+    """It belongs to all runs of an output: a run that may not write it warns, and is complete."""
+    assert code(world) == 0
+    found = Publication(ledger=Ledger(store=Guarded(world.objects, lambda: None), run_id=RUN))
+    published = found.published()
+    for act in (found.restore, found.proclaim):
+        with capture_logs() as logs:
+            act(published)
+        (warning,) = [line for line in logs if line["event"] == "latest_not_written"]
+        assert warning["uri"] == "memory://output/latest.json"
+        assert "denied" in warning["reason"]
+
+
+def test_a_latest_json_from_the_future(world):
+    """It is not replaced, since its run may be newer; it is said, with what to do."""
+    later = {"run_id": "other", "record": 9, "published_at": "2999-01-01T00:00:00Z", "artifacts": []}
+    world.objects.content["latest.json"] = json.dumps(later).encode()
+    assert code(world) == 0
+    assert body(world, "latest.json")["run_id"] == "other"
+    found = publication(world)
+    with capture_logs() as logs:
+        found.proclaim(found.published())
+    (warning,) = [line for line in logs if line["event"] == "latest_not_replaced"]
+    assert (warning["run_id"], warning["published_at"]) == ("other", "2999-01-01T00:00:00Z")
+    assert "Delete latest.json" in warning["remedy"]
 
 
 class Refusing(Memory):

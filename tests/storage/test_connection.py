@@ -8,7 +8,7 @@ from typing import Any
 import boto3
 import pytest
 
-from job.runtime.errors import ConfigError, StorageError
+from job.runtime.errors import ConfigError
 from job.storage.open import open_store
 from tests.servers import Seen, make_certificates, serve_proxy
 
@@ -21,7 +21,7 @@ def test_custom_ca(moto: str, s3_env: str, monkeypatch: pytest.MonkeyPatch, tmp_
     source.write_bytes(b"x" * (20 << 20))
     with serve_proxy(moto, lambda seen: headers.append(seen.headers), tls=certificates) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        with pytest.raises(StorageError, match="not trusted") as caught:
+        with pytest.raises(ConfigError, match="not trusted") as caught:
             open_store(f"s3://{s3_env}", denied_patience_seconds=0.2).head("key")
         assert "AWS_CA_BUNDLE" in caught.value.remedy
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificates / "ca.pem"))

@@ -348,7 +348,7 @@ def test_disk_full(s3_env: str, tmp_path: Path) -> None:
 def test_a_signal_ends_the_waiting(through: Any) -> None:
     """An exception out of a signal handler leaves a retry loop at once."""
 
-    class InterruptionError(Exception):
+    class InterruptionError(BaseException):  # like `StopRequested`
         pass
 
     def rule(seen: Seen) -> None:

@@ -67,15 +67,43 @@
 {{- toJson $found -}}
 {{- end -}}
 
+{{/*
+Whether a resource is an accelerator, whole, shared or a slice: nvidia.com/gpu.shared, nvidia.com/mig-1g.10gb, amd.com/gpu.
+Memory and cores of one (nvidia.com/gpumem, as vGPU schedulers have them) say how much of it, and are none.
+*/}}
+{{- define "finetune-job.isAccelerator" -}}
+{{- $name := lower . -}}
+{{- if and (regexMatch "^gpu\\.intel\\.com/|/(.*[.-])?([pv]?gpu|mig-|gaudi|neuron|tpu|npu|ascend)" $name) (not (regexMatch "gpu.*(mem|memory|cores?|percentage|priority)$" $name)) -}}
+true
+{{- end -}}
+{{- end -}}
+
 {{- define "finetune-job.valueProblems" -}}
 {{- $found := list -}}
 {{- if gt (int .Values.gpu.count) 1 -}}
 {{- $found = append $found (printf "gpu.count=%d: the job trains on one GPU and would leave the others idle. Set it to 1, or to 0 to train on the CPU." (int .Values.gpu.count)) -}}
 {{- end -}}
-{{- range $part := list "requests" "limits" -}}
-{{- if hasKey (get $.Values.resources $part | default dict) $.Values.gpu.resource -}}
-{{- $found = append $found (printf "resources.%s names %s. Set gpu.count instead." $part $.Values.gpu.resource) -}}
+{{- $requests := .Values.resources.requests | default dict -}}
+{{- $limits := .Values.resources.limits | default dict -}}
+{{- range $part, $amounts := dict "requests" $requests "limits" $limits -}}
+{{- range $name := keys $amounts | sortAlpha -}}
+{{- if eq $name $.Values.gpu.resource -}}
+{{- $found = append $found (printf "resources.%s names %s. Set gpu.count instead." $part $name) -}}
+{{- else if include "finetune-job.isAccelerator" $name -}}
+{{- $found = append $found (printf "resources.%s names %s, which the pod would ask for besides gpu.count=%d of %s. Set gpu.resource to %s and gpu.count to 1 instead." $part $name (int $.Values.gpu.count) $.Values.gpu.resource $name) -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range $name := keys $requests | sortAlpha -}}
+{{- if and (or (contains "/" $name) (hasPrefix "hugepages-" $name)) (not (include "finetune-job.isAccelerator" $name)) (ne (toString (get $requests $name)) (toString (get $limits $name))) -}}
+{{- $found = append $found (printf "resources.requests names %s, and resources.limits does not name it with the same amount: Kubernetes refuses such a pod. Set both to the same." $name) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (gt (int .Values.gpu.count) 0) (regexMatch "^(amd\\.com|gpu\\.intel\\.com|habana\\.ai|aws\\.amazon\\.com|google\\.com|huawei\\.com)/" .Values.gpu.resource) -}}
+{{- $found = append $found (printf "gpu.resource is %s: the image trains on NVIDIA GPUs. Set it to nvidia.com/gpu or the name of a slice, or gpu.count to 0." .Values.gpu.resource) -}}
+{{- end -}}
+{{- if and (hasKey .Values "enabled") (not .Values.enabled) -}}
+{{- $found = append $found (printf "enabled is false, and the chart is installed all the same: only a chart that depends on this one can leave it out. Give its dependency `condition: %s.enabled`." .Chart.Name) -}}
 {{- end -}}
 {{- if and (eq .Values.mode "cronjob") (not .Values.cron.schedule) -}}
 {{- $found = append $found "mode is cronjob and cron.schedule is empty. Set five fields such as \"0 3 * * 0\", or @weekly." -}}

@@ -68,7 +68,7 @@ more continues the same run. `2e-4` and 0.0002 are one value.
 {{/* The run id of job mode. Two Jobs with one run id are safe: the older one is fenced off. */}}
 {{- define "finetune-job.runId" -}}
 {{- $settings := include "finetune-job.settings" . | fromJson -}}
-{{- get $settings "TUNE_RUN_ID" | default (printf "%s-%s" .Release.Name (include "finetune-job.fingerprint" .)) -}}
+{{- get $settings "TUNE_RUN_ID" | default (printf "%s-%s" (include "finetune-job.instance" .) (include "finetune-job.fingerprint" .)) -}}
 {{- end -}}
 
 {{/* Seconds that the run has after SIGTERM: what the pod asks for, or less where the platform leaves less. */}}

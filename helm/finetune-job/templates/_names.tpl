@@ -1,8 +1,25 @@
 {{/* Names and labels. */}}
 
-{{/* The release as a DNS label: everything but Job and CronJob is called that. */}}
+{{/*
+The release; inside another chart, together with the name of the dependency there (its alias, if it has one), since the
+release and its name belong to all charts in it. 53 characters at most, as a release has, so that names that begin with
+it fit; a name that is cut gets a hash of the whole.
+*/}}
+{{- define "finetune-job.instance" -}}
+{{- $name := .Release.Name -}}
+{{- if not .Chart.IsRoot -}}
+{{- $name = printf "%s-%s" .Release.Name .Chart.Name -}}
+{{- end -}}
+{{- if gt (len $name) 53 -}}
+{{- printf "%s-%s" ($name | trunc 44 | trimSuffix "-") (sha256sum $name | trunc 8) -}}
+{{- else -}}
+{{- $name -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The same as a DNS label: everything but Job and CronJob is called that. */}}
 {{- define "finetune-job.name" -}}
-{{- .Release.Name | replace "." "-" -}}
+{{- include "finetune-job.instance" . | replace "." "-" -}}
 {{- end -}}
 
 {{/*
@@ -33,7 +50,7 @@ Job, one without a change makes none. 63 characters at most, and the hash is nev
 {{/* What selects this release's pods. */}}
 {{- define "finetune-job.selector" -}}
 app.kubernetes.io/name: finetune-job
-app.kubernetes.io/instance: {{ .Release.Name | quote }}
+app.kubernetes.io/instance: {{ include "finetune-job.instance" . | quote }}
 {{- end -}}
 
 {{/* Labels of every object. Not of the pods: the chart's version would change the Job's name. */}}

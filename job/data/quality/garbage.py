@@ -25,6 +25,12 @@ MOJIBAKE = re.compile("|".join(_MOJIBAKE))
 MOJIBAKE_STARTS = ("Ã", "Â", "â€", "ðŸ", "ï»", "ï¿")
 TYPED = bytes(byte for byte in range(256) if chr(byte) > "\x7f" or not CONTROL.match(chr(byte)))
 """Bytes of UTF-8 that are not a control character, or not by themselves."""
+EMBEDDED = re.compile(r"data:(?:image|audio|video|application|font)/[\w.+-]+;base64,[A-Za-z0-9+/\s]{200}")
+
+
+def holds_media(text: str) -> bool:
+    """Whether the text holds a picture or other media as base64 (RFC 2397), which a model would learn to spell."""
+    return ";base64," in text and EMBEDDED.search(text) is not None
 
 
 def garbage_kind(text: str) -> str:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from job.data.examples import SHOWN, Example, Turn, content_key
 from job.data.findings import Finding, finding
-from job.data.quality.garbage import garbage_kind
+from job.data.quality.garbage import garbage_kind, holds_media
 from job.data.quality.near_duplicates import Signatures, groups, spaced
 from job.observability.masking import holds_email, holds_secret
 
@@ -39,7 +39,7 @@ SHORT_ANSWERS = 5
 COUNTED_CHARACTERS = 1000
 """Characters of an answer whose words are counted: only whether it is short matters."""
 
-EMPTY, REPEATS, ONE_WORD, SECRET, EMAIL, GARBAGE = (1 << bit for bit in range(6))
+EMPTY, REPEATS, ONE_WORD, SECRET, EMAIL, GARBAGE, MEDIA = (1 << bit for bit in range(7))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,8 @@ class QualityScan:
         kind = garbage_kind(text)
         if kind:
             self.garbage[kind] = self.garbage.get(kind, 0) + 1
-        return GARBAGE * bool(kind) | SECRET * holds_secret(text) | EMAIL * holds_email(text)
+        suspect = GARBAGE * bool(kind) | SECRET * holds_secret(text) | EMAIL * holds_email(text)
+        return suspect | MEDIA * holds_media(text)
 
     def places(self, rows: Numbers) -> tuple[str, ...]:
         """`file:line` of the first ten."""
@@ -249,6 +250,7 @@ def _of_texts(scan: QualityScan) -> Iterator[Finding]:
     flags = np.array(scan.flags)
     kinds = ", ".join(f"{kind}: {count:,}" for kind, count in sorted(scan.garbage.items()))
     yield from _found(scan, "garbage", flags & GARBAGE > 0, kinds=kinds)
+    yield from _found(scan, "embedded_media", flags & MEDIA > 0)
     yield from _found(scan, "secrets", flags & SECRET > 0)
     yield from _found(scan, "email_addresses", flags & EMAIL > 0)
 

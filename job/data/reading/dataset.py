@@ -8,7 +8,8 @@ again, and memory never holds more than one example.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -24,6 +25,10 @@ from job.runtime.hashing import sha256
 
 LOOK_AHEAD = 100
 """Rows whose columns decide a file's format."""
+MOST_UNREAD = 100
+"""Names of a file that are listed as not read; some tables have a column for each thing that they hold."""
+UNREAD_IN = "messages[]"
+"""Before the keys of messages, whatever the column is called."""
 UNREADABLE = 1000
 """Rows without a single object after which reading the file stops."""
 HEAD_ROWS, HEAD_SECONDS = 5000, 1.0
@@ -53,6 +58,8 @@ class FileFacts:
     """Of the file as stored."""
     empty_answers: int
     """Rows that end with an empty assistant turn. They are kept, and teach the model to answer nothing."""
+    unread: dict[str, int]
+    """Columns, and keys of messages as `messages[].name`, that nothing reads: in how many rows each has a value."""
     held_out: bool = False
     """Whether the rows are evaluated and not learned."""
 
@@ -112,6 +119,7 @@ class ExampleStream:
                 remedy=f"The name must end in {', '.join(TYPES)}, also with {' or '.join(CODECS)}.",
             )
         format_, empty, before = known.format if known else self._format, 0, self._rows
+        unread: Counter[str] = Counter()
         stream: Iterator[Row] = map(self._renamed, read_rows(source.name, source.path))
         if format_ == "auto":
             head = self._head(source, stream)
@@ -121,9 +129,11 @@ class ExampleStream:
             example = self._example(source, row, format_)
             if example and not self._invalid.total:
                 empty += _ends_empty(example)
+                unread.update(name for name in _unread(example) if name in unread or len(unread) < 10 * MOST_UNREAD)
                 yield example
         if not known:
-            self.facts += (_facts(source, format_ if self._rows > before else "", self._rows - before, empty),)
+            format_ = format_ if self._rows > before else ""
+            self.facts += (_facts(source, format_, self._rows - before, empty, unread),)
 
     def _renamed(self, row: Row) -> Row:
         return replace(row, value=self._columns.renamed(row.value)) if self._columns.theirs else row
@@ -173,8 +183,21 @@ def _ends_empty(example: Example) -> bool:
     return last.role == "assistant" and not (last.content.strip() or last.tool_calls)
 
 
-def _facts(source: Source, format_: str, count: int, empty: int) -> FileFacts:
-    size = source.path.stat().st_size
+def _unread(example: Example) -> Iterable[str]:
+    """What nothing reads of a row, each once; see `FileFacts.unread`."""
+    if not any(turn.unread for turn in example.turns):
+        return example.unread
+    in_messages = (f"{UNREAD_IN}.{key}" for turn in example.turns for key in turn.unread)
+    return dict.fromkeys((*example.unread, *in_messages))
+
+
+def _facts(source: Source, format_: str, count: int, empty: int, unread: Counter[str]) -> FileFacts:
     return FileFacts(
-        name=source.name, format=format_, rows=count, bytes=size, sha256=sha256(source.path), empty_answers=empty
+        name=source.name,
+        format=format_,
+        rows=count,
+        bytes=source.path.stat().st_size,
+        sha256=sha256(source.path),
+        empty_answers=empty,
+        unread=dict(unread.most_common(MOST_UNREAD)),
     )

@@ -25,7 +25,8 @@ from job.data.reading.json_stream import elements
 from job.data.reading.parquet.footer import MOST_COLUMNS
 from job.data.reading.parquet.table import Table, TooLongError
 from job.data.reading.parquet.thrift import DamagedError, TooLargeError
-from job.inputs.data_files import file_type
+from job.data.reading.signature import BOM, HEAD, UTF_8, check_contents
+from job.inputs.data_files import FileType, file_type
 from job.observability.masking import printable, shown
 from job.runtime.errors import DataError
 
@@ -35,13 +36,9 @@ MAX_LINE = 64 * 1024 * 1024
 BLANK, MOST_BLANK = 2, 1_000_000
 """Bytes of a blank line with its end, and how many may follow each other: a few kilobytes can hold any number."""
 BUFFER = 1 << 20
-BOM = b"\xef\xbb\xbf"
-WIDE = (b"\xff\xfe", b"\xfe\xff")
-"""How UTF-16 files begin, and UTF-32 files of one byte order; without these marks they have zero bytes at the start."""
 OTHER_DELIMITERS = {",": ";\t", "\t": ",;"}
 """Separators of files that are called CSV or TSV but use another one."""
 DAMAGED = "Upload the file again, or rename it to what it is."
-UTF_8 = "Save the file as UTF-8."
 ONE_ROW_A_LINE = "Write each row as JSON on a line of its own."
 LINE_ENDS = "Save the file with line feeds (LF) at the ends of its lines."
 SMALLER = (
@@ -74,7 +71,7 @@ def read_rows(name: str, path: Path) -> Iterator[Row]:
     if kind.compression and not path.stat().st_size:
         raise DataError(f"{name} is empty, so it is not a valid {kind.compression} file.", remedy=DAMAGED)
     try:
-        with _opened(path, kind.compression) as stream:
+        with _opened(name, path, kind) as stream:
             yield from _READERS[kind.type](name, stream)
     except TooLargeError as error:
         raise DataError(f"{name} claims more than is read: {printable(str(error))}.", remedy=SMALLER) from error
@@ -91,13 +88,18 @@ def read_rows(name: str, path: Path) -> Iterator[Row]:
 
 
 @contextmanager
-def _opened(path: Path, compression: str) -> Iterator[io.BufferedReader]:
+def _opened(name: str, path: Path, kind: FileType) -> Iterator[io.BufferedReader]:
     """Decompress as a stream. Arrow's readers, unlike zstandard's, notice a file that was cut off."""
-    with path.open("rb", buffering=BUFFER) as stored:
-        if compression:
-            yield io.BufferedReader(Decompressed(stored, compression, path.stat().st_size), BUFFER)
-        else:
-            yield cast("io.BufferedReader", stored)
+    with path.open("rb", buffering=BUFFER) as opened:
+        stored = cast("io.BufferedReader", opened)
+        check_contents(name, stored.peek(HEAD)[:HEAD], kind.compression or kind.type)
+        if not kind.compression:
+            yield stored
+            return
+        decompressed = Decompressed(stored, kind.compression, path.stat().st_size)
+        stream = cast("io.BufferedReader", io.BufferedReader(decompressed, BUFFER))
+        check_contents(name, stream.peek(HEAD)[:HEAD], kind.type, within=kind.compression)
+        yield stream
 
 
 def _lines(name: str, stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
@@ -119,14 +121,7 @@ def _too_long(name: str, line: int) -> DataError:
     )
 
 
-def _check_not_wide(name: str, stream: io.BufferedReader) -> None:
-    head = stream.peek(BUFFER)[:4]
-    if head.startswith(WIDE) or (b"\0" in head and any(head)):
-        raise DataError(f"{name} is UTF-{32 if bytes(2) in head else 16}, not UTF-8.", remedy=UTF_8)
-
-
 def _jsonl(name: str, stream: io.BufferedReader) -> Iterator[Row]:
-    _check_not_wide(name, stream)
     if _begins_with(stream, b"["):
         raise DataError(
             f"{name} is one JSON array, but a file of this name has one row per line.",
@@ -162,7 +157,6 @@ def _parsed(number: int, line: bytes) -> Row:
 
 def _json(name: str, stream: io.BufferedReader) -> Iterator[Row]:
     """A `.json` file holds one array of rows, or one row per line; anything else is an error."""
-    _check_not_wide(name, stream)
     if _begins_with(stream, b"["):
         yield from _array(name, stream)
         return
@@ -189,7 +183,6 @@ def _array(name: str, stream: io.BufferedReader) -> Iterator[Row]:
 
 
 def _csv(name: str, stream: io.BufferedReader, delimiter: str = ",") -> Iterator[Row]:
-    _check_not_wide(name, stream)
     csv.field_size_limit(MAX_LINE)
     lines = _TextLines(name, stream)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)

@@ -7,13 +7,12 @@ with LLaMA-Factory's `system` and `history`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 from job.data.examples import Example, JsonObject, Turn
-from job.data.reading import messages
+from job.data.reading import marks, messages
 from job.data.reading.fields import (
     Fields,
     InvalidError,
@@ -28,16 +27,8 @@ from job.data.reading.fields import (
     text_at,
     value_of,
 )
-from job.observability.masking import shown
 from job.runtime.errors import DataError
 
-MEDIA = ("images", "videos", "audios")
-UNDESIRED = ("label", "kto_tag")
-"""Booleans by which TRL and LLaMA-Factory mark a bad answer, for preference training (KTO)."""
-EXCLUDED = ("train", "training", "loss")
-"""Booleans by which other tools exclude a row, or a message."""
-WEIGHTS = ("weight", "loss_weight")
-RENAME = "Remove these rows, or rename the column if it means something else."
 PREFERENCES = (
     "This job does not train on preference pairs. TUNE_COLUMNS=completion=chosen trains on the good answers alone, or "
     "TUNE_COLUMNS=messages=chosen where these are whole conversations."
@@ -68,17 +59,17 @@ def parse_row(row: Any, *, format: str, source: str, line: int) -> Example:  # n
     if missing := [column for column in known.needs if value_of(row, column) is None]:
         present = quoted(names_with_value(row)) or "none"
         raise InvalidError(f"no {quoted(missing)} (columns: {present})", remedy=ONE_FORMAT)
-    if len(row) > len(known.needs):
-        _check_nothing_lost(row, format)
+    unread: tuple[str, ...] = ()
+    more = len(row) > len(known.needs)
+    if more:
+        marks.check_row(row, format)
+        unread = tuple(marks.unread_columns(row, READ[format]))
     if format == "text":
-        return Example(source=source, line=line, format=format, text=text_at(row, "text", empty=False))
-    tools: tuple[JsonObject, ...] = ()
-    if len(row) == len(known.needs):  # no optional columns
-        turns = known.turns(row)
-    else:
-        turns, tools = _with_system(row, known.turns(row)), _tools(row)
+        return Example(source=source, line=line, format=format, text=text_at(row, "text", empty=False), unread=unread)
+    turns, tools = known.turns(row), _tools(row, format) if more else ()
+    turns = _with_system(row, turns) if more else turns
     _check_learnable(turns)
-    return Example(source=source, line=line, format=format, turns=turns, tools=tools)
+    return Example(source=source, line=line, format=format, turns=turns, tools=tools, unread=unread)
 
 
 def detect_format(name: str, columns: set[str], *, named: Collection[str] = ()) -> str:
@@ -116,44 +107,6 @@ def _needed(names: list[str]) -> str:
     return "; ".join(f"{name} needs {quoted(list(FORMATS[name].needs))} ({FORMATS[name].holds})" for name in names)
 
 
-def _check_nothing_lost(row: Fields, format: str) -> None:  # noqa: A002 - the domain's word
-    """Raise InvalidError for columns that change the row's meaning in other tools: without them the job would silently
-    train on something else."""
-    ready = format == "text"
-    if lost := [key for key in MEDIA if not ready and value_of(row, key) not in (None, "", [])]:
-        raise InvalidError(
-            f"the row has {quoted(lost)}; only text is trained on", remedy="Remove these rows, or the column."
-        )
-    if lost := [
-        key for key in UNDESIRED if not ready and _number(row, key) == 0
-    ]:  # a text may have a label of any kind
-        raise InvalidError(
-            f"{quoted(lost)} is false, which marks an answer that is not wanted; preferences are not trained on",
-            remedy=RENAME,
-        )
-    if lost := [key for key in EXCLUDED if _number(row, key) == 0]:
-        raise InvalidError(f"{quoted(lost)} is false, which marks a row that is not learned", remedy=RENAME)
-    if lost := [key for key in WEIGHTS if _number(row, key) not in (None, 1)]:
-        raise InvalidError(
-            f"the row has {quoted(lost)} {shown(repr(row[lost[0]]))}, and rows are not weighted",
-            remedy="Remove rows that should not count, and the column; or rename it if it means something else.",
-        )
-
-
-def _number(row: Fields, key: str) -> float | None:
-    """The number or boolean in a column, also one written as text, as CSV files do; None for any other value."""
-    value = row.get(key)
-    if value is None:
-        return None
-    if isinstance(value, str):
-        value = {"false": "0", "true": "1"}.get(value.strip().lower(), value)
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return None if math.isnan(number) else number
-
-
 def _check_learnable(turns: tuple[Turn, ...]) -> None:
     """Raise InvalidError for a row with no answer to learn, which would otherwise get into the evaluation and the
     samples."""
@@ -170,12 +123,12 @@ def _check_learnable(turns: tuple[Turn, ...]) -> None:
         )
 
 
-def _tools(row: Fields) -> tuple[JsonObject, ...]:
+def _tools(row: Fields, format: str) -> tuple[JsonObject, ...]:  # noqa: A002 - the domain's word
     """OpenAI's `tools`, or its older `functions`, in the shape of `tools`."""
     tools, functions = value_of(row, "tools"), value_of(row, "functions")
     if tools not in (None, "", []):
         found = as_decoded_objects(tools, "`tools`")
-    elif isinstance(functions, list) and "messages" in row:
+    elif format in marks.CONVERSATIONS and functions not in (None, "", []):
         found = [{"type": "function", "function": one} for one in as_decoded_objects(functions, "`functions`")]
     else:
         return ()
@@ -224,6 +177,11 @@ def _prompt_completion(row: Fields) -> tuple[Turn, ...]:
     """Both text, or both lists of messages (TRL's conversational kind), perhaps as JSON text in a CSV file's cells."""
     prompt, completion = _perhaps_messages(row["prompt"]), _perhaps_messages(row["completion"])
     if isinstance(prompt, list) and isinstance(completion, list):
+        if value_of(row, "history") not in marks.NONE:
+            raise InvalidError(
+                "the row has `history`, but `prompt` is a list of messages",
+                remedy="Write the earlier messages into `prompt`.",
+            )
         return _conversational(prompt, completion)
     if isinstance(row["prompt"], list) or isinstance(row["completion"], list):
         raise InvalidError(
@@ -297,3 +255,11 @@ FORMATS: dict[str, Format] = {
     "question_answer": Format(needs=("question", "answer"), holds="text", turns=_question_answer),
     "text": Format(needs=("text",), holds="text, used as it is", turns=lambda _: ()),
 }
+_OPTIONAL = {"system", "tools", "history"}
+READ = {
+    **{name: {*known.needs, *_OPTIONAL} for name, known in FORMATS.items()},
+    **{name: {*FORMATS[name].needs, "system", "tools", "functions"} for name in marks.CONVERSATIONS},
+    "alpaca": {*FORMATS["alpaca"].needs, "input", *_OPTIONAL},
+    "text": {"text"},
+}
+"""The columns that each format reads, besides marks."""

@@ -1,8 +1,8 @@
-"""Messages -> turns: roles, contents, tool calls, and the marks of messages that are learned.
+"""Messages -> turns: roles, contents, tool calls, and which of them are learned.
 
-Sources: OpenAI's chat messages (`tool_calls`, the older `function_call`, `weight`), ShareGPT's `from` and `value` as
-LLaMA-Factory reads them (`function_call`, `observation`), ms-swift's `tool_call`, `tool_response` and `loss`,
-mistral-finetune's `weight`, axolotl's `train`, LLaMA-Factory's `loss_weight`.
+Sources: OpenAI's chat messages (`tool_calls`, the older `function_call`), ShareGPT's `from` and `value` as
+LLaMA-Factory reads them (`function_call`, `observation`), ms-swift's `tool_call` and `tool_response`. Marks are those
+of `job.data.reading.marks`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from job.data.examples import JsonObject, Turn
+from job.data.reading import marks
 from job.data.reading.fields import (
     InvalidError,
     as_decoded_objects,
@@ -36,11 +37,35 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("observation", "function_response"), "tool"),
     "function_call": CALL,
 }
-MARKS = ("weight", "train", "training", "loss", "loss_weight")
-PARTIAL = ("train_detail", "training_detail")
 MAX_TURNS = 2000
 """Turns of a row: to find an answer, all turns before it are rendered, so that time grows with the square."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
+READ = (
+    frozenset(
+        {
+            "role",
+            "content",
+            "from",
+            "value",
+            "tool_calls",
+            "function_call",
+            "tool_call_id",
+            "name",
+            "channel",
+            *REASONING,
+        }
+    )
+    | marks.MARKS
+)
+TEXT_PARTS = (None, "text", "input_text", "output_text")
+"""Types of content parts that are text: of chat messages, and of OpenAI's Responses API. LLaMA-Factory's have none."""
+OTHER_PARTS = {
+    **dict.fromkeys(("thinking", "reasoning"), "Write reasoning into the message's `reasoning_content`, as text."),
+    **dict.fromkeys(("tool_use", "tool_call"), "Write calls into the message's `tool_calls`, as OpenAI's API does."),
+    "tool_result": "Write the result as a message of role `tool`, with its text as `content`.",
+    "refusal": "Write the refusal as text, or remove these rows.",
+}
+"""What to do about other parts."""
 OTHER_ROLES = (
     "Use one of these names. ShareGPT's names (`from`, `value`, human, gpt) are read from `conversations`: "
     "TUNE_COLUMNS=conversations=messages reads them from `messages`."
@@ -60,27 +85,7 @@ def sharegpt_turns(value: Any, what: str) -> tuple[Turn, ...]:
 
 def any_marked_learned(value: Any, what: str) -> bool:
     """Whether a message of the list is marked as learned."""
-    return any(_mark(message, what) for message in as_objects(value, what))
-
-
-def _mark(message: JsonObject, where: str) -> bool | None:
-    """Whether a message is marked as learned (1, true) or as context only (0, false); None if it has no mark."""
-    for key in PARTIAL:
-        if value_of(message, key) is not None:
-            raise InvalidError(
-                f"{where}`{key}` marks parts of a message, but a message is learned whole or not at all",
-                remedy="Remove it, or mark the whole message by `train`: true or false.",
-            )
-    found = {key: value_of(message, key) for key in MARKS if value_of(message, key) is not None}
-    for key, value in found.items():
-        if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise InvalidError(
-                f"{where}`{key}` is {shown(repr(value))}, which is neither 0 nor 1",
-                remedy="Write 1 (learn the message) or 0 (context only): a message is learned whole or not at all.",
-            )
-    if len(set(map(bool, found.values()))) > 1:
-        raise InvalidError(f"{where}{quoted(list(found))} contradict each other", remedy="Keep one of them.")
-    return bool(next(iter(found.values()))) if found else None
+    return any(marks.learned_mark(message, what) for message in as_objects(value, what))
 
 
 def check_turn_count(count: int, what: str) -> None:
@@ -131,7 +136,8 @@ def _joined(before: Turn, call: Turn, where: str) -> Turn:
             f"{where}the call and the assistant's turn before it are one answer, but only one of them is learned",
             remedy="Give both the same mark.",
         )
-    return replace(before, tool_calls=(*before.tool_calls, *call.tool_calls))
+    unread = tuple(dict.fromkeys((*before.unread, *call.unread)))
+    return replace(before, tool_calls=(*before.tool_calls, *call.tool_calls), unread=unread)
 
 
 def _openai_turn(message: JsonObject, where: str) -> tuple[Turn, bool]:
@@ -161,22 +167,24 @@ def _key(message: JsonObject, one: str, other: str, where: str) -> str:
 
 def _turn(message: JsonObject, where: str, *, role: str, key: str) -> tuple[Turn, bool]:
     """The turn, and whether it consists of calls only."""
-    if role != CALL and len(message) == 2 and key in message:  # noqa: PLR2004 - role and content
+    if role != CALL and len(message) == 2 and isinstance(message.get(key), str):  # noqa: PLR2004 - role and content
         return Turn(role=role, content=_content(message, key, where)), False
+    marks.check_message(message, where)
     if role == CALL:
         turn = Turn(role="assistant", content="", tool_calls=_calls(_called(message, key, where), f"{where}`{key}`"))
     else:
         calls = _tool_calls(message, role, where)
         content = "" if calls and value_of(message, key) is None else _content(message, key, where)
         turn = Turn(role=role, content=content, tool_calls=calls, **_others(message, where))
-    marked = _mark(message, where)
+    marked = marks.learned_mark(message, where)
     if marked and turn.role != "assistant":
         raise InvalidError(
             f"{where}it is marked as learned, but its role is {turn.role}",
             remedy="Only the assistant's turns are learned: write 0, or remove the mark. TUNE_TRAIN_ON=all learns "
             "whole conversations, without marks.",
         )
-    return (replace(turn, trained=False) if marked is False and turn.role == "assistant" else turn), role == CALL
+    trained = not (marked is False and turn.role == "assistant")
+    return replace(turn, trained=trained, unread=tuple(marks.unread_keys(message, READ, key))), role == CALL
 
 
 def _others(message: JsonObject, where: str) -> dict[str, Any]:
@@ -201,11 +209,13 @@ def _content(message: JsonObject, key: str, where: str) -> str:
     if not isinstance(message[key], list):
         return text_at(message, key, where=where)
     parts = as_objects(message[key], f"{where}`{key}`")
-    if other := [part.get("type") for part in parts if part.get("type") != "text"]:
-        raise InvalidError(
-            f"{where}a content part is of type {shown(repr(other[0]))}; only text is trained on",
-            remedy="Remove these parts, or these rows.",
-        )
+    for part in parts:
+        if (kind := part.get("type")) not in TEXT_PARTS:
+            raise InvalidError(
+                f"{where}a content part is of type {shown(repr(kind))}; only text is trained on",
+                remedy=OTHER_PARTS.get(str(kind), "Remove these parts, or these rows."),
+            )
+        marks.check_part(part, where)
     return "".join(text_at(part, _key(part, "text", "value", where), where=where) for part in parts)
 
 

@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from job.data.rendering.spans import NotRendered, Piece, Span
+from job.data.rendering.losses import NotRendered
+from job.data.rendering.spans import Piece, Span
 from job.data.rendering.truncation import Tokens
 from job.data.tokenizer.encoding import Encoding
 
@@ -45,8 +46,10 @@ class SequenceMeta:
     parts: int
     """Into how many sequences the row was split: 1 unless the template rewrites earlier turns."""
     header_differs: bool
+    """See `job.data.rendering.spans.Piece`."""
     not_rendered: tuple[NotRendered, ...]
-    """For both see `job.data.rendering.spans.Piece`."""
+    lost: tuple[str, ...]
+    """What its learned answers say and its labels do not, in words; for both see `job.data.rendering.losses.Losses`."""
 
     @property
     def trained(self) -> bool:
@@ -109,16 +112,19 @@ class LearnedTokens:
 
     tokens: tuple[Tokens, ...]
     roles: tuple[str, ...]
+    cut: bool
+    """Whether an answer has characters that no learned token covers."""
 
 
 def learned_tokens(encoding: Encoding, piece: Piece, role_weights: Mapping[str, float] | None) -> LearnedTokens:
     """The tokens of the answers; with weights, those of all roles that have one."""
-    found = [
-        (tokens, span.role)
-        for span in _learned_spans(piece, role_weights)
-        if (tokens := _tokens_inside(encoding, piece, span))
-    ]
-    return LearnedTokens(tokens=tuple(tokens for tokens, _ in found), roles=tuple(role for _, role in found))
+    spans = _learned_spans(piece, role_weights)
+    found = [_tokens_inside(encoding, piece, span) for span in spans]
+    return LearnedTokens(
+        tokens=tuple((start, stop) for start, stop, _ in found if start < stop),
+        roles=tuple(span.role for (start, stop, _), span in zip(found, spans, strict=True) if start < stop),
+        cut=any(cut and span.role == "assistant" for (_, _, cut), span in zip(found, spans, strict=True)),
+    )
 
 
 def _learned_spans(piece: Piece, role_weights: Mapping[str, float] | None) -> tuple[Span, ...]:
@@ -128,15 +134,17 @@ def _learned_spans(piece: Piece, role_weights: Mapping[str, float] | None) -> tu
     return tuple(sorted(chosen, key=lambda span: span.start))
 
 
-def _tokens_inside(encoding: Encoding, piece: Piece, span: Span) -> Tokens | None:
-    """The tokens that lie completely inside a span; never the first of the sequence, which has no context.
+def _tokens_inside(encoding: Encoding, piece: Piece, span: Span) -> tuple[int, int, bool]:
+    """The tokens [start, stop) that lie completely inside a span, never the first of the sequence, which has no
+    context; and whether characters of the span are left to no learned token.
 
     The last token may also cover white space after the span, since some end markers include it (Phi 3's `<|end|>`, an
     added token with `rstrip`).
     """
     found = encoding.inside(span.start, span.end)
     start, stop = max(found.start, 1), found.stop
-    crossing = encoding.crossing(span.end)
-    if crossing and crossing[0] == stop and piece.text[span.end : crossing[1]].isspace():
-        stop += 1
-    return (start, stop) if start < stop else None
+    cut = found.start == 0 < stop
+    if crossing := encoding.crossing(span.end):
+        spaces = crossing[0] == stop and piece.text[span.end : crossing[1]].isspace()
+        stop, cut = stop + spaces, cut or not spaces
+    return start, stop, cut or (start >= stop and not piece.text[span.start : span.end].isspace())

@@ -18,6 +18,10 @@ from job.data.tokenizer.chat_template import QUESTION, RefusedError, Template, i
 GENERAL = "Correct these rows, or set TUNE_CHAT_TEMPLATE to a template that allows them."
 
 
+Attempt = Callable[[tuple[Turn, ...], Sequence[JsonObject]], object]
+"""The test that failed: raises RefusedError for turns and tools that the template refuses."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal:
     """The rules that a conversation breaks, and what to do."""
@@ -37,26 +41,44 @@ class _Change:
     drops_tools: bool = False
 
 
-def explain_refusal(template: Template, turns: Sequence[Turn], tools: Sequence[JsonObject]) -> Refusal:
-    """The rules of the template that this conversation breaks: one if one explains it, else as many as necessary."""
-    for changes in _trials(tuple(turns)):
-        changed, kept = tuple(turns), tools
+def explain_refusal(
+    attempt: Attempt, templates: Sequence[Template], turns: tuple[Turn, ...], tools: Sequence[JsonObject]
+) -> Refusal:
+    """The rules of the templates that this conversation breaks: one if one explains it, else as many as necessary.
+
+    A change explains a refusal only if it passes the very test that failed.
+
+    Args:
+        templates: those that were tried; a change that none of them renders is not tried further.
+    """
+    for changes in _trials(turns, tools):
+        changed, kept = turns, tools
         for change in changes:
             changed, kept = change.change(changed), () if change.drops_tools else kept
-        if _accepts(template, changed, kept):
+        if any(_renders(template, changed, kept) for template in templates) and _passes(attempt, changed, kept):
             rules = [change.rule(turns) for change in changes]
             return Refusal(rule=", and ".join(rules), remedy=" ".join(change.remedy for change in changes))
     return Refusal(rule="", remedy=GENERAL)
 
 
-def _trials(turns: tuple[Turn, ...]) -> Iterator[tuple[_Change, ...]]:
-    useful = [change for change in CHANGES if change.drops_tools or change.change(turns) != turns]
+def _trials(turns: tuple[Turn, ...], tools: Sequence[JsonObject]) -> Iterator[tuple[_Change, ...]]:
+    useful = [change for change in CHANGES if change.change(turns) != turns or (change.drops_tools and tools)]
     yield from ((change,) for change in useful)
     yield from (tuple(useful[:count]) for count in range(2, len(useful) + 1))
 
 
-def _accepts(template: Template, turns: tuple[Turn, ...], tools: Sequence[JsonObject]) -> bool:
-    """Whether the template renders the turns, and leaves none out."""
+def _passes(attempt: Attempt, turns: tuple[Turn, ...], tools: Sequence[JsonObject]) -> bool:
+    if not any(turn.role == "assistant" and turn.trained for turn in turns):
+        return False
+    try:
+        attempt(turns, tools)
+    except RefusedError:
+        return False
+    return True
+
+
+def _renders(template: Template, turns: tuple[Turn, ...], tools: Sequence[JsonObject]) -> bool:
+    """Whether the template renders the turns, and leaves none out: a single rendering, where the test takes many."""
     if not turns:
         return False
     try:
@@ -70,6 +92,10 @@ def _accepts(template: Template, turns: tuple[Turn, ...], tools: Sequence[JsonOb
 
 def _without_tools(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     return tuple(turn for turn in turns if turn.role != "tool" and not turn.tool_calls)
+
+
+def _without_reasoning(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    return tuple(replace(turn, reasoning_content=None) for turn in turns)
 
 
 def _one_call(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -141,6 +167,11 @@ CHANGES = (
         rule=_not_alternating,
         remedy="Merge turns of the same role that follow each other, or set TUNE_CHAT_TEMPLATE to a template that "
         "allows them, such as `chatml`.",
+    ),
+    _Change(
+        change=_without_reasoning,
+        rule=lambda _: "it has no place for reasoning (`reasoning_content`) after its generation prompt",
+        remedy="Remove the reasoning, or set TUNE_CHAT_TEMPLATE to a template that prints it, such as `qwen-3`.",
     ),
     _Change(
         change=_without_tools,

@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from job.config import role_weights
-from job.data.examples import Example, RowError, Turn
+from job.data.examples import Example, JsonObject, RowError, Turn
+from job.data.rendering.forms import call_forms, calls_tools
 from job.data.rendering.labels import LearnedTokens, Outcome, Rendered, learned_tokens
 from job.data.rendering.refusals import explain_refusal
 from job.data.rendering.role_spans import add_roles
@@ -37,7 +38,9 @@ Overlong = Literal["truncate", "drop", "fail"]
 MAX_CHARACTERS = 8_000_000
 """Of one text. It is tokenised as a whole even if most of it is cut off, since lengths are those of whole sequences; a
 character then takes about 350 bytes."""
-NOTHING_LEARNED = LearnedTokens(tokens=(), roles=())
+NOTHING_LEARNED = LearnedTokens(tokens=(), roles=(), cut=False)
+CUT = "characters that no learned token covers"
+"""In words, as `job.data.rendering.losses` has them: at an answer's ends."""
 MARKED = ("messages", "sharegpt")
 """Formats whose untrained turns are marked one by one; those of a conversational `prompt` follow from the column."""
 
@@ -126,9 +129,7 @@ class Renderer:
             self._check_no_weights(example)
             piece = Piece(text=example.text, spans=(Span(start=0, end=len(example.text)),))
             return RenderedText(example=example, pieces=(piece,), escaped=False)
-        escaped = self._escaped(example)
-        template = self.tokenizer.template_for(example.format)
-        mode = train_on or self.train_on
+        escaped, mode = self._escaped(example), train_on or self.train_on
         if mode == "all" and example.format in MARKED and any(not turn.trained for turn in escaped.turns):
             raise RowError(
                 source=example.source,
@@ -137,26 +138,52 @@ class Renderer:
                 remedy="Set TUNE_TRAIN_ON=responses, or remove the marks.",
             )
         try:
-            if mode == "all":
-                pieces = whole_conversation(template, escaped.turns, escaped.tools)
-            else:
-                only_last = mode == "last_response"
-                pieces = answer_pieces(template, escaped.turns, escaped.tools, only_last=only_last)
-            if mode == "responses" and self.weights is not None:
-                others = self.weights.keys() - {"assistant"}
-                pieces = add_roles(pieces, template, escaped.turns, escaped.tools, roles=others)
+            pieces = self._pieces(escaped, mode)
         except RefusedError as error:
-            raise self._refused(example, template, error) from error
+            raise self._refused(escaped, mode, error) from error
         return RenderedText(example=example, pieces=pieces, escaped=escaped is not example)
 
-    @staticmethod
-    def _refused(example: Example, template: Template, error: RefusedError) -> RowError:
-        refusal = explain_refusal(template, example.turns, example.tools)
+    def _pieces(self, example: Example, mode: TrainOn) -> tuple[Piece, ...]:
+        """By the first template that accepts the conversation. Raises the RefusedError of the first template."""
+        refusals: list[RefusedError] = []
+        for template in self._templates(example):
+            try:
+                return self._pieces_by(template, example, mode)
+            except RefusedError as error:
+                refusals.append(error)
+        raise refusals[0]
+
+    def _templates(self, example: Example) -> tuple[Template, ...]:
+        """The templates that may render the row, in the order in which they are tried: of those that a tokenizer names,
+        `tool_use` for rows with tools, as in transformers' `get_chat_template`, or where calls need it."""
+        usual, for_tools = self.tokenizer.template_for(example.format), self.tokenizer.named.get("tool_use")
+        calls = calls_tools(example.turns)
+        if for_tools is None or not (example.tools or calls):
+            found: tuple[Template, ...] = (usual,)
+        else:
+            found = (for_tools, usual) if example.tools else (usual, for_tools)
+        return tuple(form for template in found for form in call_forms(template)) if calls else found
+
+    def _pieces_by(self, template: Template, example: Example, mode: TrainOn) -> tuple[Piece, ...]:
+        if mode == "all":
+            return whole_conversation(template, example.turns, example.tools)
+        pieces = answer_pieces(template, example.turns, example.tools, only_last=mode == "last_response")
+        if mode == "responses" and self.weights is not None:
+            others = self.weights.keys() - {"assistant"}
+            pieces = add_roles(pieces, template, example.turns, example.tools, roles=others)
+        return pieces
+
+    def _refused(self, example: Example, mode: TrainOn, error: RefusedError) -> RowError:
+        def attempt(turns: tuple[Turn, ...], tools: Sequence[JsonObject]) -> object:
+            return self._pieces(replace(example, turns=turns, tools=tuple(tools)), mode)
+
+        templates = self._templates(example)
+        refusal = explain_refusal(attempt, templates, example.turns, example.tools)
         rule = f"; {refusal.rule}" if refusal.rule else ""
         return RowError(
             source=example.source,
             line=example.line,
-            reason=f"the template `{template.name}` refuses the conversation: {error}{rule}",
+            reason=f"the template `{templates[0].name}` refuses the conversation: {error}{rule}",
             remedy=refusal.remedy,
         )
 
@@ -215,8 +242,10 @@ class Renderer:
         ids, learned = encoding.ids, learned_tokens(encoding, piece, self.weights)
         if text.example.text is not None and self._lacks_eos(piece.text):
             ids = [*ids, self.tokenizer.eos_token_id]
-            learned = LearnedTokens(tokens=((1, len(ids)),), roles=("assistant",)) if len(ids) > 1 else NOTHING_LEARNED
+            tokens = ((1, len(ids)),)
+            learned = LearnedTokens(tokens=tokens, roles=("assistant",), cut=False) if len(ids) > 1 else NOTHING_LEARNED
         truncation = self._truncation(text, part, encoding, learned, len(ids))
+        answers_cut = learned.cut and text.example.text is None and self.train_on != "all"
         return Rendered(
             input_ids=ids[: truncation.keep] if truncation.keep < len(ids) else ids,
             source=text.example.source,
@@ -229,7 +258,8 @@ class Renderer:
             part=part,
             parts=len(text.pieces),
             header_differs=piece.header_differs,
-            not_rendered=piece.not_rendered,
+            not_rendered=piece.losses.not_rendered,
+            lost=(*piece.losses.of_answers, CUT) if answers_cut else piece.losses.of_answers,
             role_weights=self.weights if self.weighted else None,
         )
 

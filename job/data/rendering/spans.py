@@ -14,11 +14,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from job.data.examples import JsonObject, Turn
 from job.data.rendering import fast_spans
-from job.data.tokenizer.chat_template import ANSWER, QUESTION, SYSTEM, RefusedError, Template, is_left_out, is_printed
+from job.data.rendering.losses import LearnedAnswer, Losses, check_printed, find_losses
+from job.data.tokenizer.chat_template import ANSWER, QUESTION, SYSTEM, RefusedError, Template
 from job.observability.masking import shown
 
 SAMPLES = (
@@ -27,8 +27,7 @@ SAMPLES = (
     (QUESTION, ANSWER, QUESTION, replace(ANSWER, content="Sure.\nOn two lines.")),
     (SYSTEM, QUESTION, ANSWER, QUESTION, ANSWER, replace(QUESTION, content="And?"), ANSWER),
 )
-NotRendered = Literal["tools", "reasoning"]
-"""A part of a row that its text lacks."""
+NOTHING_LOST = Losses()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +52,8 @@ class Piece:
     """Learned turns of other roles; see `job.data.rendering.role_spans`."""
     header_differs: bool = False
     """The template opens an answer differently from its generation prompt (some reasoning models' templates)."""
-    not_rendered: tuple[NotRendered, ...] = ()
-    """The parts of the row that the template leaves out, which is not an error; the same in all pieces of a row."""
+    losses: Losses = NOTHING_LOST
+    """What the template leaves out, which is not an error; the same in all pieces of a row."""
 
     def borders(self, marker: str) -> Iterator[int]:
         """The characters that no token may cross: the start of each answer, and its end if it ends with this marker."""
@@ -85,9 +84,10 @@ def whole_conversation(template: Template, turns: Sequence[Turn], tools: Sequenc
     if turns[-1].role == "assistant" and (rewritten := conversation.rewritten_answer(len(turns) - 1)):
         text = rewritten.text
     conversation.check_calls(len(turns))
-    conversation.check_printed(len(turns), text)
-    not_rendered = conversation.not_rendered([(len(turns) - 1, text)], text)
-    return (Piece(text=text, spans=(Span(start=0, end=len(text)),), not_rendered=not_rendered),)
+    check_printed(turns, text)
+    answers = [LearnedAnswer(turn=turn, text=text) for turn in turns if turn.role == "assistant"]
+    losses = find_losses(template, turns, tools, answers=answers, text=text)
+    return (Piece(text=text, spans=(Span(start=0, end=len(text)),), losses=losses),)
 
 
 def answer_pieces(
@@ -129,7 +129,7 @@ def _by_markers(template: Template, turns: Sequence[Turn], learned: Sequence[int
         return None
     text, places = found
     spans = tuple(Span(start=start, end=end, turn=index) for index, start, end in places if index in learned)
-    _Conversation(template=template, turns=turns, tools=()).check_printed(len(turns) - 1, text)
+    check_printed(turns[:-1], text)
     return Piece(text=text, spans=spans)
 
 
@@ -139,22 +139,19 @@ def _by_prefixes(
     conversation = _Conversation(template=template, turns=turns, tools=tools)
     conversation.check_calls(learned[-1] + 1)
     found = [conversation.answer(index) for index in learned]
-    conversation.check_printed(learned[-1], found[-1].text)
-    rendered = [
-        (index, answer.text[answer.span.start : answer.span.end]) for index, answer in zip(learned, found, strict=True)
-    ]
-    not_rendered = conversation.not_rendered(rendered, found[-1].text)
+    check_printed(turns[: learned[-1]], found[-1].text)
+    losses = conversation.losses(found)
     if all(found[-1].text.startswith(answer.text) for answer in found[:-1]):
-        return (_piece(found[-1].text, found, not_rendered),)
+        return (_piece(found[-1].text, found, losses),)
     for index, answer in zip(learned[:-1], found[:-1], strict=True):
-        conversation.check_printed(index, answer.text)
-    return tuple(_piece(answer.text, [answer], not_rendered) for answer in found)
+        check_printed(turns[:index], answer.text)
+    return tuple(_piece(answer.text, [answer], losses) for answer in found)
 
 
-def _piece(text: str, found: list[_Answer], not_rendered: tuple[NotRendered, ...]) -> Piece:
+def _piece(text: str, found: list[_Answer], losses: Losses) -> Piece:
     spans = tuple(answer.span for answer in found)
     header_differs = any(answer.header_differs for answer in found)
-    return Piece(text=text, spans=spans, header_differs=header_differs, not_rendered=not_rendered)
+    return Piece(text=text, spans=spans, header_differs=header_differs, losses=losses)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,9 +176,13 @@ class _Conversation:
         """Raise RefusedError if the template leaves out a tool call of one of the first `count` turns."""
         for index, turn in enumerate(self.turns[:count]):
             for call in turn.tool_calls:
-                found, name = self.answer(index), str((call.get("function") or call).get("name"))
-                if name not in found.text[found.span.start : found.span.end]:
+                found, function = self.answer(index), call.get("function") or call
+                name, arguments = str(function.get("name")), function.get("arguments")
+                said = found.text[found.span.start : found.span.end]
+                if name not in said:
                     raise RefusedError(f"it does not print the tool call `{shown(name)}` of turn {index + 1}")
+                if arguments and isinstance(arguments, dict) and repr(arguments) in said:
+                    raise RefusedError(f"it prints the arguments of `{shown(name)}`, turn {index + 1}, as Python does")
             if len(turn.tool_calls) > 1 and self._ignores_last_call(index):
                 raise RefusedError(f"it prints only some of the {len(turn.tool_calls)} tool calls of turn {index + 1}")
 
@@ -192,32 +193,15 @@ class _Conversation:
         text = self.template.render(fewer, add_generation_prompt=False, tools=self.tools)
         return text == self._rendered(index + 1, prompt=False)
 
-    def not_rendered(self, answers: Sequence[tuple[int, str]], text: str) -> tuple[NotRendered, ...]:
-        """The parts of the row that its text lacks: tools anywhere, reasoning where it would be learned.
-
-        Args:
-            answers: the number of each learned turn, and its rendering.
-            text: the whole conversation.
-        """
-        names = [str((tool.get("function") or tool).get("name")) for tool in self.tools]
-        reasoning = [(self.turns[index].reasoning_content or "", answer) for index, answer in answers]
-        found: list[NotRendered] = []
-        if names and not (self.template.shows_tools and all(is_printed(name, text) for name in names)):
-            found.append("tools")
-        if any(is_left_out(Turn(role="assistant", content=one), answer) for one, answer in reasoning):
-            found.append("reasoning")
-        return tuple(found)
-
-    def check_printed(self, count: int, text: str) -> None:
-        """Raise RefusedError if `text` lacks one of the first `count` turns; answers are not checked.
-
-        A tool's result must be there only if no user turn follows: some templates drop it after the next question.
-        """
-        asked = max((at for at, turn in enumerate(self.turns[:count]) if turn.role == "user"), default=-1)
-        for index, turn in enumerate(self.turns[:count]):
-            expected = turn.role != "assistant" and (turn.role != "tool" or index > asked)
-            if expected and is_left_out(turn, text):
-                raise RefusedError(f"it leaves out turn {index + 1}, of the role `{turn.role}`")
+    def losses(self, found: Sequence[_Answer]) -> Losses:
+        """What the text of these answers, and of the turns before them, lacks."""
+        opening, last = self.template.generation_prompt, found[-1]
+        answers = [
+            LearnedAnswer(turn=self.turns[one.span.turn], text=opening + one.text[one.span.start : one.span.end])
+            for one in found
+        ]
+        turns = self.turns[: last.span.turn + 1]
+        return find_losses(self.template, turns, self.tools, answers=answers, text=last.text)
 
     def rewritten_answer(self, index: int) -> _Answer | None:
         """The answer if the turns before it are rendered differently once it follows, else None."""

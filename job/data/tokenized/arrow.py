@@ -14,9 +14,10 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from job.data.examples import SHOWN
-from job.data.rendering.labels import token_labels, token_weights
+from job.data.rendering.labels import SequenceMeta, token_labels, token_weights
 from job.data.rendering.renderer import Renderer
 from job.data.tokenized.counts import Counts, Tally
 from job.data.tokenized.draft import Draft, DraftSequence
@@ -110,7 +111,9 @@ class _ArrowFile:
         metas = [sequence.meta for sequence in sequences]
         lengths = np.array([meta.keep for meta in metas], dtype=np.int32)
         ids = np.concatenate([sequence.input_ids for sequence in sequences])
-        columns = [ids, token_labels(ids, metas), lengths]
+        labels = token_labels(ids, metas)
+        self._note_unknown(metas, labels, np.cumsum(lengths))
+        columns = [ids, labels, lengths]
         if self._schema is WEIGHTED:
             columns.append(token_weights(metas, self._plan.renderer.weights or {}))
         for digest, column in zip(self._digests, columns, strict=True):
@@ -121,6 +124,15 @@ class _ArrowFile:
             for column, kind in zip(columns, self._schema.types, strict=True)
         ]
         self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+
+    def _note_unknown(self, metas: Sequence[SequenceMeta], labels: NDArray[np.int32], ends: NDArray[np.int64]) -> None:
+        """Count the sequences that learn the token for unknown characters, where the tokenizer has one of its own."""
+        tokenizer = self._plan.renderer.tokenizer
+        unknown = tokenizer.hf.unk_token_id
+        if unknown is None or unknown in tokenizer.stop_ids:
+            return
+        for number in np.unique(ends.searchsorted(np.flatnonzero(labels == unknown), side="right")):
+            self._tally.add_unknown(metas[number])
 
     def finished(self, *, micro_batch: int) -> TokenizedDataset:
         """The dataset. Raises DataError if it is empty and may not be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import get_args
@@ -9,7 +10,7 @@ from typing import get_args
 from job.data.examples import SHOWN
 from job.data.findings import Finding, finding
 from job.data.rendering.labels import Outcome, SequenceMeta
-from job.data.rendering.spans import NotRendered
+from job.data.rendering.losses import NotRendered
 from job.data.tokenized.lengths import LengthStatistics, percentile
 from job.data.tokenized.provenance import Provenance
 
@@ -45,6 +46,18 @@ class Counts:
     """Rows with tools that the template does not print."""
     reasoning_not_rendered: Affected
     """Rows with reasoning that the template does not print where it would be learned."""
+    answers_not_learned: Affected
+    """Rows with answers of which a part is not in the labels."""
+    lost: dict[str, int]
+    """These rows by what is missing; a row may have several kinds."""
+    white_space_changed: Affected
+    """Rows with answers that the template writes with other white space."""
+    names_not_rendered: Affected
+    """Rows with names of speakers that the template does not print."""
+    earlier_answers_not_rendered: Affected
+    """Rows with answers that the template leaves out of the conversation before a later one."""
+    unknown_tokens: Affected
+    """Sequences, not rows, with labels that are the tokenizer's token for unknown characters."""
     truncated: Affected
     """Sequences, not rows, as in the following fields: a split row may lose some. Each is one of the next two."""
     lost_turns: Affected
@@ -66,9 +79,15 @@ class Counts:
             "header_differs": self.header_differs,
             "tools_not_rendered": self.tools_not_rendered,
             "reasoning_not_rendered": self.reasoning_not_rendered,
+            "answers_not_learned": self.answers_not_learned,
+            "white_space_changed": self.white_space_changed,
+            "names_not_rendered": self.names_not_rendered,
+            "earlier_answers_not_rendered": self.earlier_answers_not_rendered,
+            "unknown_tokens": self.unknown_tokens,
         }
+        kinds = ", ".join(f"{kind}: {count:,}" for kind, count in sorted(self.lost.items()))
         return tuple(
-            finding(code, count=one.count, first=one.first, numbers=f"{one.count:,} {side}")
+            finding(code, count=one.count, first=one.first, numbers=f"{one.count:,} {side}", kinds=kinds)
             for code, one in effects.items()
             if one.count
         )
@@ -107,6 +126,12 @@ class Tally:
     split: _Counter = field(default_factory=_Counter)
     header_differs: _Counter = field(default_factory=_Counter)
     truncated: _Counter = field(default_factory=_Counter)
+    incomplete: _Counter = field(default_factory=_Counter)
+    """Rows with an answer that is not learned whole."""
+    lost: Counter[str] = field(default_factory=Counter)
+    unknown: _Counter = field(default_factory=_Counter)
+    lost_in_row: set[str] = field(default_factory=set)
+    """What the row so far has lost; its sequences follow each other."""
 
     def __post_init__(self) -> None:
         self.weights.update(dict.fromkeys(self.role_weights or (), 0.0))
@@ -115,13 +140,26 @@ class Tally:
         """Add a sequence, trained on or not."""
         if sequence.part == 0:
             self._add_row(sequence)
+        if sequence.lost:
+            self._add_lost(sequence)
         self.lengths.add(sequence.length, sequence.learned)
         self.outcomes[sequence.outcome].add(sequence)
         if sequence.trained:
             self._add_trained(sequence)
 
+    def add_unknown(self, sequence: SequenceMeta) -> None:
+        """Count a sequence with unknown characters in its labels."""
+        self.unknown.add(sequence)
+
+    def _add_lost(self, sequence: SequenceMeta) -> None:
+        if not self.lost_in_row:
+            self.incomplete.add(sequence)
+        self.lost.update(set(sequence.lost) - self.lost_in_row)
+        self.lost_in_row.update(sequence.lost)
+
     def _add_row(self, sequence: SequenceMeta) -> None:
         self.rows += 1
+        self.lost_in_row.clear()
         if sequence.parts > 1:
             self.split.add(sequence)
         if sequence.header_differs:
@@ -156,6 +194,12 @@ class Tally:
             header_differs=self.header_differs.affected(),
             tools_not_rendered=self.not_rendered["tools"].affected(),
             reasoning_not_rendered=self.not_rendered["reasoning"].affected(),
+            answers_not_learned=self.incomplete.affected(),
+            lost=dict(self.lost),
+            white_space_changed=self.not_rendered["white_space"].affected(),
+            names_not_rendered=self.not_rendered["names"].affected(),
+            earlier_answers_not_rendered=self.not_rendered["earlier_answers"].affected(),
+            unknown_tokens=self.unknown.affected(),
             truncated=self.truncated.affected(),
             lost_turns=self.outcomes["shortened"].affected(),
             cut_inside=self.outcomes["cut"].affected(),

@@ -17,7 +17,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -30,6 +30,8 @@ from job.data.examples import Example, InvalidRows, RowError
 from job.data.rendering.labels import SequenceMeta
 from job.data.rendering.renderer import RenderedText, Renderer
 from job.data.tokenizer.encoding import Encoding
+from job.data.tokenizer.load import Tokenizer
+from job.runtime.errors import DataError
 
 CHUNK = 1024
 """Rows that are tokenised at once; fewer if they are long."""
@@ -37,10 +39,14 @@ CHUNK_CHARACTERS = 4 << 20
 """Characters that are tokenised at once, not counting the last row. A token in flight takes about 100 bytes."""
 IN_FLIGHT = 2
 """Chunks that wait for their tokens while the next one is rendered."""
+PANIC = "PanicException"
+"""What pyo3, which binds the tokenizer library, calls a failure that it did not foresee."""
 GC_THRESHOLD = 50_000
 """New objects between two garbage collections, instead of Python's 700: rows make hardly any cyclic garbage."""
 FIELDS = tuple(SequenceMeta.__slots__)
 _values = attrgetter(*FIELDS)
+_Meta = tuple[int, int, tuple[Any, ...]]
+"""The numbers of a row and a renderer, and the values of a `SequenceMeta`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,17 +150,43 @@ class Draft:
         yield texts
 
     def _write(self, chunk: _Chunk, numbers: Sequence[int]) -> None:
-        tokens, metas = array("i"), []
-        for row, text, encodings in chunk.encoded(self.renderers[numbers[0]]):
-            try:
-                for number in numbers:
-                    for sequence in self.renderers[number].sequences(text, encodings):
-                        tokens.fromlist(sequence.input_ids)
-                        metas.append((row, number, _values(sequence)))
-            except RowError as error:
-                self._invalid.add(error)
+        tokens: array[int] = array("i")
+        metas: list[_Meta] = []
+        with chunk.explained():
+            for row, text, encodings in chunk.encoded(self.renderers[numbers[0]]):
+                try:
+                    for number in numbers:
+                        for sequence in self.renderers[number].sequences(text, encodings):
+                            tokens.fromlist(sequence.input_ids)
+                            metas.append((row, number, _values(sequence)))
+                except RowError as error:
+                    self._invalid.add(error)
+        self._check_embeddings(np.frombuffer(tokens, dtype=np.int32), metas, self.renderers[numbers[0]].tokenizer)
         self._tokens.write(tokens)
         self._metas.write(json.dumps(metas).encode() + b"\n")
+
+    def _check_embeddings(self, ids: NDArray[np.int32], metas: Sequence[_Meta], tokenizer: Tokenizer) -> None:
+        """Note the rows with a token that the model has no embedding for: training would end at the first of them."""
+        rows = tokenizer.embedding_rows
+        if rows is None or ids.max(initial=0) < rows:
+            return
+        start, noted = 0, set()
+        for row, _, values in metas:
+            meta = SequenceMeta(**dict(zip(FIELDS, values, strict=True)))
+            highest = int(ids[start : start + meta.keep].max(initial=0))
+            start += meta.keep
+            if highest >= rows and row not in noted:
+                noted.add(row)
+                self._invalid.add(_no_embedding(meta, tokenizer.hf.convert_ids_to_tokens(highest), highest, rows))
+
+
+def _no_embedding(meta: SequenceMeta, token: str, number: int, rows: int) -> RowError:
+    return RowError(
+        source=meta.source,
+        line=meta.line,
+        reason=f"its token {token!r} has the number {number}, and the model has embeddings for {rows} tokens only",
+        remedy="Remove the token from the rows, or use a model whose embeddings were resized for its tokenizer.",
+    )
 
 
 def _with_tokens(found: list[tuple[int, int, SequenceMeta]], ids: NDArray[np.int32]) -> Iterator[DraftSequence]:
@@ -172,6 +204,20 @@ class _Chunk:
     raw: Future[list[Any]]
     """The library's encodings of the pieces without placeholders, in order. They become `Encoding` here and not in the
     thread, so that it seldom needs Python's lock."""
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn the tokenizer library's own failure, which is not an Exception, into an error that names the rows."""
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ != PANIC:
+                raise
+            first, *_, last = (text.example for text in (*self.texts.values(), *self.texts.values()))
+            raise DataError(
+                f"The tokenizer fails on a row from {first.source}:{first.line} to {last.source}:{last.line}: {error}.",
+                remedy="Leave out the row, or use a model whose tokenizer.json has no pattern that backtracks so long.",
+            ) from None
 
     def encoded(self, renderer: Renderer) -> Iterator[tuple[int, RenderedText, list[Encoding]]]:
         """Each row with the tokens of its pieces; waits for them."""

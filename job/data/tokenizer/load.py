@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from job.data.examples import JsonObject, Turn
+from job.data.tokenizer import settings
 from job.data.tokenizer.chat_template import TEXT_BLOCKS, RefusedError, Template, bundled_template
 from job.data.tokenizer.encoder import Encoder
+from job.data.tokenizer.file_check import Difference, check_embeddings, class_contradicts, find_difference, prepare
+from job.data.tokenizer.own_templates import notes_on, other_templates, own_template
+from job.data.tokenizer.trial import Trial
+from job.inputs import model_files
 from job.runtime.errors import DataError
+
+FILE_USED = (
+    "the class {} makes other tokens than tokenizer.json by itself; tokenizer.json is used, and the result is "
+    "published with the class PreTrainedTokenizerFast, which does as it says"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +37,18 @@ class Tokenizer(Encoder):
 
     blocks: Mapping[str, Template]
     """The text block for each format without roles."""
+    named: Mapping[str, Template]
+    """The tokenizer's other templates by name, such as `tool_use`, if its own are in effect."""
     end_of_turn_ids: tuple[int, ...]
     """The tokens that end an assistant turn; empty without a template, or if the template puts nothing there."""
     eos_token_id: int
     other_stop_ids: tuple[int, ...] = ()
     """Further tokens that end generation by the model's `generation_config.json`, e.g. after a tool call (Llama 3.1,
     gpt-oss)."""
+    of_file: bool = False
+    """Whether it is that of `tokenizer.json`, of which the class in `tokenizer_config.json` makes another."""
+    embedding_rows: int | None = None
+    """How many tokens the model has embeddings for; None if that is not known."""
     notes: tuple[str, ...]
     """What the user should know, e.g. that the tokenizer's EOS was wrong."""
 
@@ -91,47 +106,102 @@ def import_without_torch() -> None:
 
 
 def load_tokenizer(
-    directory: Path, *, chat_template: str = "tokenizer", template_text: str | None = None, date: dt.date
+    directory: Path,
+    *,
+    name: str = "",
+    chat_template: str = "tokenizer",
+    template_text: str | None = None,
+    date: dt.date,
 ) -> Tokenizer:
-    """Load a model's tokenizer, from local files only.
+    """Load a model's tokenizer, from local files only, once it was tried where it can do no harm (`Trial`).
 
     Args:
+        directory: with the model's files and no others (`model_files.folder_of`).
+        name: of the model, for messages.
         chat_template: `tokenizer` (its own) or the name of one of the job's templates.
         template_text: the content of a Jinja file, which takes precedence over `chat_template`.
         date: the date that templates may print.
 
     Raises:
-        DataError: there is no fast tokenizer, it needs custom code, or `generation_config.json` is damaged.
+        DataError: there is no fast tokenizer, it needs custom code, it does not do what its `tokenizer.json` says, it
+            or a template takes too much time or memory, or a configuration is damaged.
         ConfigError: a template name is unknown.
     """
-    from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import, and only after job.tuning in a run
+    name, file = name or directory.name, directory / model_files.TOKENIZER
+    with Trial(file if file.exists() else None, name=name) as trial:
+        hf, notes = _loaded(directory, name, trial), settings.template_notes(directory, name)
+        difference = find_difference(hf, trial) if file.exists() else None
+        if difference is not None:
+            hf = _of_file(difference, directory, name, trial)
+            notes = (*notes, FILE_USED.format(settings.class_name(directory, name)))
+        own, variables = own_template(hf), {**hf.special_tokens_map, "date_string": str(date)}
+        others = ((text, f"chat template `{which}` of {name}") for which, text in other_templates(hf).items())
+        for text, what in ((own, f"chat template of {name}"), *others, (template_text, "chat template `file`")):
+            if text:
+                trial.render(text, variables, what=what)
+    found = wrap_tokenizer(hf, chat_template=chat_template, template_text=template_text, date=date)
+    rows = settings.embedding_rows(directory, name)
+    return replace(
+        found,
+        notes=(*found.notes, *notes, *check_embeddings(found, rows, name)),
+        of_file=difference is not None,
+        other_stop_ids=_other_stop_ids(found, settings.stop_ids(directory, name)),
+        embedding_rows=rows,
+    )
 
+
+def _loaded(directory: Path, name: str, trial: Trial) -> Any:
+    """The transformers tokenizer, of the class that its files ask for."""
+    from transformers import AutoConfig, AutoTokenizer  # noqa: PLC0415 - seconds to import, and only after job.tuning
+
+    trial.opened()
+    settings.check_versions(directory, name)
+    place, local = str(directory.absolute()), {"local_files_only": True, "trust_remote_code": False}
     try:
-        hf = AutoTokenizer.from_pretrained(str(directory.absolute()), local_files_only=True, trust_remote_code=False)
+        found = (directory / model_files.CONFIG).exists()
+        config = AutoConfig.from_pretrained(place, **local) if found else None
     except Exception as error:
         raise DataError(
-            f"The tokenizer in {directory.name} cannot be loaded: {error}.",
+            f"config.json of {name} is not one that transformers can use: {_words(error)}.",
+            remedy="Correct it, or use a model whose architecture is part of transformers.",
+        ) from error
+    try:
+        return AutoTokenizer.from_pretrained(place, config=config, **local)
+    except Exception as error:
+        raise DataError(
+            f"The tokenizer of {name}, of the class {settings.class_name(directory, name)}, cannot be loaded: "
+            f"{_words(error)}.",
             remedy="The model needs a tokenizer.json that works without custom code; save one with "
             "AutoTokenizer.save_pretrained where its code is trusted.",
         ) from error
-    found = wrap_tokenizer(hf, chat_template=chat_template, template_text=template_text, date=date)
-    return replace(found, other_stop_ids=_other_stop_ids(found, directory / "generation_config.json"))
 
 
-def _other_stop_ids(found: Tokenizer, file: Path) -> tuple[int, ...]:
-    """`eos_token_id` of a generation configuration, one number or several, without tokens that open answers."""
-    if not file.exists():
-        return ()
-    try:
-        given = json.loads(file.read_text()).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise DataError(
-            f"generation_config.json in {file.parent.name} is not a JSON object: {error}.",
-            remedy="Correct the file, or remove it.",
-        ) from None
+def _of_file(difference: Difference, directory: Path, name: str, trial: Trial) -> Any:
+    """The tokenizer that `tokenizer.json` describes, where its class only cuts texts into other pieces.
+
+    Raises:
+        DataError: the class loses text, or no class does what the file says: then it is not clear which is right.
+    """
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - as above
+
+    if difference.loses_text:
+        raise class_contradicts(difference, directory, name)
+    place = str(directory.absolute())
+    hf = PreTrainedTokenizerFast.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    left = find_difference(hf, trial)
+    if left is not None:
+        raise class_contradicts(left, directory, name)
+    return hf
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:500].rstrip(".") or type(error).__name__
+
+
+def _other_stop_ids(found: Tokenizer, given: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the generation configuration without EOS, and without tokens that open answers."""
     opening = set(found.encode(found.chat.generation_prompt).ids) if found.chat else set()
-    listed = given if isinstance(given, list) else [given]
-    return tuple(number for number in listed if type(number) is int and number not in {*opening, found.eos_token_id})
+    return tuple(number for number in given if number not in {*opening, found.eos_token_id})
 
 
 def wrap_tokenizer(
@@ -144,10 +214,8 @@ def wrap_tokenizer(
             "answers cannot be found.",
             remedy="Convert it to a tokenizer.json.",
         )
-    hf.backend_tokenizer.no_truncation()
-    hf.backend_tokenizer.no_padding()
-    hf.backend_tokenizer.encode_special_tokens = False
-    own = _own_template(hf)
+    prepare(hf)
+    own, others = own_template(hf), other_templates(hf) if chat_template == "tokenizer" and not template_text else {}
     notes = _correct_eos(hf, _template(hf, "tokenizer", own, date)) if own else ()
     chat = _chosen(hf, own, chat_template, template_text, date)
     end_ids = tuple(hf(chat.end_of_turn, add_special_tokens=False)["input_ids"]) if chat else ()
@@ -159,17 +227,12 @@ def wrap_tokenizer(
         hf=hf,
         chat=chat,
         blocks={name: _template(hf, name, bundled_template(name), date) for name in TEXT_BLOCKS},
+        named={name: _template(hf, name, text, date) for name, text in others.items()},
         bos_ids=_bos_ids(hf),
         end_of_turn_ids=end_ids,
         eos_token_id=hf.eos_token_id,
-        notes=(*notes, *_end_notes(chat, end_ids)),
+        notes=(*notes, *_end_notes(chat, end_ids), *notes_on(others)),
     )
-
-
-def _own_template(hf: Any) -> str | None:
-    """The tokenizer's template; of several, the one called `default`, or the first."""
-    own = hf.chat_template
-    return own.get("default", next(iter(own.values()), None)) if isinstance(own, dict) else own
 
 
 def _chosen(hf: Any, own: str | None, chat_template: str, template_text: str | None, date: dt.date) -> Template | None:

@@ -50,6 +50,8 @@ MOST_BYTES = 4 << 30
 """What a restore may write, archives and their files: docs/operations.md reserves 5 GB of the scratch disk for it."""
 LEAST_FREE_BYTES = 2 << 30
 """What a restore must leave free on the scratch disk, for data and checkpoints."""
+SHOWN = 100
+"""Characters of a key that is not the cache's."""
 _ARCHIVE = re.compile(r"[0-9a-f]{64}" + re.escape(archive.SUFFIX))
 _TEMPORARY = re.compile(r"tmp\..*|__pycache__|locks?|.*\.(lock|tmp|pyc\.\d+)")
 """Names of files that the libraries need only while they write, or can make again at no cost."""
@@ -194,9 +196,11 @@ class CompileCache:
             raise DamagedError("it is damaged: its SHA-256 is not the one in its name")
 
     def _unpack(self, staging: Path) -> list[str]:
-        label, names = archive.unpack(staging / "archive", staging / "files", most_bytes=self._room())
+        label, names = archive.unpack(
+            staging / "archive", staging / "files", most_bytes=self._room(), cancelled=self._timed_out.is_set
+        )
         if label.get("key") != self._key:
-            raise ValueError(f"it was made for another key, {label.get('key')!r}")
+            raise ValueError(f"it was made for another key, {str(label.get('key'))[:SHOWN]!r}")
         self._left -= sum((staging / "files" / name).stat().st_size for name in names)
         return names
 

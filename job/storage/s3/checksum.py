@@ -80,6 +80,12 @@ def upload_algorithm(client: S3Client) -> str | None:
     return "CRC32C" if client.meta.endpoint_url.startswith("https") else "SHA256"
 
 
+def algorithm_argument(client: S3Client) -> dict[str, Any]:
+    """The argument that asks the store for this checksum of an object that it makes itself."""
+    algorithm = upload_algorithm(client)
+    return {"ChecksumAlgorithm": algorithm} if algorithm else {}
+
+
 def upload_arguments(client: S3Client, blocks: Iterable[bytes]) -> dict[str, Any]:
     """The arguments that send the checksum of a body along with it."""
     algorithm = upload_algorithm(client)

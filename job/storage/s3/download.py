@@ -25,7 +25,7 @@ from job.storage.progress import Progress
 from job.storage.s3.bucket import Bucket
 from job.storage.s3.checksum import Checksum, of_whole_object
 from job.storage.s3.client import WORKERS
-from job.storage.s3.failures import in_words, is_precondition_failed
+from job.storage.s3.failures import describe, head, is_missing, is_precondition_failed, is_range_gone
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -85,7 +85,7 @@ class _Download:
     def run(self) -> None:
         with _explained(self.uri):
             if self.entry.size <= RANGE_BYTES:
-                crcs = [self.bucket.call("GetObject", self.key, self._whole)]
+                crcs = [self.bucket.call("GetObject", self.key, self._whole, expected=_is_other)]
             else:
                 crcs = self._ranges()
         if self.checksum and not self.checksum.matches(self.part, crcs):
@@ -102,7 +102,7 @@ class _Download:
             return self._copy(reader, _Range(start=0, size=self.entry.size), None)
 
     def _ranges(self) -> list[tuple[int, int]]:
-        self.checksum = self.bucket.call("HeadObject", self.key, self._head)
+        self.checksum = self.bucket.call("HeadObject", self.key, self._head, expected=_is_other)
         os.truncate(self.part, self.entry.size)
         starts = range(0, self.entry.size, RANGE_BYTES)
         ranges = [_Range(start=start, size=min(RANGE_BYTES, self.entry.size - start)) for start in starts]
@@ -111,7 +111,7 @@ class _Download:
     def _head(self, client: S3Client) -> Checksum | None:
         validates = getattr(client.meta.config, "response_checksum_validation", "") == "when_supported"
         mode: Any = {"ChecksumMode": "ENABLED"} if validates else {}  # boto3 adds it to a GET only
-        reply = client.head_object(Bucket=self.bucket.name, Key=self.key, **mode, **self._condition())
+        reply = head(client, Bucket=self.bucket.name, Key=self.key, **mode, **self._condition())
         self._require_same(reply, reply["ContentLength"])
         return of_whole_object(reply)
 
@@ -127,7 +127,7 @@ class _Download:
             with contextlib.closing(_Reader(reply["Body"])) as reader:
                 return self._copy(reader, piece, stop)
 
-        return self.bucket.call("GetObject", self.key, act, stop=stop)
+        return self.bucket.call("GetObject", self.key, act, expected=_is_other, stop=stop)
 
     def _copy(self, body: _Reader, piece: _Range, stop: threading.Event | None) -> tuple[int, int]:
         """Read a reply's body to its offset in the file; returns its CRC and size."""
@@ -196,6 +196,11 @@ class _Reader:
         self._body.close()
 
 
+def _is_other(error: ClientError) -> bool:
+    """Whether the reply says that the object is gone, or is another one."""
+    return is_missing(error) or is_precondition_failed(error) or is_range_gone(error)
+
+
 def _changed(uri: str) -> ChangedError:
     return ChangedError(f"{uri} changed while it was read.", remedy="Run again when it is complete.")
 
@@ -205,6 +210,6 @@ def _explained(uri: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        if is_precondition_failed(error):
+        if not is_missing(error):
             raise _changed(uri) from error
-        raise MissingError(f"{uri} does not exist any more: {in_words(error)}.", remedy="Restore it.") from error
+        raise MissingError(f"{uri} does not exist any more: {describe(error)}.", remedy="Restore it.") from error

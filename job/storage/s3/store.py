@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError, FlexibleChecksumError
 
-from job.runtime.errors import StorageError
+from job.runtime.errors import DataError, JobError
 from job.storage.base import Entry
 from job.storage.faults import DamagedError, MissingError
 from job.storage.s3.bucket import Bucket
-from job.storage.s3.checksum import upload_algorithm, upload_arguments
+from job.storage.s3.checksum import algorithm_argument, upload_arguments
 from job.storage.s3.client import Connection
 from job.storage.s3.download import again_if_damaged, download
 from job.storage.s3.failures import (
-    Kind,
-    classify,
+    ForeignReplyError,
     error_code,
-    in_words,
+    head,
     is_missing,
-    is_not_implemented,
     is_precondition_failed,
+    is_range_gone,
+    is_unknown_condition,
+    is_upload_lost,
+    status_code,
 )
 from job.storage.s3.upload import upload
 from job.storage.uri import S3Address, checked_key
@@ -31,6 +34,8 @@ from job.storage.uri import S3Address, checked_key
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+_LISTING = {"Name", "IsTruncated", "KeyCount", "MaxKeys", "Contents", "CommonPrefixes"}
+"""What a listing has at least one of, also of an empty bucket."""
 _COPIED_IN_ONE_REQUEST = 5 << 30  # bytes; S3's limit for CopyObject
 
 
@@ -71,12 +76,20 @@ class S3Store:
 
     def _page(self, prefix: str, extra: dict[str, str]) -> Any:
         def act(client: S3Client) -> Any:
-            return client.list_objects_v2(Bucket=self._bucket.name, Prefix=prefix, **extra)  # type: ignore[arg-type]
+            page: Any = client.list_objects_v2(Bucket=self._bucket.name, Prefix=prefix, **extra)  # type: ignore[arg-type]
+            if not _LISTING & page.keys():  # nothing, or a page of HTML, would count as an empty bucket
+                raise ForeignReplyError("the reply is no listing")
+            for item in page.get("Contents", ()):
+                item["Key"], item["Size"]
+            return page
 
         return self._bucket.call("ListObjectsV2", prefix, act)
 
     def _listed(self, item: Any) -> Entry:
-        key = checked_key(item["Key"].removeprefix(self._root))
+        try:
+            key = checked_key(item["Key"].removeprefix(self._root))
+        except DataError as error:
+            raise DataError(f"s3://{self._bucket.name}/{item['Key']}: {error.message}", remedy=error.remedy) from None
         return Entry(key=key, size=item["Size"], etag=_etag(item), version=None)
 
     def names(self, prefix: str) -> list[str]:
@@ -91,7 +104,7 @@ class S3Store:
         name = self._key(key)
 
         def act(client: S3Client) -> Entry:
-            reply = client.head_object(Bucket=self._bucket.name, Key=name)
+            reply = head(client, Bucket=self._bucket.name, Key=name)
             version = reply.get("VersionId", "null")  # "null": written before versioning was enabled
             return Entry(
                 key=key,
@@ -101,7 +114,7 @@ class S3Store:
             )
 
         with _absent():
-            return self._bucket.call("HeadObject", name, act)
+            return self._bucket.call("HeadObject", name, act, expected=is_missing)
         return None
 
     def read(self, key: str) -> bytes | None:
@@ -109,14 +122,20 @@ class S3Store:
         name = self._key(key)
 
         def act(client: S3Client) -> bytes:
-            try:
-                return client.get_object(Bucket=self._bucket.name, Key=name)["Body"].read()
-            except FlexibleChecksumError as error:
-                raise DamagedError(f"{self.uri}/{key} is damaged: {error}.", remedy="Write it again.") from error
+            return self._body(client.get_object(Bucket=self._bucket.name, Key=name), name)
 
         with _absent():
-            return again_if_damaged(lambda: self._bucket.call("GetObject", name, act))
+            return again_if_damaged(lambda: self._bucket.call("GetObject", name, act, expected=is_missing))
         return None
+
+    def _body(self, reply: Any, name: str) -> bytes:
+        try:
+            body: bytes = reply["Body"].read()
+        except FlexibleChecksumError as error:
+            raise DamagedError(
+                f"s3://{self._bucket.name}/{name} is damaged: {error}.", remedy="Write it again."
+            ) from error
+        return body
 
     def read_start(self, key: str, size: int) -> bytes | None:
         """See `Store.read_start`."""
@@ -128,9 +147,12 @@ class S3Store:
                 # Not to the end: some stores send the whole object's checksum, which boto3 would then compare.
                 return body.read(min(size, reply["ContentLength"]))
 
-        with _absent():
-            return self._bucket.call("GetObject", name, act)
-        return None
+        try:
+            return self._bucket.call(
+                "GetObject", name, act, expected=lambda error: is_missing(error) or is_range_gone(error)
+            )
+        except ClientError as error:
+            return b"" if is_range_gone(error) else None  # an empty object has no range
 
     def write(self, key: str, data: bytes) -> None:
         """See `Store.write`."""
@@ -142,8 +164,13 @@ class S3Store:
         self._bucket.call("PutObject", name, act)
 
     def create(self, key: str, data: bytes) -> bool:
-        """See `Store.create`. Atomic where the store honours `If-None-Match: *`."""
-        return self._put_if(key, data, IfNoneMatch="*")
+        """See `Store.create`. Atomic where the store honours `If-None-Match: *`; one that does not know it behaves like
+        one that ignores it: the object is replaced."""
+        try:
+            return self._put_if(key, data, IfNoneMatch="*")
+        except ClientError:
+            self.write(key, data)
+            return True
 
     def replace(self, key: str, data: bytes, *, expected: bytes) -> bool:
         """See `Store.replace`."""
@@ -151,27 +178,26 @@ class S3Store:
 
         def act(client: S3Client) -> tuple[bytes, str]:
             reply = client.get_object(Bucket=self._bucket.name, Key=name)
-            return reply["Body"].read(), reply.get("ETag", "")
+            return self._body(reply, name), reply.get("ETag", "")
 
         with _absent():
-            found, etag = self._bucket.call("GetObject", name, act)
+            found, etag = self._bucket.call("GetObject", name, act, expected=is_missing)
             if found != expected:
                 return False
-            if not etag:  # nothing that a condition could name
-                self.write(key, data)
-                return True
-            try:
-                return self._put_if(key, data, IfMatch=etag)
-            except StorageError as error:
-                if not (isinstance(error.__cause__, ClientError) and is_not_implemented(error.__cause__)):
-                    raise
-                self.write(key, data)  # the store knows `If-None-Match` at most
-                return True
+            with contextlib.suppress(ClientError):  # the store knows `If-None-Match` at most
+                if etag:  # else there is nothing that a condition could name
+                    return self._put_if(key, data, IfMatch=etag)
+            self.write(key, data)
+            return True
         return False
 
     def _put_if(self, key: str, data: bytes, **condition: str) -> bool:
         """Write under a condition. When a reply was lost, "the condition is not met" may mean an earlier try of this
-        call: then the content decides."""
+        call: then the content decides.
+
+        Raises:
+            ClientError: the store does not know the condition, and has written nothing.
+        """
         name = self._key(key)
         lost = False
 
@@ -184,10 +210,13 @@ class S3Store:
                 lost = lost or _may_have_succeeded(error)
                 raise
 
+        def expected(error: ClientError) -> bool:
+            return is_precondition_failed(error) or is_missing(error) or is_unknown_condition(error)
+
         try:
-            self._bucket.call("PutObject", name, act)
+            self._bucket.call("PutObject", name, act, expected=expected)
         except ClientError as error:
-            if not (is_precondition_failed(error) or is_missing(error)):
+            if is_unknown_condition(error):
                 raise
             return lost and self.read(key) == data
         return True
@@ -205,7 +234,10 @@ class S3Store:
         name = self._key(key)
         with _absent():
             self._bucket.call(
-                "DeleteObject", name, lambda client: client.delete_object(Bucket=self._bucket.name, Key=name)
+                "DeleteObject",
+                name,
+                lambda client: client.delete_object(Bucket=self._bucket.name, Key=name),
+                expected=is_missing,
             )
 
     def copy(self, key: str, target: str) -> None:
@@ -214,20 +246,14 @@ class S3Store:
         name = self._key(target)
 
         def act(client: S3Client) -> None:
-            if client.head_object(**source)["ContentLength"] <= _COPIED_IN_ONE_REQUEST:
-                algorithm = upload_algorithm(client)
-                extra: Any = {"ChecksumAlgorithm": algorithm} if algorithm else {}
-                client.copy_object(CopySource=source, Bucket=self._bucket.name, Key=name, **extra)
-            else:
+            if head(client, **source)["ContentLength"] > _COPIED_IN_ONE_REQUEST:
                 client.copy(source, self._bucket.name, name)  # needs an ETag, which not every store gives
+            else:
+                client.copy_object(CopySource=source, Bucket=self._bucket.name, Key=name, **algorithm_argument(client))
 
         try:
-            self._bucket.call("CopyObject", name, act)
-        except ClientError as error:
-            if not is_missing(error):
-                raise StorageError(
-                    f"{self.uri}/{key} could not be read or written: {in_words(error)}.", remedy="Check the bucket."
-                ) from error
+            self._bucket.call("CopyObject", name, act, expected=is_missing)
+        except ClientError:
             raise MissingError(f"{self.uri}/{key} does not exist any more.", remedy="Restore it.") from None
 
     def remove_unfinished(self, prefix: str) -> int:
@@ -238,8 +264,8 @@ class S3Store:
             def act(client: S3Client, name: str = name, upload_id: str = upload_id) -> None:
                 client.abort_multipart_upload(Bucket=self._bucket.name, Key=name, UploadId=upload_id)
 
-            with _absent():
-                self._bucket.call("AbortMultipartUpload", name, act)
+            with contextlib.suppress(ClientError):  # somebody else has removed it
+                self._bucket.call("AbortMultipartUpload", name, act, expected=_is_gone)
         return len(found)
 
     def _unfinished(self, prefix: str) -> list[tuple[str, str]]:
@@ -250,7 +276,7 @@ class S3Store:
             return [(item["Key"], item["UploadId"]) for page in pages for item in page.get("Uploads", [])]
 
         try:
-            return self._bucket.call("ListMultipartUploads", prefix, act)
+            return self._bucket.call("ListMultipartUploads", prefix, act, expected=_is_gone)
         except ClientError:  # some stores answer "no such upload" where there are none
             return []
 
@@ -268,11 +294,19 @@ def _absent() -> Iterator[None]:
             raise
 
 
+def _is_gone(error: ClientError) -> bool:
+    return is_missing(error) or is_upload_lost(error)
+
+
 def _may_have_succeeded(error: Exception) -> bool:
-    """A request whose connection broke, or that got a server error, may have been executed; not so after a limit."""
+    """A request whose connection broke, or that got a server error, may have been executed; not so one that was
+    refused or limited."""
     if isinstance(error, ClientError):
-        return classify(error).kind is Kind.WAIT and error_code(error) not in {"ConditionalRequestConflict", "SlowDown"}
-    return classify(error).kind is Kind.WAIT
+        refused = (
+            status_code(error) < HTTPStatus.INTERNAL_SERVER_ERROR and status_code(error) != HTTPStatus.REQUEST_TIMEOUT
+        )
+        return not refused and error_code(error) not in {"SlowDown", "NotImplemented", "501"}
+    return not isinstance(error, JobError)
 
 
 def _is_folder(item: Any) -> bool:

@@ -22,9 +22,9 @@ from job.storage.faults import DamagedError
 from job.storage.parallel import Stopped, each
 from job.storage.progress import Progress
 from job.storage.s3.bucket import Bucket
-from job.storage.s3.checksum import upload_algorithm, upload_arguments
+from job.storage.s3.checksum import algorithm_argument, upload_arguments
 from job.storage.s3.client import WORKERS
-from job.storage.s3.failures import in_words, is_upload_lost
+from job.storage.s3.failures import describe, head, is_missing, is_upload_lost
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -116,9 +116,13 @@ class _Upload:
                 self._in_parts()
                 return
             except ClientError as error:
-                if attempt == _LOST_ATTEMPTS or not is_upload_lost(error):
-                    raise StorageError(f"{self.uri}: {in_words(error)}.", remedy="Check the bucket.") from error
-                structlog.get_logger().warning("upload_lost", key=self.uri, error=in_words(error), tries=attempt)
+                if attempt == _LOST_ATTEMPTS:
+                    raise StorageError(
+                        f"{self.uri} was not uploaded: the store lost the upload {_LOST_ATTEMPTS} times: "
+                        f"{describe(error)}.",
+                        remedy="Look for a rule of the bucket that aborts uploads (AbortIncompleteMultipartUpload).",
+                    ) from error
+                structlog.get_logger().warning("upload_lost", key=self.uri, error=describe(error), tries=attempt)
 
     def _in_parts(self) -> None:
         upload_id = self.bucket.call("CreateMultipartUpload", self.key, self._begin)
@@ -131,9 +135,9 @@ class _Upload:
             raise
 
     def _begin(self, client: S3Client) -> str:
-        algorithm = upload_algorithm(client)
-        extra: Any = {"ChecksumAlgorithm": algorithm} if algorithm else {}
-        return client.create_multipart_upload(Bucket=self.bucket.name, Key=self.key, **extra)["UploadId"]
+        return client.create_multipart_upload(Bucket=self.bucket.name, Key=self.key, **algorithm_argument(client))[
+            "UploadId"
+        ]
 
     def _send(self, upload_id: str, part: _Part | None, stop: threading.Event) -> dict[str, Any]:
         """Send one part; None instead of a part hashes the whole file, in parallel with the sending."""
@@ -150,7 +154,7 @@ class _Upload:
                 reply = client.upload_part(**where, PartNumber=part.number, Body=body, **checks)
             return {"PartNumber": part.number, "ETag": reply["ETag"], **checks}
 
-        sent = self.bucket.call("UploadPart", self.key, act, stop=stop)
+        sent = self.bucket.call("UploadPart", self.key, act, expected=is_upload_lost, stop=stop)
         self.progress.add(part.size)
         return sent
 
@@ -160,7 +164,7 @@ class _Upload:
                 Bucket=self.bucket.name, Key=self.key, UploadId=upload_id, MultipartUpload={"Parts": parts}
             )
 
-        self.bucket.call("CompleteMultipartUpload", self.key, act)
+        self.bucket.call("CompleteMultipartUpload", self.key, act, expected=is_upload_lost)
 
     def _abort(self, upload_id: str) -> None:
         """Try once; parts that are not deleted cost money until the bucket's lifecycle rule deletes them."""
@@ -168,16 +172,17 @@ class _Upload:
             client = self.bucket.connection.client()
             client.abort_multipart_upload(Bucket=self.bucket.name, Key=self.key, UploadId=upload_id)
         except Exception as error:  # noqa: BLE001 - the error that led here is the one to report
-            structlog.get_logger().warning("upload_not_aborted", key=self.uri, error=in_words(error))
+            structlog.get_logger().warning("upload_not_aborted", key=self.uri, error=describe(error))
 
     def verify(self) -> None:
         """The store must hold as many bytes as the file."""
 
         def act(client: S3Client) -> int:
-            return client.head_object(Bucket=self.bucket.name, Key=self.key)["ContentLength"]
+            size: int = head(client, Bucket=self.bucket.name, Key=self.key)["ContentLength"]
+            return size
 
         try:
-            held: int | None = self.bucket.call("HeadObject", self.key, act)
+            held: int | None = self.bucket.call("HeadObject", self.key, act, expected=is_missing)
         except ClientError:
             held = None
         if held != self.size:

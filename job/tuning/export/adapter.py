@@ -11,12 +11,14 @@ from typing import Any
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from job.data.tokenizer.load import Tokenizer
 from job.model.base_model import BaseModel
+from job.tuning.export.tokenizer import write_tokenizer
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
-def save_adapter(model: Any, hf_tokenizer: Any, directory: Path, *, base: BaseModel) -> None:
+def save_adapter(model: Any, tokenizer: Tokenizer, directory: Path, *, base: BaseModel) -> None:
     """Write the adapter with its tokenizer.
 
     Args:
@@ -33,23 +35,8 @@ def save_adapter(model: Any, hf_tokenizer: Any, directory: Path, *, base: BaseMo
     config["target_modules"] = sorted(config["target_modules"])
     plain = {key: value for key, value in config.items() if _jsonable(value)}
     (directory / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
-    _save_tokenizer(hf_tokenizer, directory, base=base)
+    write_tokenizer(tokenizer, directory, base=base.path)
     make_readable(directory)
-
-
-def _save_tokenizer(hf_tokenizer: Any, directory: Path, *, base: BaseModel) -> None:
-    """Write the tokenizer with the base's own maximum length, not the one that training cut examples to."""
-    original = base.path / "tokenizer_config.json"
-    hf_tokenizer.save_pretrained(directory)
-    written = directory / "tokenizer_config.json"
-    settings = json.loads(written.read_text())
-    before = json.loads(original.read_text()) if original.exists() else {}
-    for key in ("model_max_length", "padding_side"):
-        if key in before:
-            settings[key] = before[key]
-        else:
-            settings.pop(key, None)
-    written.write_text(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 def _jsonable(value: Any) -> bool:

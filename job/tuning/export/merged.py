@@ -20,6 +20,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from job.inputs.model_files import GENERATION_CONFIG, INDEX, read_object
 from job.model.base_model import BaseModel
 from job.runtime.errors import PermanentError
 from job.tuning.export.adapter import ADAPTER_FILE, make_readable
@@ -59,7 +60,7 @@ def merge(
     deltas.check_all_used(base.name)
     if len(set(names.values())) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     _copy_configuration(adapter, directory, base, dtype)
     _write_generation_config(directory, base, stop_ids)
     make_readable(directory)
@@ -127,12 +128,12 @@ class _BaseWeights:
 
 def _write_generation_config(directory: Path, base: BaseModel, stop_ids: Sequence[int]) -> None:
     """The base's generation settings, with every token that ends an answer."""
-    original = base.path / "generation_config.json"
-    settings = json.loads(original.read_text()) if original.exists() else {}
+    original = base.path / GENERATION_CONFIG
+    settings = read_object(original, base.name) if original.exists() else {}
     given = settings.get("eos_token_id", base.config.get("eos_token_id"))
-    ends = [] if given is None else given if isinstance(given, list) else [given]
-    settings["eos_token_id"] = list(dict.fromkeys([*stop_ids, *ends]))
-    (directory / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    ends = given if isinstance(given, list) else [given]
+    settings["eos_token_id"] = list(dict.fromkeys([*stop_ids, *(end for end in ends if type(end) is int)]))
+    (directory / GENERATION_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _copy_configuration(adapter: Path, directory: Path, base: BaseModel, dtype: torch.dtype) -> None:
@@ -142,6 +143,9 @@ def _copy_configuration(adapter: Path, directory: Path, base: BaseModel, dtype: 
         first = file.get_tensor(next(iter(file.keys())))
     config["dtype"] = str(first.dtype if first.is_floating_point() else dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in adapter.iterdir():
-        if path.name not in {ADAPTER_FILE, "adapter_config.json", "README.md"} and path.is_file():
-            shutil.copyfile(path, directory / path.name)
+    shutil.copytree(
+        adapter,
+        directory,
+        ignore=shutil.ignore_patterns(ADAPTER_FILE, "adapter_config.json", "README.md"),
+        dirs_exist_ok=True,
+    )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import job.tuning.unsloth_import  # before torch, transformers, trl and peft, which it patches
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from trl import SFTTrainer
 
+from job.model.schedule import rate_factor
 from job.runtime.errors import PermanentError
 from job.tuning.checkpoint_files import write_adapter
 from job.tuning.device import out_of_memory
@@ -60,6 +63,19 @@ class MicroBatchTrainer(SFTTrainer):
         """Add up one micro-batch's gradients; returns its share of the step's loss."""
         loss: torch.Tensor = super().training_step(model, batch, items)
         return loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The course of the learning rate: that of `job.model.schedule`, whose first step trains."""
+        if self.lr_scheduler is None:
+            factor = functools.partial(
+                rate_factor,
+                kind=getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type),
+                steps=num_training_steps,
+                warmup_steps=self.args.get_warmup_steps(num_training_steps),
+            )
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.order or super()._get_train_sampler(train_dataset)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 import random
@@ -98,6 +99,7 @@ def found(examples: Iterable[Example], held_out: Iterable[Example] = ()) -> dict
 
 
 LONG = sentence(99, 80)
+PICTURE = f"data:image/png;base64,{base64.b64encode(bytes(range(250))).decode()}"
 TABLE = "| a | b |\n|---|---|\n" + "=" * 200 + "\n" + "-" * 120
 
 
@@ -128,6 +130,7 @@ TABLE = "| a | b |\n|---|---|\n" + "=" * 200 + "\n" + "-" * 120
         pytest.param("garbage", [talk("It isnâ€™t so", "It is so, I say")], [1], id="apostrophe"),
         pytest.param("garbage", [talk("NaÃ¯ve", "Ã–sterreich ist ein Land")], [1], id="capital umlaut"),  # noqa: RUF001
         pytest.param("garbage", [talk("Who?", "so it goes " + "a" * 160)], [1], id="one letter"),
+        pytest.param("embedded_media", [talk(f"What is on {PICTURE}?", "It is a heron")], [1], id="picture"),
         pytest.param("email_addresses", [talk("Who?", "Write to jane.doe@acme-mail.com please")], [1], id="address"),
         *(
             pytest.param("secrets", [talk("How do I log in?", f"You use {secret} for that")], [1], id=name)
@@ -333,9 +336,9 @@ def test_no_secret_is_ever_shown(before: str, secret: str, after: str) -> None:
     assert core not in masking.masked(text)
     scan = scanned([talk("How do I log in?", text)])
     with capture_logs() as logs:
-        prepare.judge(scan, quality="warn")
+        prepare.judge(scan.findings, rows=scan.rows, quality="warn")
     with pytest.raises(DataError) as caught:
-        prepare.judge(scan, quality="fail")
+        prepare.judge(scan.findings, rows=scan.rows, quality="fail")
     assert core not in f"{scan.findings} {logs} {caught.value}"
     assert "secrets" in {line["code"] for line in logs}
 
@@ -395,7 +398,7 @@ def test_fail_names_everything_that_was_found(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [talk("Who is it?", ""), talk("Who?", "me@acme-mail.com it is"), *normal()])
     facts = prepare.read(config(), pulled(path))
     with pytest.raises(DataError, match=r"grave: empty_answers\.") as caught:
-        prepare.judge(facts.scan, quality="fail")
+        prepare.judge(facts.scan.findings, rows=facts.scan.rows, quality="fail")
     assert "empty_answers: 1 of 62 rows (1.6%) " in caught.value.message
     assert "email_addresses: 1 of 62 rows" in caught.value.message
     assert "First: a.jsonl:1. " in caught.value.message
@@ -408,7 +411,7 @@ def test_warn_says_each_finding_once(tmp_path: Path, quality: str, events: list[
     path = write(tmp_path / "a.jsonl", [talk("Who is it?", ""), talk("Who?", "me@acme-mail.com it is"), *normal()])
     found = scan_of(path, quality=quality)
     with capture_logs() as logs:
-        prepare.judge(found, quality=quality)
+        prepare.judge(found.findings, rows=found.rows, quality=quality)
     assert [line["event"] for line in logs] == events
     assert all(line.keys() >= {"code", "count", "first", "message", "remedy"} for line in logs)
 

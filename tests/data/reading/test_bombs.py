@@ -113,8 +113,8 @@ BOMBS: dict[str, tuple[Any, str]] = {
     ),
     "columns.parquet": (lambda: parquet([{f"c{number}": 1 for number in range(10_100)}]), "10,000 columns"),
     "footer.parquet": (lambda: many(10_000, 100), "too many parts"),
-    "packed.parquet.zst": (lambda: zstandard.compress(bytes(1 << 28)), "decompressed"),
-    "packed.parquet.gz": (lambda: gzip.compress(bytes(1 << 27)), "decompressed"),
+    "packed.parquet.zst": (lambda: zstandard.compress(b"PAR1" + bytes(1 << 28)), "decompressed"),
+    "packed.parquet.gz": (lambda: gzip.compress(b"PAR1" + bytes(1 << 27)), "decompressed"),
     # JSON
     "line.jsonl.zst": (lambda: zstandard.compress(b'{"text": "' + b"a" * (1 << 27) + b'"}\n'), "longer than 64 MiB"),
     "blank.jsonl.zst": (lambda: zstandard.compress(b"\n" * (1 << 27)), "are blank"),

@@ -37,6 +37,7 @@ BATCHES = (512, 64, 8, 1)
 _LENGTH = struct.Struct("<I")
 _SHARED_BEGINNINGS = 7  # DELTA_BYTE_ARRAY
 _DELTA = (6, _SHARED_BEGINNINGS)  # with DELTA_LENGTH_BYTE_ARRAY
+_UNKNOWN = -1
 _DATA, _DICTIONARY, _DATA_2 = 5, 7, 8  # the fields of a page's header for its kind
 
 
@@ -226,6 +227,6 @@ def _page(descriptor: int, offset: int) -> _Page:
             size=fields[2],
             stored=fields[3],
             dictionary=kind == _DICTIONARY,
-            encoding=data.get(4 if kind == _DATA_2 else 2),
+            encoding=data.get(4 if kind == _DATA_2 else 2, _UNKNOWN),
         )
     raise DamagedError(f"there is no page at byte {offset:,}")
