@@ -18,7 +18,7 @@ LONGEST = 1 << 20
 MOST_MATCHED = 5_000_000
 """Comparisons of a name and a pattern, of which each takes some microseconds."""
 _WILDCARD = re.compile(r"(\*\*/|\*\*|\*|\?)")
-_HEADER = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---(?:\r\n|\n|$)")
+_HEADER = re.compile(r"\s*---\r?\n([\S\s]*?)\r?\n---(?:\r\n|\n|$)")
 
 
 def declared_splits(place: str, readme: bytes, names: Sequence[str]) -> dict[str, list[str]]:
@@ -30,23 +30,37 @@ def declared_splits(place: str, readme: bytes, names: Sequence[str]) -> dict[str
         names: of all files of the place.
 
     Raises:
-        DataError: the header is not valid, or has several configurations and no default.
+        DataError: the header is not valid, has several configurations and no default, or names no file that is there.
     """
     configs = [config for config in _configs(place, readme) if config.get("data_files")]
     if len(configs) > 1:
-        default = [config for config in configs if config.get("default") or config.get("config_name") == "default"]
-        configs = default[:1] or _ambiguous(place, [str(config.get("config_name")) for config in configs])
+        default = [config for config in configs if _is_default(config)]
+        configs = default[:1] or _ambiguous(place, [_text(place, config, "config_name") for config in configs])
+    if not configs:
+        return {}
+    folder = _text(place, configs[0], "data_dir").strip("/")
+    patterns = _patterns(place, configs[0]["data_files"])
+    if len(patterns) * len(names) > MOST_MATCHED:
+        raise _invalid(place, f"it has {len(patterns):,} patterns for {len(names):,} files")
     splits: dict[str, list[str]] = {}
-    for config in configs:
-        folder = str(config.get("data_dir") or "").strip("/")
-        patterns = _patterns(place, config["data_files"])
-        if len(patterns) * len(names) > MOST_MATCHED:
-            raise _invalid(place, f"it has {len(patterns):,} patterns for {len(names):,} files")
-        for split, pattern in patterns:
-            whole = f"{folder}/{pattern.removeprefix('./')}" if folder else pattern
-            found = [name for name in names if _globbed(name, whole)]
-            splits[split] = list(dict.fromkeys(splits.get(split, []) + found))
+    for split, pattern in patterns:
+        whole = f"{folder}/{pattern.removeprefix('./')}" if folder else pattern
+        found = [name for name in names if _globbed(name, whole)]
+        splits[split] = list(dict.fromkeys(splits.get(split, []) + found))
+    if not any(splits.values()):
+        raise _invalid(place, f"there is no file of those that it names ({listed([one for _, one in patterns])})")
     return {split: files for split, files in splits.items() if files}
+
+
+def _is_default(config: dict[str, Any]) -> bool:
+    return config.get("default") in {"true", "True", "TRUE"} or config.get("config_name") == "default"
+
+
+def _text(place: str, config: dict[str, Any], key: str) -> str:
+    value = config.get(key, "")
+    if not isinstance(value, str):
+        raise _invalid(place, f"`{key}` is not a text")
+    return value
 
 
 def _configs(place: str, readme: bytes) -> list[dict[str, Any]]:
@@ -58,10 +72,9 @@ def _configs(place: str, readme: bytes) -> list[dict[str, Any]]:
         return []
     import yaml  # type: ignore[import-untyped]  # noqa: PLC0415 - few data sets have such a header
 
-    try:
-        data = yaml.safe_load(header[1])
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        # Its own constructors of values raise what Python raises.
+    try:  # all values as texts: with aliases and merges, a few hundred bytes can make values of any size
+        data = yaml.load(header[1], Loader=yaml.BaseLoader)  # noqa: S506 - it makes texts, lists and dicts only
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _invalid(place, f"{type(error).__name__}: {' '.join(str(error).split())}") from None
     found = (data.get("configs") or []) if isinstance(data, dict) else None
     if not (isinstance(found, list) and all(isinstance(config, dict) for config in found)):
@@ -91,11 +104,11 @@ def _patterns(place: str, declared: Any) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for item in [declared] if isinstance(declared, str) else declared if isinstance(declared, list) else [None]:
         one = item if isinstance(item, dict) else {"split": "train", "path": item}
-        paths = one.get("path")
+        split, paths = one.get("split"), one.get("path")
         listed = [paths] if isinstance(paths, str) else paths
-        if not (isinstance(listed, list) and "split" in one and all(isinstance(path, str) for path in listed)):
+        if not (isinstance(split, str) and isinstance(listed, list) and all(isinstance(path, str) for path in listed)):
             raise _invalid(place, "`data_files` is neither a pattern, nor a list of patterns or of {split, path}")
-        found += [(str(one["split"]), path) for path in listed]
+        found += [(split, path) for path in listed]
     return found
 
 

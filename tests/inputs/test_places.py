@@ -10,6 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from job.inputs.data_files import choose
+from job.inputs.dataset_card import LONGEST, declared_splits
 from job.inputs.files import DataFiles
 from job.inputs.pull import Puller, Sources, listing
 from job.runtime.errors import DataError
@@ -292,10 +293,46 @@ def test_no_data_files(folder: Filled, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "header",
     ["configs: [", "- a", "configs: 1", "configs: [a]", "configs: [{data_files: 1}]",
-     "configs: [{data_files: [{split: a}]}]", "configs: [{data_files: [[1]]}]"],
+     "configs: [{data_files: [{split: a}]}]", "configs: [{data_files: [[1]]}]", "configs: [{data_files: gone.jsonl}]",
+     "configs: [{data_files: a.jsonl, data_dir: [a]}]", "configs: " + "[" * 100_000],
 )  # fmt: skip
 def test_a_header_that_is_not_valid(folder: Filled, tmp_path: Path, header: str) -> None:
     """A README that declares something else than files of splits is named."""
     uri = folder({"README.md": f"---\n{header}\n---\n".encode(), "a.jsonl": ROW})
     with pytest.raises(DataError, match=r"header of README\.md"):
         puller(tmp_path / "scratch", sources(uri)).data("training")
+
+
+def doubled(first: bytes, more: bytes) -> bytes:
+    """Ten lines of YAML of which each holds the one before ten times."""
+    return b"".join(
+        b"l%d: &l%d %s\n" % (level, level, more % b",".join([b"*l%d" % (level - 1)] * 10) if level else first)
+        for level in range(10)
+    )
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        pytest.param(
+            doubled(b"lol", b"[%s]") + b"configs: [{data_files: a.jsonl, data_dir: *l9}]", "a text", id="lists"
+        ),
+        pytest.param(doubled(b"{a: 1}", b"{<<: [%s]}") + b"configs: [{data_files: a.jsonl}]", None, id="merges"),
+        pytest.param(b"a: 1" + b":1" * 200_000 + b"\nconfigs: [{data_files: a.jsonl}]", None, id="base 60"),
+        pytest.param(b"configs: [{data_files: '" + b"**a" * 1000 + b"b'}]", "no file of those", id="stars"),
+        pytest.param(b"\n" * 400_000, None, id="blank lines"),
+        pytest.param(b"a: " + b"b" * LONGEST, "more than 1,048,576 bytes", id="without an end"),
+        pytest.param(
+            b"configs: [{data_files: [" + b"a," * 20_000 + b"]}]", "20,000 patterns for 301 files", id="patterns"
+        ),
+    ],
+)
+def test_bombs_in_a_header(header: bytes, says: str | None) -> None:
+    """A header cannot take memory or time: no alias is expanded, no pattern tried in all ways."""
+    names = ["a.jsonl", *("a" * 200 + str(number) for number in range(300))]
+    readme = (b"---\n" + header + b"\n---\n")[:LONGEST]
+    if says is None:
+        assert declared_splits("/p", readme, names) in ({}, {"train": ["a.jsonl"]})
+    else:
+        with pytest.raises(DataError, match=says):
+            declared_splits("/p", readme, names)
