@@ -47,13 +47,14 @@ from pathlib import Path
 import structlog
 from job.config.schema import Config
 from job.data.prepare import prepare, validate_head
-from job.inputs.pull import File, Inputs
+from job.inputs.files import File
+from job.inputs.pull import Inputs
 from transformers import AutoTokenizer  # imported by both before the clock starts
 import datasets
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
 rows, model, work = map(Path, sys.argv[1:])
 config = Config(model=str(model), dataset=(str(rows),), output=str(work), samples=0)
-file = File(name=rows.name, path=rows, size=rows.stat().st_size, etag=None, version=None, named=True)
+file = File(name=rows.name, path=rows, size=rows.stat().st_size, etag=None, version=None)
 pulled = Inputs(model=model, model_files=(), model_revision=None, dataset=(file,), eval_dataset=(), template_text=None,
                 template_files=(), date=datetime.date(2026, 1, 1))
 began = time.perf_counter()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _REPO = re.compile(
@@ -70,7 +71,7 @@ class _Answers(BaseHTTPRequestHandler):
             hub.failing -= 1
             self._send(503, b"{}", {})
         elif found := _FILE.match(self.path):
-            self._file(found["name"], found["revision"], found["file"])
+            self._file(found["name"], found["revision"], unquote(found["file"]))
         elif found := _REPO.match(self.path):
             self._repository(found["name"], found["what"], found["revision"] or "main")
         else:

@@ -91,7 +91,7 @@ def _facts(checked: Checked) -> dict[str, Any]:
         "output": _output_facts(checked),
         "model": _model(base) if base else None,
         "files": [dataclasses.asdict(facts) for facts in checked.rows.files] if checked.rows else [],
-        "skipped_files": list(checked.rows.skipped) if checked.rows else [],
+        "left_out_files": [dataclasses.asdict(one) for one in checked.rows.left_out] if checked.rows else [],
         "train": dataclasses.asdict(data.train.counts) if data else None,
         "evaluation": dataclasses.asdict(data.held_out) if data and data.held_out else None,
         "eval_note": checked.rows.split.note if checked.rows else "",

@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from job.inputs.data_files import LeftOut, by_reason
 from job.report.page import shown_bytes, unread_names
 
 Facts = Mapping[str, Any]
 VERDICTS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
-SKIPPED = 5
-"""Files left out that are named."""
+LEFT_OUT = 5
+"""Files left out for one reason that are named."""
 UNREAD = 12
 """Columns and keys without effect that are named."""
 WIDTH = 110
@@ -41,11 +42,11 @@ def _data(facts: Facts, console: Console) -> None:
             f"model       {escape(model['name'])}: {model['architecture']}, {model['parameters']:,} parameters"
         )
     for file in facts["files"]:
-        console.print(f"data        {escape(file['name'])}: {file['rows']:,} rows, {file['format'] or 'empty'}")
-    if skipped := facts["skipped_files"]:
-        more = f" and {len(skipped) - SKIPPED:,} more" if len(skipped) > SKIPPED else ""
-        names = escape(", ".join(skipped[:SKIPPED]) + more)
-        console.print(f"[yellow]left out[/]    {names}: the names say no known type")
+        side = ", for evaluation" if file["held_out"] else ""
+        console.print(f"data        {escape(file['name'])}: {file['rows']:,} rows, {file['format'] or 'empty'}{side}")
+    for reason, names in by_reason(LeftOut(**one) for one in facts["left_out_files"]).items():
+        more = f" and {len(names) - LEFT_OUT:,} more" if len(names) > LEFT_OUT else ""
+        console.print(f"[yellow]left out[/]    {escape(', '.join(names[:LEFT_OUT]) + more)}: {escape(reason)}")
     if (train := facts["train"]) is None:
         return
     lengths = facts["lengths"]

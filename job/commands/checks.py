@@ -21,6 +21,7 @@ from job.config.schema import Config
 from job.data.prepare import Data, DatasetFacts, judge, read, render
 from job.data.tokenizer.load import import_without_torch
 from job.inputs import pull
+from job.inputs.files import DataFiles
 from job.inputs.pull import Inputs, Puller, Sources
 from job.model import base_model, shape
 from job.model.base_model import BaseModel
@@ -244,9 +245,9 @@ def _pull(checked: Checked, config: Config, scratch: Path, began: dict[str, Any]
     with checked.collecting("chat template"):
         text, files = puller.template(config.chat_template)
         pulled = dataclasses.replace(pulled, template_text=text, template_files=files)
+    training = evaluation = DataFiles()
     with checked.collecting("dataset"):
-        pulled = dataclasses.replace(pulled, dataset=puller.data(config.dataset))
+        training = puller.data("training")
     with checked.collecting("evaluation dataset"):
-        held_out = puller.data(config.eval_dataset)
-        return dataclasses.replace(pulled, eval_dataset=held_out)
-    return pulled
+        evaluation = puller.data("evaluation")
+    return pulled.with_data(training, evaluation)

@@ -59,7 +59,7 @@ class Config:
     )
     eval_dataset: tuple[str, ...] = setting(
         names(DATA, DATA.rule),
-        "separate evaluation dataset; none = a share of the training data is held out",
+        "separate evaluation dataset; none = files of the dataset that are called so, or else a share of its rows",
         default=(),
         fingerprint=True,
     )

@@ -23,7 +23,9 @@ from job.data.tokenized.arrow import DatasetPlan, TokenizedDataset, write_datase
 from job.data.tokenized.counts import Counts
 from job.data.tokenized.draft import Draft
 from job.data.tokenizer.load import Tokenizer, load_tokenizer
-from job.inputs.pull import File, Inputs
+from job.inputs.data_files import LeftOut
+from job.inputs.files import File
+from job.inputs.pull import Inputs
 from job.runtime.errors import DataError
 
 log = structlog.get_logger()
@@ -35,7 +37,8 @@ class DatasetFacts:
 
     split: EvaluationSplit
     files: tuple[FileFacts, ...]
-    skipped: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
+    """What lies beside the data and is not read."""
     scan: ScanResult
     """The findings in the rows, and how many repeat others."""
 
@@ -54,8 +57,8 @@ class Data:
     prompts: tuple[Prompt, ...]
     held_out: Counts | None = None
     """The effects of rendering on the held-out rows, even if no label is left in them."""
-    skipped: tuple[str, ...] = ()
-    """Files under a prefix that are not data, by their suffix."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What lies beside the data and is not read."""
 
     def all_findings(self) -> tuple[Finding, ...]:
         """The findings in the rows and in rendering them."""
@@ -88,7 +91,7 @@ def read(config: Config, inputs: Inputs) -> DatasetFacts:
         scan.add(example)
     for example in files.held_out or ():
         scan.add(example, held_out=True)
-    return _facts(files, scan.result(), fraction=config.eval_fraction)
+    return _facts(files, scan.result(), left_out=inputs.left_out, fraction=config.eval_fraction)
 
 
 def judge(findings: Sequence[Finding], *, rows: int, quality: str) -> None:
@@ -130,7 +133,7 @@ def prepare(config: Config, inputs: Inputs, *, directory: Path) -> Data:
     with Draft(directory) as draft:
         held_out = _scanned(files.held_out, scan, held_out=True) if files.held_out else None
         _render_rows(draft, renderers, _scanned(files.train, scan), held_out)
-        facts = _facts(files, scan.result(), fraction=config.eval_fraction)
+        facts = _facts(files, scan.result(), left_out=inputs.left_out, fraction=config.eval_fraction)
         judge(facts.scan.findings, rows=facts.scan.rows, quality=config.quality)
         datasets = _write(draft, renderers, facts, directory=directory, micro_batch=config.rows_in_pass)
     data = _data(datasets, facts, renderers, _prompts(renderers.train, files, facts.split, count=config.samples))
@@ -150,7 +153,7 @@ class _Files:
         columns = parse_columns(config.columns)
 
         def stream(files: Iterable[File]) -> ExampleStream:
-            sources = [Source(name=file.name, path=file.path, named=file.named) for file in files]
+            sources = [Source(name=file.name, path=file.path) for file in files]
             return ExampleStream(sources, format=config.format, columns=columns)
 
         return cls(train=stream(inputs.dataset), held_out=stream(inputs.eval_dataset) if inputs.eval_dataset else None)
@@ -169,18 +172,18 @@ def _scanned(examples: Iterable[Example], scan: QualityScan, *, held_out: bool =
         yield example
 
 
-def _facts(files: _Files, scan: ScanResult, *, fraction: float) -> DatasetFacts:
+def _facts(files: _Files, scan: ScanResult, *, left_out: tuple[LeftOut, ...], fraction: float) -> DatasetFacts:
     if files.held_out:
         split = split_by_files(train_rows=scan.rows, held_out_rows=scan.held_out)
     else:
         split = split_by_content(scan.group_keys(), fraction=fraction)
     if split.note:
         log.warning("evaluation_disabled", reason=split.note)
-    streams = [files.train, *([files.held_out] if files.held_out else [])]
+    held_out = files.held_out.facts if files.held_out else ()
     return DatasetFacts(
         split=split,
-        files=tuple(facts for stream in streams for facts in stream.facts),
-        skipped=tuple(name for stream in streams for name in stream.skipped),
+        files=(*files.train.facts, *(replace(facts, held_out=True) for facts in held_out)),
+        left_out=left_out,
         scan=scan,
     )
 
@@ -266,7 +269,7 @@ def _log_ready(datasets: _Datasets, facts: DatasetFacts, renderers: _Renderers) 
         lengths=asdict(train.lengths),
         evaluation=asdict(held_out.counts),
         files=[asdict(file) for file in facts.files],
-        skipped_files=list(facts.skipped),
+        left_out_files=[asdict(one) for one in facts.left_out],
         duplicates=facts.scan.duplicates,
         findings={finding.code: finding.count for finding in facts.scan.findings},
         eval_rows=held_out.counts.rows,
@@ -286,7 +289,7 @@ def _data(datasets: _Datasets, facts: DatasetFacts, renderers: _Renderers, promp
         findings=facts.scan.findings,
         prompts=prompts,
         held_out=held_out.counts if held_out.counts.rows else None,
-        skipped=facts.skipped,
+        left_out=facts.left_out,
     )
 
 

@@ -6,13 +6,15 @@ gave. The messages between the two are defined here.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
+from job.inputs.data_files import HUB, LeftOut, Side
 from job.runtime import libraries
 from job.runtime.child import Child, Failed, Message
 from job.runtime.errors import ConfigError, JobError, StorageError
@@ -34,6 +36,10 @@ class Request(Message):
     directory: str
     weights: bool = True
     """False asks for stubs with the headers of the weights (`job.inputs.safetensors_stub`)."""
+    side: Side = "training"
+    """Of a dataset: what its files are for."""
+    hold_out: bool = False
+    """Of a dataset: whether it may bring an evaluation set (`job.inputs.data_files.choose`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,9 @@ class Downloaded(Message):
     path: str
     commit: str
     files: list[str]
+    held_out: list[str] = field(default_factory=list)
+    left_out: list[list[str]] = field(default_factory=list)
+    """Name and reason of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +77,9 @@ class HubFetched:
     commit: str
     files: tuple[str, ...]
     """Relative to `path`, sorted."""
+    held_out: tuple[str, ...] = ()
+    """Of a dataset, relative to `path`: files that become the evaluation set."""
+    left_out: tuple[LeftOut, ...] = ()
 
 
 class _UnreachableError(Exception):
@@ -96,20 +108,30 @@ def fetch_model(name: str, directory: Path, *, patience_seconds: float = 3600.0,
     return _fetch(_request("model", name, directory, weights=weights), patience_seconds)
 
 
-def fetch_dataset(uri: str, directory: Path, *, patience_seconds: float = 3600.0) -> HubFetched:
-    """Download the data files of a dataset's split.
+def fetch_dataset(
+    uri: str,
+    directory: Path,
+    *,
+    patience_seconds: float = 3600.0,
+    side: Side = "training",
+    hold_out: bool = False,
+) -> HubFetched:
+    """Download the data files of a dataset.
 
     Args:
-        uri: `hf://datasets/org/name[@revision][:split]`. Without a split: the only one there is, else `train`.
+        uri: `hf://datasets/org/name[@revision][:split]`. Without a split, those that `data_files.choose` takes.
         directory: where to; files that are already there are not downloaded again.
         patience_seconds: how long an outage is retried.
+        side: what the files are for.
+        hold_out: whether the dataset may bring an evaluation set.
 
     Raises:
         DataError: no such repository, revision or split, or it is not clear which files are meant.
         AccessDeniedError: gated or private, and the token does not give access.
         StorageError: unreachable past the patience, or offline.
     """
-    return _fetch(_request("dataset", uri.removeprefix("hf://datasets/"), directory), patience_seconds)
+    request = _request("dataset", uri.removeprefix(HUB), directory)
+    return _fetch(dataclasses.replace(request, side=side, hold_out=hold_out), patience_seconds)
 
 
 def _request(kind: str, name: str, directory: Path, *, weights: bool = True) -> Request:
@@ -173,8 +195,15 @@ def _download(request: Request) -> HubFetched:
     with Child("job.inputs.hub_worker", environment=environment, receives=answers) as worker:
         worker.send(request)
         match next(iter(worker), None):
-            case Downloaded(path=path, commit=commit, files=files):
-                return HubFetched(path=Path(path), name=request.repo, commit=commit, files=tuple(files))
+            case Downloaded() as found:
+                return HubFetched(
+                    path=Path(found.path),
+                    name=request.repo,
+                    commit=found.commit,
+                    files=tuple(found.files),
+                    held_out=tuple(found.held_out),
+                    left_out=tuple(LeftOut(name=name, reason=reason) for name, reason in found.left_out),
+                )
             case Failed() as failed:
                 raise failed.error()
             case Unreachable() as answer:

@@ -16,8 +16,9 @@ from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snaps
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from job.inputs import hub_failures, model_files, safetensors_stub
+from job.inputs.data_files import HUB, Choice, choose
+from job.inputs.dataset_card import LONGEST, README, declared_splits
 from job.inputs.hub import Downloaded, Request
-from job.inputs.hub_files import data_files
 from job.runtime.child import Message, Parent, serve
 from job.runtime.errors import StorageError
 from job.storage.disk import require_free
@@ -43,7 +44,11 @@ def _download(request: Request) -> Downloaded:
         return _from_cache(request)
     info = HfApi().repo_info(repo, repo_type=kind, revision=request.revision, files_metadata=True)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-    files = _model_files(request, info.sha, sizes) if kind == "model" else _dataset_files(request, info.sha, [*sizes])
+    if kind == "model":
+        chosen = Choice(files=tuple(_model_files(request, info.sha, sizes)))
+    else:
+        chosen = _dataset_files(request, info.sha, [*sizes])
+    files = [*chosen.files, *chosen.held_out]
     stubs = [] if request.weights else [name for name in files if name.endswith(model_files.SUFFIX)]
     complete = [name for name in files if name not in stubs]
     total = sum(sizes[name] for name in complete)
@@ -59,7 +64,17 @@ def _download(request: Request) -> Downloaded:
     for name in files:
         if not (directory / name).is_file() or (directory / name).stat().st_size != sizes[name]:
             raise StorageError(f"{repo}: {name} was not downloaded completely.", remedy="Run again.")
-    return Downloaded(path=str(directory), commit=info.sha, files=sorted(files))
+    return _downloaded(directory, info.sha, chosen)
+
+
+def _downloaded(directory: Path, commit: str, chosen: Choice) -> Downloaded:
+    return Downloaded(
+        path=str(directory),
+        commit=commit,
+        files=sorted(chosen.files),
+        held_out=sorted(chosen.held_out),
+        left_out=[[one.name, one.reason] for one in chosen.left_out],
+    )
 
 
 def _read_start(repo: str, commit: str, name: str, size: int) -> bytes:
@@ -89,10 +104,8 @@ def _from_cache(request: Request) -> Downloaded:
     if request.kind == "model":
         sizes = {name: (place / name).stat().st_size for name in names}
         files = model_files.choose(request.repo, sizes, lambda name: (place / name).read_bytes())
-    else:
-        readme = place / "README.md"
-        files = data_files(request.repo, request.split, names, _text(readme) if readme.is_file() else "")
-    return Downloaded(path=str(place), commit=place.name, files=sorted(files))
+        return _downloaded(place, place.name, Choice(files=tuple(files)))
+    return _downloaded(place, place.name, _chosen(request, names, place / README if README in names else None))
 
 
 @contextlib.contextmanager
@@ -133,18 +146,21 @@ def _model_files(request: Request, commit: str, sizes: dict[str, int]) -> list[s
     return model_files.choose(request.repo, sizes, read)
 
 
-def _dataset_files(request: Request, commit: str, names: list[str]) -> list[str]:
-    readme = ""
-    if "README.md" in names:
-        place = request.directory
-        readme = _text(
-            hf_hub_download(request.repo, "README.md", repo_type="dataset", revision=commit, local_dir=place)
-        )
-    return data_files(request.repo, request.split, names, readme)
+def _dataset_files(request: Request, commit: str, names: list[str]) -> Choice:
+    if README not in names:
+        return _chosen(request, names, None)
+    place = request.directory
+    readme = hf_hub_download(request.repo, README, repo_type="dataset", revision=commit, local_dir=place)
+    return _chosen(request, names, Path(readme))
 
 
-def _text(path: str | Path) -> str:
-    return Path(path).read_text(encoding="utf-8", errors="replace")
+def _chosen(request: Request, names: list[str], readme: Path | None) -> Choice:
+    place, text = f"{HUB}{request.repo}", b""
+    if readme is not None:
+        with readme.open("rb") as file:
+            text = file.read(LONGEST)
+    declared = declared_splits(place, text, names)
+    return choose(place, names, side=request.side, hold_out=request.hold_out, split=request.split, declared=declared)
 
 
 if __name__ == "__main__":

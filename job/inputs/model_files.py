@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from job.runtime.errors import DataError
+from job.storage.folder import Rule
 
 CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG = "config.json", "generation_config.json", "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,6 +38,13 @@ CONVERTED = ("tekken.json",)
 """Taken only where there is no `tokenizer.json`: with mistral-common, transformers would prefer it."""
 TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, *VOCABULARIES, *CONVERTED)
 MORE_TEMPLATES = "additional_chat_templates/"
+RULE = Rule(
+    enters=lambda name: f"{name}/" == MORE_TEMPLATES,
+    reads=lambda name: (
+        name in {CONFIG, GENERATION_CONFIG, INDEX, *TOKENIZER_FILES} or name.endswith((SUFFIX, ".jinja"))
+    ),
+)
+"""What of a folder on this disk matters."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LARGEST = 256 << 20
 """Bytes of a file that is not weights; the largest tokenizers have 33 million."""

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,13 @@ from typing import Any
 from job.config.addresses import HUB_NAME
 from job.config.schema import Config
 from job.inputs import hub, model_files, safetensors_stub
+from job.inputs.data_files import LeftOut, Side
+from job.inputs.files import DataFiles, File, fetched_file, identified, identity, repository_files
+from job.inputs.places import Found, find_data
 from job.runtime.errors import DataError
-from job.runtime.hashing import sha256
 from job.storage.base import Entry
-from job.storage.fetch import Fetched, Resolved, fetch, list_objects, resolve
+from job.storage.faults import MissingError
+from job.storage.fetch import Fetched, Resolved, again_if_changed, download, fetch, list_objects, resolve
 
 NAMED_TEMPLATE = ("s3://", "/")
 
@@ -34,6 +36,8 @@ class Sources:
     eval_dataset: tuple[str, ...]
     chat_template: str
     patience_seconds: float
+    hold_out: bool
+    """Whether the dataset may bring the evaluation set."""
 
     @classmethod
     def of(cls, config: Config) -> Sources:
@@ -44,25 +48,20 @@ class Sources:
             eval_dataset=config.eval_dataset,
             chat_template=config.chat_template,
             patience_seconds=config.storage_patience_minutes * 60,
+            hold_out=config.eval_fraction > 0 and not config.eval_dataset,
         )
 
+    def find(self, uri: str, side: Side, *, names: frozenset[str] | None = None) -> Found:
+        """The data files of a folder or a prefix; `names` are the only ones to choose from."""
+        return find_data(uri, side=side, hold_out=self.hold_out, patience_seconds=self.patience_seconds, names=names)
 
-@dataclass(frozen=True, kw_only=True)
-class File:
-    """One file that was read."""
-
-    name: str
-    """As the user knows it."""
-    path: Path
-    size: int
-    etag: str | None
-    version: str | None
-    named: bool
-    """Whether the user named this file itself, rather than a directory or prefix."""
-
-    def as_json(self) -> dict[str, Any]:
-        """For `inputs.json`: what identifies the content, not the local path."""
-        return {"name": self.name, "size": self.size, "etag": self.etag, "version": self.version}
+    def find_model(self, uri: str, *, names: frozenset[str] | None = None) -> Resolved:
+        """The files of a model (`model_files.choose`) in a folder or under a prefix, of those with these names."""
+        found = resolve(uri, model_files.RULE, patience_seconds=self.patience_seconds)
+        entries = {one.key: one for one in found.entries if names is None or found.name(one) in names}
+        sizes = {key: entry.size for key, entry in entries.items()}
+        chosen = model_files.choose(uri, sizes, lambda key: found.store.read(key) or b"")
+        return dataclasses.replace(found, entries=[entries[key] for key in chosen])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +89,19 @@ class Inputs:
     template_files: tuple[File, ...]
     date: datetime.date
     """The date that templates may print: the day of the run's first attempt."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What lies beside the data and is not read."""
+
+    def with_data(self, training: DataFiles, evaluation: DataFiles) -> Inputs:
+        """These data files; what only the other side reads is not left out."""
+        sides = {file.name for file in (*training.files, *training.held_out, *evaluation.files)}
+        left_out = {one.name: one for one in (*training.left_out, *evaluation.left_out) if one.name not in sides}
+        return dataclasses.replace(
+            self,
+            dataset=training.files,
+            eval_dataset=training.held_out + evaluation.files,
+            left_out=tuple(left_out.values()),
+        )
 
     def with_model(self, model: ModelFiles) -> Inputs:
         """The same data with this model."""
@@ -119,40 +131,33 @@ def listing(sources: Sources, *, pinned: dict[str, Any]) -> dict[str, Any]:
     """
     template = [sources.chat_template] if sources.chat_template.startswith(NAMED_TEMPLATE) else []
     files = [file for file in pinned.get("files", []) if not file["name"].startswith(NAMED_TEMPLATE)]
-    uris = dict.fromkeys((*sources.dataset, *sources.eval_dataset, *template))
-    for uri in uris:
-        if uri.startswith(NAMED_TEMPLATE):
-            found = list_objects(uri, patience_seconds=sources.patience_seconds)
-            files += [_listed(name, entry, Path(name)) for name, entry in found.items()]
+    for uri in filter(_is_address, template):
+        found = list_objects(uri, patience_seconds=sources.patience_seconds)
+        files += [_listed(name, entry, Path(name)) for name, entry in found.items()]
     with contextlib.suppress(DataError):  # what is not a model any more is not listed
-        if sources.model.startswith(NAMED_TEMPLATE):
-            resolved = resolve(sources.model, sources.patience_seconds, None)
-            chosen = _chosen(sources.model, resolved, names=None)
-            files += [_listed(resolved.name(one), one, None) for one in resolved.entries if one.key in chosen]
-    return {**pinned, "files": files}
+        if _is_address(sources.model):
+            model = sources.find_model(sources.model)
+            files += [_listed(model.name(one), one, None) for one in model.entries]
+    sides: tuple[tuple[Side, tuple[str, ...]], ...] = (
+        ("training", sources.dataset),
+        ("evaluation", sources.eval_dataset),
+    )
+    for side, uris in sides:
+        for uri in filter(_is_address, uris):
+            with contextlib.suppress(MissingError):
+                data = sources.find(uri, side).resolved
+                files += [_listed(data.name(one), one, Path(data.name(one))) for one in data.entries]
+    return {**pinned, "files": list({file["name"]: file for file in files}.values())}
+
+
+def _is_address(uri: str) -> bool:
+    """Whether it is a place in a bucket or on this disk, not a name on the hub or of a template."""
+    return uri.startswith(NAMED_TEMPLATE)
 
 
 def _listed(name: str, entry: Entry, path: Path | None) -> dict[str, Any]:
-    etag = _identity(name, entry.etag, path)
-    return {"name": name, "size": entry.size, "etag": etag, "version": entry.version}
-
-
-def _identity(name: str, etag: str | None, path: Path | None) -> str | None:
-    """What distinguishes a file's content: the store's ETag, or the SHA-256 of a data file on this disk. Its time does
-    not: a volume that is filled for every pod has other times and the same content."""
-    if not name.startswith("/"):
-        return etag
-    return None if path is None else f"sha256:{sha256(path)}"
-
-
-def _chosen(model: str, resolved: Resolved, *, names: frozenset[str] | None) -> frozenset[str]:
-    """The keys of the objects that are a model (`model_files.choose`), of those with these names."""
-    entries = [entry for entry in resolved.entries if names is None or resolved.name(entry) in names]
-
-    def read(key: str) -> bytes:
-        return resolved.store.read(key) or b""
-
-    return frozenset(model_files.choose(model, {entry.key: entry.size for entry in entries}, read))
+    """An entry as `File.as_json` has it."""
+    return {"name": name, "size": entry.size, "etag": identity(name, entry.etag, path), "version": entry.version}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,16 +200,17 @@ class Puller:
             date: of the run's first attempt (ISO 8601); today where None.
         """
         text, template_files = self.template(self.sources.chat_template)
-        return Inputs(
+        pulled = Inputs(
             model=model.path,
             model_files=model.files,
             model_revision=model.revision,
-            dataset=self.data(self.sources.dataset),
-            eval_dataset=self.data(self.sources.eval_dataset),
+            dataset=(),
+            eval_dataset=(),
             template_text=text,
             template_files=template_files,
             date=day(date),
         )
+        return pulled.with_data(self.data("training"), self.data("evaluation"))
 
     def model(self, name: str) -> ModelFiles:
         """The base model."""
@@ -213,41 +219,58 @@ class Puller:
             patience = self.sources.patience_seconds
             found = hub.fetch_model(name, place, patience_seconds=patience, weights=self.weights)
             path = model_files.folder_of({file: found.path / file for file in found.files}, self.directory)
-            return ModelFiles(path=path, files=_hub_files(found), revision=found.commit)
-        chosen = _chosen(name, resolve(name, self.sources.patience_seconds, None), names=self.names)
-        small = {key for key in chosen if self.weights or not key.endswith(model_files.SUFFIX)}
-        files = self._fetch(name, place, wanted=small.__contains__)
-        if small != chosen:
-            weights, patience = chosen - small, self.sources.patience_seconds
-            files += safetensors_stub.fetch_headers(name, place, wanted=weights, patience_seconds=patience)
-        read = (_file(file, named=False) for file in files)
-        identified = tuple(dataclasses.replace(f, etag=_identity(f.name, f.etag, None)) for f in read)
+            return ModelFiles(path=path, files=repository_files(found), revision=found.commit)
+        files = again_if_changed(lambda: self._model(name, place))
+        read = map(fetched_file, files)
+        identified = tuple(dataclasses.replace(f, etag=identity(f.name, f.etag, None)) for f in read)
         path = model_files.folder_of({file.key: file.path for file in files}, self.directory)
         return ModelFiles(path=path, files=identified, revision=None)
 
+    def _model(self, name: str, place: Path) -> list[Fetched]:
+        found = self.sources.find_model(name, names=self.names)
+        stubs = [entry for entry in found.entries if not self.weights and entry.key.endswith(model_files.SUFFIX)]
+        whole = [entry for entry in found.entries if entry not in stubs]
+        files = download(dataclasses.replace(found, entries=whole), place)
+        return files + safetensors_stub.download_headers(dataclasses.replace(found, entries=stubs), place)
+
     def template(self, name: str) -> tuple[str | None, tuple[File, ...]]:
         """The text of a chat template that is a file, and the file; None for one that has a name."""
-        if not name.startswith(NAMED_TEMPLATE):
+        if not _is_address(name):
             return None, ()
-        files = self.data([name])
+        files = tuple(identified(file) for file in self._fetch(name, self._place(name)))
         return _text(files[0]), files
 
-    def data(self, uris: Sequence[str]) -> tuple[File, ...]:
-        """All files of these places."""
-        found: list[File] = []
-        for uri in uris:
-            if uri.startswith("hf://"):
-                patience = self.sources.patience_seconds
-                found += _hub_files(hub.fetch_dataset(uri, self._place(uri), patience_seconds=patience))
-            else:
-                found += [
-                    dataclasses.replace(_file(f, named=f.name == uri), etag=_identity(f.name, f.etag, f.path))
-                    for f in self._fetch(uri, self._place(uri))
-                ]
-        return tuple(found)
+    def data(self, side: Side) -> DataFiles:
+        """The data files of one side; the training data may bring held-out ones."""
+        uris = self.sources.dataset if side == "training" else self.sources.eval_dataset
+        return sum(((self._data if _is_address(uri) else self._hub_data)(uri, side) for uri in uris), DataFiles())
 
-    def _fetch(self, uri: str, place: Path, **options: Any) -> list[Fetched]:
-        return fetch(uri, place, patience_seconds=self.sources.patience_seconds, names=self.names, **options)
+    def _hub_data(self, uri: str, side: Side) -> DataFiles:
+        found = hub.fetch_dataset(
+            uri,
+            self._place(uri),
+            patience_seconds=self.sources.patience_seconds,
+            side=side,
+            hold_out=self.sources.hold_out,
+        )
+        held_out = repository_files(dataclasses.replace(found, files=found.held_out))
+        left_out = tuple(LeftOut(name=f"{found.name}/{one.name}", reason=one.reason) for one in found.left_out)
+        return DataFiles(files=repository_files(found), held_out=held_out, left_out=left_out)
+
+    def _data(self, uri: str, side: Side) -> DataFiles:
+        def once() -> DataFiles:
+            found = self.sources.find(uri, side, names=self.names)
+            files = {file.key: identified(file) for file in download(found.resolved, self._place(uri))}
+            return DataFiles(
+                files=tuple(files[name] for name in found.choice.files),
+                held_out=tuple(files[name] for name in found.choice.held_out),
+                left_out=found.left_out(),
+            )
+
+        return again_if_changed(once)
+
+    def _fetch(self, uri: str, place: Path) -> list[Fetched]:
+        return fetch(uri, place, patience_seconds=self.sources.patience_seconds, names=self.names)
 
     def _place(self, uri: str) -> Path:
         return self.directory / hashlib.sha256(uri.encode()).hexdigest()[:16]
@@ -263,28 +286,3 @@ def _text(file: File) -> str:
         return file.path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{file.name} is not UTF-8: {error}.", remedy="Save the template as UTF-8.") from None
-
-
-def _file(fetched: Fetched, *, named: bool) -> File:
-    return File(
-        name=fetched.name,
-        path=fetched.path,
-        size=fetched.size,
-        etag=fetched.etag,
-        version=fetched.version,
-        named=named,
-    )
-
-
-def _hub_files(found: hub.HubFetched) -> tuple[File, ...]:
-    return tuple(
-        File(
-            name=f"{found.name}/{name}",
-            path=found.path / name,
-            size=(found.path / name).stat().st_size,
-            etag=None,
-            version=found.commit,
-            named=False,
-        )
-        for name in found.files
-    )

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 from job.storage.base import Entry
+from job.storage.directory import DirectoryStore
 from job.storage.disk import disk_errors
-from job.storage.fetch import WORKERS, Fetched, resolve
+from job.storage.fetch import WORKERS, Fetched, Resolved, download
 from job.storage.parallel import each
-from job.storage.uri import parse
 
 FIRST_BYTES = 128 << 10
 """Most headers are shorter."""
@@ -37,13 +37,10 @@ def write_stub(path: Path, size: int, read: Callable[[int], bytes]) -> None:
         file.truncate(size)
 
 
-def fetch_headers(
-    uri: str, directory: Path, *, wanted: Collection[str], patience_seconds: float = 3600.0
-) -> list[Fetched]:
-    """Like `fetch` for these files of weights, with stubs of remote ones."""
-    resolved = resolve(uri, patience_seconds, wanted.__contains__)
-    if isinstance(parse(uri), Path):
-        return [resolved.fetched(entry, Path(resolved.store.uri) / entry.key) for entry in resolved.entries]
+def download_headers(resolved: Resolved, directory: Path) -> list[Fetched]:
+    """Like `download` for files of weights, with stubs of remote ones."""
+    if isinstance(resolved.store, DirectoryStore):
+        return download(resolved, directory)
 
     def download_header(entry: Entry, _: threading.Event) -> None:
         def read(size: int) -> bytes:

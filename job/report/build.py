@@ -14,6 +14,7 @@ import structlog
 from job.config.schema import Config
 from job.data.prepare import Data
 from job.data.tokenized.lengths import Lengths
+from job.inputs.data_files import by_reason
 from job.model.base_model import BaseModel
 from job.model.memory import Estimate, TrainingSet, estimate
 from job.report import charts
@@ -133,7 +134,7 @@ def _page(config: Config, data: Data | None, expected: Estimate | None, *, state
         sequences=sequence_views(data),
         lengths=length_chart(data.train.lengths, max_length=config.max_length),
         files=tuple(asdict(facts) for facts in data.files),
-        skipped=data.skipped,
+        left_out=by_reason(data.left_out),
     )
 
 

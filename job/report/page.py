@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -136,8 +136,9 @@ class Page:
     sequences: tuple[SequenceView, ...] = ()
     lengths: LengthChart | None = None
     files: tuple[Mapping[str, Any], ...] = ()
-    """The name, format, rows, bytes and sha256 of each, and what nothing reads of it."""
-    skipped: tuple[str, ...] = ()
+    """The name, format, rows, bytes, sha256 and side of each, and what nothing reads of it."""
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The names of files that are not read, by reason."""
     estimate: Estimate | None = None
     measured: tuple[tuple[str, str], ...] = ()
     """Memory and time as measured."""

@@ -28,16 +28,14 @@ class DirectoryStore:
         self.uri = str(root)
 
     def list_objects(self, prefix: str = "") -> list[Entry]:
-        """See `Store.list_objects`. Links to files are followed, links to directories are not."""
+        """See `Store.list_objects`. Links to files are followed, links to directories are not: the job makes none."""
         top = self.root / prefix.rpartition("/")[0]
         with disk_errors(top):
             found = [_entry(checked_key(key), path) for key, path in self._files(top) if key.startswith(prefix)]
         return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.key)
 
     def _files(self, top: Path) -> Iterator[tuple[str, Path]]:
-        for folder, folders, names in os.walk(top):
-            # Kubernetes keeps the versions of a mounted ConfigMap in directories that start with two dots.
-            folders[:] = [name for name in folders if not name.startswith("..")]
+        for folder, _, names in os.walk(top, onerror=_unless_absent):
             for name in names:
                 path = Path(folder, name)
                 if not is_temporary(name) and path.is_file():
@@ -165,6 +163,13 @@ class DirectoryStore:
 
     def _path(self, key: str) -> Path:
         return self.root / checked_key(key)
+
+
+def _unless_absent(error: OSError) -> None:
+    """A folder that cannot be listed is no empty folder, but one may be deleted meanwhile."""
+    if not isinstance(error, _ABSENT):
+        with disk_errors(Path(error.filename)):
+            raise error
 
 
 def _entry(key: str, path: Path) -> Entry | None:

@@ -7,16 +7,19 @@ import difflib
 import json
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
 from job.runtime.errors import DataError
 from job.storage.base import Entry, Store
+from job.storage.directory import DirectoryStore
 from job.storage.disk import disk_errors, write_atomically
 from job.storage.faults import ChangedError, MissingError
+from job.storage.folder import Rule, check_file, listed
 from job.storage.open import open_store
 from job.storage.parallel import each
 from job.storage.uri import S3Address, parents, parse
@@ -25,10 +28,13 @@ INDEX = ".finetune-job-fetched.json"
 SMALL_BYTES = 32 << 20
 """Larger objects are downloaded one after another, each over several connections."""
 
+T = TypeVar("T")
 WORKERS = 8
 _CHANGED_ATTEMPTS = 3
 _INDEX_SECONDS = 5.0
 _SHOWN = 8
+EVERYTHING = Rule(enters=lambda name: not name.startswith(".."), reads=lambda _: True)
+"""All that is in a folder, apart from where Kubernetes keeps the versions of a mounted ConfigMap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,6 @@ def fetch(
     directory: Path,
     *,
     patience_seconds: float = 3600.0,
-    wanted: Callable[[str], bool] | None = None,
     names: frozenset[str] | None = None,
 ) -> list[Fetched]:
     """Download an object, or all objects under a prefix, and return them sorted by key.
@@ -60,7 +65,6 @@ def fetch(
         uri: `s3://`, `file://` or an absolute path; of local files the paths are returned in place.
         directory: where the files go, under their relative keys. It also keeps an index of what it holds.
         patience_seconds: see `open_store`.
-        wanted: which keys to take; all when None.
         names: take only these, by full URI; other objects are logged and ignored.
 
     Raises:
@@ -68,20 +72,44 @@ def fetch(
         ChangedError: an object was changed during the download, several times.
         StorageError, AccessDeniedError, DataError: see `Store`.
     """
+
+    def once() -> list[Fetched]:
+        resolved = resolve(uri, patience_seconds=patience_seconds)
+        return download(resolved if names is None else resolved.only(names), directory)
+
+    return again_if_changed(once)
+
+
+def again_if_changed(read: Callable[[], T]) -> T:
+    """The result of listing and reading objects; a limited number of times again if one was changed meanwhile."""
     for attempt in range(1, _CHANGED_ATTEMPTS):
         try:
-            return _fetch_once(uri, directory, patience_seconds, wanted, names)
+            return read()
         except ChangedError as error:
             structlog.get_logger().warning("fetch_changed", error=error.message, tries=attempt)
-    return _fetch_once(uri, directory, patience_seconds, wanted, names)
+    return read()
 
 
-def list_objects(
-    uri: str, *, patience_seconds: float = 3600.0, wanted: Callable[[str], bool] | None = None
-) -> dict[str, Entry]:
+def download(resolved: Resolved, directory: Path) -> list[Fetched]:
+    """The objects as files on this disk; those that are there already stay in place.
+
+    Raises: see `fetch`; ChangedError at the first change.
+    """
+    if isinstance(resolved.store, DirectoryStore):
+        return [resolved.fetched(entry, resolved.store.root / entry.key) for entry in resolved.entries]
+    _require_distinct(resolved.entries)
+    index = _Index(directory, resolved.store.uri)
+    try:
+        _download(resolved, directory, index)
+    finally:
+        index.save()
+    return [resolved.fetched(entry, directory / entry.key) for entry in resolved.entries]
+
+
+def list_objects(uri: str, *, patience_seconds: float = 3600.0) -> dict[str, Entry]:
     """The objects that `fetch` would download, by full URI; empty when there are none."""
     try:
-        resolved = resolve(uri, patience_seconds, wanted)
+        resolved = resolve(uri, patience_seconds=patience_seconds)
     except MissingError:
         return {}
     return {resolved.name(entry): entry for entry in resolved.entries}
@@ -93,10 +121,23 @@ class Resolved:
 
     store: Store
     entries: list[Entry]
+    named: bool = False
+    """Whether the URI is the name of the one object."""
+    folders: Sequence[str] = ()
+    """Folders that were not entered; their names end with `/`."""
+    repeated: Mapping[str, str] = field(default_factory=dict)
+    """Links to what is listed under another name, and that name."""
 
     def name(self, entry: Entry) -> str:
         """The object's full URI."""
         return f"{self.store.uri.rstrip('/')}/{entry.key}"
+
+    def only(self, names: Collection[str]) -> Resolved:
+        """Those with these full URIs; the others, which were added later, are logged."""
+        later = [name for entry in self.entries if (name := self.name(entry)) not in names]
+        if later:
+            structlog.get_logger().warning("inputs_added_later", ignored=len(later), first=later[:_SHOWN])
+        return replace(self, entries=[entry for entry in self.entries if self.name(entry) in names])
 
     def fetched(self, entry: Entry, path: Path) -> Fetched:
         """The object as a local file at `path`."""
@@ -105,30 +146,49 @@ class Resolved:
         )
 
 
-def resolve(uri: str, patience_seconds: float, wanted: Callable[[str], bool] | None) -> Resolved:
+def resolve(uri: str, rule: Rule = EVERYTHING, *, patience_seconds: float) -> Resolved:
+    """Like `find`, with every name of a file that has several by links to it.
+
+    Raises: see `find`; MissingError also where there are folders only.
+    """
+    found = find(uri, rule, patience_seconds=patience_seconds)
+    entries = {entry.key: entry for entry in found.entries}
+    links = [replace(entries[key], key=link) for link, key in found.repeated.items() if key in entries]
+    if not entries:
+        raise _missing(uri, [*found.folders])
+    return replace(found, entries=sorted([*found.entries, *links], key=lambda entry: entry.key))
+
+
+def find(uri: str, rule: Rule, *, patience_seconds: float) -> Resolved:
     """The object of that name, else all objects under it.
+
+    Args:
+        uri: `s3://`, `file://` or an absolute path.
+        rule: what of a local folder matters; objects of a bucket are all listed.
+        patience_seconds: see `open_store`.
 
     Raises:
         MissingError: there are none; it lists similar names.
+        DataError, AccessDeniedError, StorageError: see `job.storage.folder.listed` and `Store`.
     """
     address = parse(uri)
-    resolved = _resolve_local(address) if isinstance(address, Path) else _resolve_remote(address, patience_seconds)
-    if not resolved.entries:
+    resolved = _find_local(address, rule) if isinstance(address, Path) else _find_remote(address, patience_seconds)
+    if not (resolved.entries or resolved.folders):
         near = _names_in(address.parent) if isinstance(address, Path) else _nearest_names(address, patience_seconds)
         raise _missing(uri, near)
-    chosen = [entry for entry in resolved.entries if wanted is None or wanted(entry.key)]
-    if not chosen:
-        raise _missing(uri, [entry.key for entry in resolved.entries])
-    return dataclasses.replace(resolved, entries=chosen)
+    return resolved
 
 
-def _resolve_local(path: Path) -> Resolved:
+def _find_local(path: Path, rule: Rule) -> Resolved:
+    check_file(path)
     if path.is_dir():
-        store = open_store(str(path))
-        return Resolved(store=store, entries=store.list_objects())
+        found = listed(path, rule)
+        return Resolved(
+            store=open_store(str(path)), entries=found.entries, folders=found.folders, repeated=found.repeated
+        )
     store = open_store(str(path.parent))
     entry = store.head(path.name) if path.name else None
-    return Resolved(store=store, entries=[entry] if entry else [])
+    return Resolved(store=store, entries=[entry] if entry else [], named=True)
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -136,16 +196,16 @@ def _names_in(folder: Path) -> list[str]:
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-def _resolve_remote(address: S3Address, patience_seconds: float) -> Resolved:
+def _find_remote(address: S3Address, patience_seconds: float) -> Resolved:
     key = address.key.strip("/")
+    below = open_store(f"s3://{address.bucket}/{key}", patience_seconds=patience_seconds)
     if key and not address.key.endswith("/"):
         folder, _, name = key.rpartition("/")
         store = open_store(f"s3://{address.bucket}/{folder}", patience_seconds=patience_seconds)
         entry = store.head(name)
-        if entry is not None:
-            return Resolved(store=store, entries=[entry])
-    store = open_store(f"s3://{address.bucket}/{key}", patience_seconds=patience_seconds)
-    return Resolved(store=store, entries=store.list_objects())
+        if entry is not None and (entry.size or not below.names("")):  # tools mark folders by empty objects
+            return Resolved(store=store, entries=[entry], named=True)
+    return Resolved(store=below, entries=below.list_objects())
 
 
 def _nearest_names(address: S3Address, patience_seconds: float) -> list[str]:
@@ -168,36 +228,6 @@ def _missing(uri: str, near: list[str]) -> MissingError:
         f"{uri} holds nothing to read." + (f" Near it: {shown}." if shown else " There is nothing near it either."),
         remedy="Correct the address.",
     )
-
-
-def _fetch_once(
-    uri: str,
-    directory: Path,
-    patience_seconds: float,
-    wanted: Callable[[str], bool] | None,
-    names: frozenset[str] | None,
-) -> list[Fetched]:
-    resolved = resolve(uri, patience_seconds, wanted)
-    if names is not None:
-        resolved = _only(resolved, names)
-    if isinstance(parse(uri), Path):
-        return [resolved.fetched(entry, Path(resolved.store.uri) / entry.key) for entry in resolved.entries]
-    _require_distinct(resolved.entries)
-    index = _Index(directory, resolved.store.uri)
-    try:
-        _download(resolved, directory, index)
-    finally:
-        index.save()
-    return [resolved.fetched(entry, directory / entry.key) for entry in resolved.entries]
-
-
-def _only(resolved: Resolved, names: frozenset[str]) -> Resolved:
-    """The objects with these names: those that were added later are not part of the run."""
-    entries = [entry for entry in resolved.entries if resolved.name(entry) in names]
-    later = [resolved.name(entry) for entry in resolved.entries if resolved.name(entry) not in names]
-    if later:
-        structlog.get_logger().warning("inputs_added_later", ignored=len(later), first=later[:_SHOWN])
-    return dataclasses.replace(resolved, entries=entries)
 
 
 def _require_distinct(entries: list[Entry]) -> None:

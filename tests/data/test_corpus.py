@@ -18,6 +18,7 @@ from job.data.examples import Example, Turn
 from job.data.reading.columns import parse_columns
 from job.data.reading.dataset import ExampleStream, Source
 from job.data.reading.formats import FORMATS
+from job.inputs.data_files import choose
 from job.runtime.errors import JobError
 from tests import corpus
 
@@ -33,9 +34,10 @@ def title(verdict: dict[str, Any]) -> str:
 
 def stream(verdict: dict[str, Any], directory: Path) -> ExampleStream:
     sources = []
-    for number, name in enumerate(files(verdict)):
+    read = choose("/corpus", files(verdict)).files if len(files(verdict)) > 1 else files(verdict)
+    for number, name in enumerate(name for name in files(verdict) if name in read):
         (directory / str(number)).write_bytes(corpus.content(name))
-        sources.append(Source(name=name, path=directory / str(number), named=len(files(verdict)) == 1))
+        sources.append(Source(name=name, path=directory / str(number)))
     named = parse_columns(verdict["columns"].split(",")) if "columns" in verdict else None
     return ExampleStream(sources, format=verdict.get("format", "auto"), columns=named)
 

@@ -16,8 +16,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from job.inputs import hub_failures, hub_worker
+from job.inputs.data_files import choose
+from job.inputs.dataset_card import declared_splits
 from job.inputs.hub import Request, Unreachable, fetch_dataset, fetch_model
-from job.inputs.hub_files import data_files
 from job.runtime.child import Failed
 from job.runtime.errors import AccessDeniedError, ConfigError, DataError, StorageError
 from tests.certificates import make_certificates
@@ -290,6 +291,11 @@ configs:
 """
 
 
+def _files_of(split: str | None, names: list[str], readme: str) -> list[str]:
+    place = "hf://datasets/org/data"
+    return list(choose(place, names, split=split, declared=declared_splits(place, readme.encode(), names)).files)
+
+
 @pytest.mark.parametrize(
     ("split", "names", "readme", "expected"),
     [
@@ -315,7 +321,7 @@ configs:
 )
 def test_splits(split: str | None, names: list[str], readme: str, expected: list[str]) -> None:
     """A split is what the README declares, else what the file names say."""
-    assert expected == data_files("org/data", split, names, readme)
+    assert sorted(expected) == _files_of(split, names, readme)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +330,8 @@ def test_splits(split: str | None, names: list[str], readme: str, expected: list
         pytest.param("nope", SHARDS, "", "no split 'nope'.*validation", id="no such split"),
         pytest.param(None, ["test.csv", "dev.csv"], "", "no split 'train'.*dev.csv", id="which one"),
         pytest.param(None, ["a.txt"], "", "no data files", id="no data"),
-        pytest.param(None, ["train.csv", "train.jsonl"], "", "several formats.*train.csv", id="twice"),
+        pytest.param(None, ["train.csv", "train.jsonl"], "", "train.csv and train.jsonl, perhaps the same", id="twice"),
+        pytest.param(None, ["train/a.csv", "train/b.jsonl"], "", "several formats.*a.csv", id="two formats"),
         pytest.param(None, ["a.jsonl"], HEADER.replace("default", "large"), "several configurations", id="configs"),
         pytest.param(None, ["a.jsonl"], "---\na: [\n---\n", "README.md", id="not YAML"),
         pytest.param(None, ["a.jsonl"], "---\nconfigs: text\n---\n", "README.md", id="configs are a text"),
@@ -341,7 +348,7 @@ def test_splits(split: str | None, names: list[str], readme: str, expected: list
 def test_unclear_splits(split: str | None, names: list[str], readme: str, text: str) -> None:
     """Where it is not clear which files are meant, the error lists them."""
     with pytest.raises(DataError, match=text):
-        data_files("org/data", split, names, readme)
+        _files_of(split, names, readme)
 
 
 def test_a_model_without_its_weights(hub: Hub, tmp_path: Path) -> None:

@@ -194,7 +194,9 @@ def place(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path, monk
 def test_wherever_the_model_lies_its_files_are_the_same(place, tiny_model: Path, tmp_path: Path, weights: bool) -> None:
     """What is pulled, inspected and shown to the loaders is one list, from a directory, a prefix or a repository."""
     name = place(STRAY)
-    sources = Sources(model=name, dataset=(), eval_dataset=(), chat_template="tokenizer", patience_seconds=1)
+    sources = Sources(
+        model=name, dataset=(), eval_dataset=(), chat_template="tokenizer", patience_seconds=1, hold_out=False
+    )
     pulled = Puller.of(sources, scratch=tmp_path / "scratch", pinned=None, weights=weights).model(name)
     expected = {path.name for path in tiny_model.iterdir()}
     shown = {path.relative_to(pulled.path).as_posix() for path in pulled.path.rglob("*") if path.is_file()}
@@ -211,7 +213,9 @@ def test_wherever_the_model_lies_its_files_are_the_same(place, tiny_model: Path,
 def test_wherever_the_model_lies_the_same_is_rejected(place, tmp_path: Path, stray: str) -> None:
     """An older file of weights and an adapter's files are named before any weights are downloaded."""
     name = place({stray: b"{}"})
-    sources = Sources(model=name, dataset=(), eval_dataset=(), chat_template="tokenizer", patience_seconds=1)
+    sources = Sources(
+        model=name, dataset=(), eval_dataset=(), chat_template="tokenizer", patience_seconds=1, hold_out=False
+    )
     with pytest.raises(DataError, match=stray):
         Puller.of(sources, scratch=tmp_path / "scratch", pinned=None, weights=False).model(name)
 
@@ -220,7 +224,9 @@ def test_wherever_the_model_lies_the_same_is_rejected(place, tmp_path: Path, str
 def test_what_an_earlier_run_downloaded_is_not_the_model(s3_env: str, tiny_model: Path, tmp_path: Path) -> None:
     """The scratch directory keeps downloads: a file that is gone from the prefix since is not shown to the loaders."""
     client, name = boto3.client("s3"), f"s3://{s3_env}/model"
-    sources = Sources(model=name, dataset=(), eval_dataset=(), chat_template="tokenizer", patience_seconds=1)
+    sources = Sources(
+        model=name, dataset=(), eval_dataset=(), chat_template="tokenizer", patience_seconds=1, hold_out=False
+    )
     puller = Puller.of(sources, scratch=tmp_path / "scratch", pinned=None)
     for path in (tiny_model / "config.json", min(tiny_model.glob("*.safetensors"))):
         key = "model.safetensors" if path.suffix == ".safetensors" else path.name

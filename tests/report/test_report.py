@@ -98,7 +98,8 @@ def full(tmp_path, texts) -> Page:
     expected = expect(config, BASE_1B, data)
     made = check_page(config, data, expected, [])
     finding = Finding(code="odd", count=1, first=(f"{words}:1",), message=words, remedy=words)
-    facts = {"name": words, "format": words, "rows": 1, "bytes": 1, "sha256": "0" * 64, "unread": {words: 1}}
+    facts = {"name": words, "format": words, "rows": 1, "bytes": 1, "sha256": "0" * 64}
+    facts |= {"held_out": True, "unread": {words: 1}}
     return Page(
         title=words,
         state="complete",
@@ -108,7 +109,7 @@ def full(tmp_path, texts) -> Page:
         sequences=made.sequences,
         lengths=made.lengths,
         files=(facts,),
-        skipped=(words,),
+        left_out={words: [words]},
         estimate=expected,
         measured=((words, words),),
         curves=(Curve(name=words, points=((1.0, 2.0), (2.0, 1.0))), Curve(name=words, points=((1.0, 2.5),))),

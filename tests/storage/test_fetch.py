@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from job.runtime.errors import DataError
 from job.storage.faults import ChangedError, MissingError
-from job.storage.fetch import fetch, list_objects
+from job.storage.fetch import download, fetch, list_objects, resolve
 from job.storage.open import open_store
 from tests.servers import Rclone, Seen, serve_proxy
 
@@ -46,9 +47,11 @@ def test_object(filled: str, tmp_path: Path) -> None:
     assert file.path.read_bytes() == b"train.jsonl"
 
 
-def test_wanted(filled: str, tmp_path: Path) -> None:
-    """Only wanted keys are brought."""
-    found = fetch(f"s3://{filled}/data", tmp_path, wanted=lambda key: key.endswith(".jsonl"))
+def test_some(filled: str, tmp_path: Path) -> None:
+    """Of the objects under a prefix only those are brought that are asked for."""
+    resolved = resolve(f"s3://{filled}/data", patience_seconds=10)
+    wanted = [entry for entry in resolved.entries if entry.key.endswith(".jsonl")]
+    found = download(replace(resolved, entries=wanted), tmp_path)
     assert ["more/a.jsonl", "train.jsonl"] == [file.key for file in found]
     assert not (tmp_path / "more/b.txt").exists()
 
@@ -199,5 +202,7 @@ def test_many_files_through_rclone(
     folder.mkdir()
     for number in range(1100):
         (folder / f"{number:04}.txt").write_text(str(number))
-    found = fetch(f"s3://{s3_env}/data", tmp_path, wanted=lambda key: int(key[:4]) % 10 == 9)
+    resolved = resolve(f"s3://{s3_env}/data", patience_seconds=10)
+    wanted = [entry for entry in resolved.entries if int(entry.key[:4]) % 10 == 9]
+    found = download(replace(resolved, entries=wanted), tmp_path)
     assert [str(number) for number in range(9, 1100, 10)] == [file.path.read_text() for file in found]

@@ -7,6 +7,7 @@ again, and memory never holds more than one example.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,8 +18,10 @@ from pathlib import Path
 from job.data.examples import Example, InvalidRows, RowError
 from job.data.reading.columns import Columns
 from job.data.reading.fields import InvalidError
-from job.data.reading.files import CODECS, TYPES, Row, file_type, read_rows
+from job.data.reading.files import Row, read_rows
 from job.data.reading.formats import FORMATS, columns_of, detect_format, parse_row
+from job.inputs.data_files import CODECS, TYPES, file_type, split_of
+from job.observability.masking import shown
 from job.runtime.errors import DataError
 from job.runtime.hashing import sha256
 
@@ -30,6 +33,8 @@ UNREAD_IN = "messages[]"
 """Before the keys of messages, whatever the column is called."""
 UNREADABLE = 1000
 """Rows without a single object after which reading the file stops."""
+SPLIT, LONGEST_SPLIT = "split", 100
+"""The column by which a row says its split, and characters of it that are looked at."""
 HEAD_ROWS, HEAD_SECONDS = 5000, 1.0
 """Valid rows, and seconds, after which `validate_head` ends."""
 
@@ -41,8 +46,6 @@ class Source:
     name: str
     """E.g. `s3://bucket/data/a.jsonl`; its suffix decides the file's type."""
     path: Path
-    named: bool = True
-    """Whether the user named this very file; a file found under a prefix is skipped if its suffix is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +64,8 @@ class FileFacts:
     """Rows that end with an empty assistant turn. They are kept, and teach the model to answer nothing."""
     unread: dict[str, int]
     """Columns, and keys of messages as `messages[].name`, that nothing reads: in how many rows each has a value."""
+    held_out: bool = False
+    """Whether the rows are evaluated and not learned."""
 
 
 class ExampleStream:
@@ -82,18 +87,17 @@ class ExampleStream:
         format: `auto` (detected for each file) or one of `job.data.reading.formats.FORMATS`.
         columns: the user's names for columns. Several streams may share them; the first that ends must have found all.
         """
-        self._sources = [source for source in sources if source.named or file_type(source.name).type]
+        self._sources = sources
         self._format = format
         self._columns = columns or Columns()
         self._invalid = InvalidRows()
+        self._sides: dict[bool, str] = {}
         self._rows = 0
-        self.skipped: tuple[str, ...] = tuple(source.name for source in sources if source not in self._sources)
-        """Files under a prefix that are not data, by their suffix."""
         self.facts: tuple[FileFacts, ...] = ()
         """One for each file; complete after the first iteration."""
 
     def __iter__(self) -> Iterator[Example]:
-        self._invalid, self._rows = InvalidRows(), 0
+        self._invalid, self._sides, self._rows = InvalidRows(), {}, 0
         known = {facts.name: facts for facts in self.facts}
         for source in self._sources:
             yield from self._file(source, known.get(source.name))
@@ -101,10 +105,8 @@ class ExampleStream:
         self._invalid.raise_if_any(self._rows)
         if not self._rows:
             raise DataError(
-                f"The dataset has no rows ({len(self._sources)} data files, {len(self.skipped)} others).",
-                remedy="Upload the data files again: they are empty."
-                if self._sources
-                else f"Give files that end in {', '.join(TYPES)}, also with {' or '.join(CODECS)}.",
+                f"The dataset has no rows ({len(self._sources)} data files).",
+                remedy="Upload the data files again: they are empty.",
             )
 
     def validate_head(self) -> bool:
@@ -172,11 +174,32 @@ class ExampleStream:
         reason, remedy = row.problem, row.remedy
         if not reason:
             try:
+                self._check_side(source, row)
                 return parse_row(row.value, format=format_, source=source.name, line=row.line)
             except InvalidError as error:
                 reason, remedy = self._columns.explained(str(error)), error.remedy
         self._invalid.add(RowError(source=source.name, line=row.line, reason=reason, remedy=remedy))
         return None
+
+    def _check_side(self, source: Source, row: Row) -> None:
+        """Raise InvalidError for a row that says another side of a split than one before it.
+
+        Whoever wrote both into one file meant this column to separate them.
+        """
+        said = row.value.get(SPLIT) if isinstance(row.value, dict) else None
+        if not isinstance(said, str) or not (split := _split_of(said[:LONGEST_SPLIT])):
+            return
+        held_out = split != "train"
+        self._sides.setdefault(held_out, f"{source.name}:{row.line}")
+        if (other := self._sides.get(not held_out)) is not None:
+            raise InvalidError(
+                f"its column `{SPLIT}` is {shown(repr(said))}, and that of {other} says another side",
+                remedy="Write the rows of each split into files of their own (train.jsonl, test.jsonl), or remove the "
+                "column.",
+            )
+
+
+_split_of = functools.lru_cache(maxsize=1000)(split_of)
 
 
 def _ends_empty(example: Example) -> bool:

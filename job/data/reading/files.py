@@ -9,40 +9,42 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from pathlib import Path
+from typing import Any, cast
 
 import pyarrow as pa
-from pyarrow import parquet
 
 from job.data.reading import strict_json
+from job.data.reading.decompressed import Decompressed, seekable
 from job.data.reading.fields import quoted
 from job.data.reading.json_stream import elements
-from job.data.reading.parquet import parquet_rows
+from job.data.reading.parquet.footer import MOST_COLUMNS
+from job.data.reading.parquet.table import Table, TooLongError
+from job.data.reading.parquet.thrift import DamagedError, TooLargeError
 from job.data.reading.signature import BOM, HEAD, UTF_8, check_contents
+from job.inputs.data_files import FileType, file_type
 from job.observability.masking import printable, shown
 from job.runtime.errors import DataError
 
 MAX_LINE = 64 * 1024 * 1024
 """Bytes in one line or array element; more is a decompression bomb or a file of another kind, not a row of text."""
 
+BLANK, MOST_BLANK = 2, 1_000_000
+"""Bytes of a blank line with its end, and how many may follow each other: a few kilobytes can hold any number."""
 BUFFER = 1 << 20
-TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-CODECS = {".gz": "gzip", ".zst": "zstd"}
 OTHER_DELIMITERS = {",": ";\t", "\t": ",;"}
 """Separators of files that are called CSV or TSV but use another one."""
-NOT_DATA = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"})
-"""Files that dataset libraries store next to the data."""
-
 DAMAGED = "Upload the file again, or rename it to what it is."
 ONE_ROW_A_LINE = "Write each row as JSON on a line of its own."
 LINE_ENDS = "Save the file with line feeds (LF) at the ends of its lines."
+SMALLER = (
+    "Check where the file is from. If it is right, write it without compression; Parquet with smaller pages and row "
+    "groups, and without columns that are not trained on."
+)
 CUT_OFF = "Upload the file again; if it is whole, correct its last line."
 QUOTES = "Put cells that hold separators, quotes or line ends into quotes, and double the quotes inside them."
 KEEP_ONE = "Keep one of the two keys."
@@ -59,24 +61,6 @@ class Row:
     """What to do about the problem."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileType:
-    """A file's type (one of `TYPES`, or empty if unknown) and its compression, both by its name."""
-
-    type: str
-    compression: str
-
-
-def file_type(name: str) -> FileType:
-    """The type by suffix, in upper or lower case; hidden files and the metadata of dataset libraries have none."""
-    base = PurePosixPath(name).name.lower()
-    compression = next((suffix for suffix in CODECS if base.endswith(suffix)), "")
-    stem = base.removesuffix(compression)
-    known = next((suffix for suffix in TYPES if stem.endswith(suffix)), "")
-    ignored = base.startswith((".", "_")) or stem in NOT_DATA
-    return FileType(type="" if ignored else known, compression=compression)
-
-
 def read_rows(name: str, path: Path) -> Iterator[Row]:
     """All rows of the file at `path`; its type follows from `name`.
 
@@ -89,7 +73,9 @@ def read_rows(name: str, path: Path) -> Iterator[Row]:
     try:
         with _opened(name, path, kind) as stream:
             yield from _READERS[kind.type](name, stream)
-    except pa.ArrowInvalid as error:
+    except TooLargeError as error:
+        raise DataError(f"{name} claims more than is read: {printable(str(error))}.", remedy=SMALLER) from error
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, DamagedError) as error:
         raise DataError(
             f"{name} cannot be read: {printable(str(error).strip().rstrip('.'))}.", remedy=DAMAGED
         ) from error
@@ -110,18 +96,22 @@ def _opened(name: str, path: Path, kind: FileType) -> Iterator[io.BufferedReader
         if not kind.compression:
             yield stored
             return
-        stream = io.BufferedReader(pa.CompressedInputStream(stored, CODECS[kind.compression]), BUFFER)
+        decompressed = Decompressed(stored, kind.compression, path.stat().st_size)
+        stream = cast("io.BufferedReader", io.BufferedReader(decompressed, BUFFER))
         check_contents(name, stream.peek(HEAD)[:HEAD], kind.type, within=kind.compression)
         yield stream
 
 
 def _lines(name: str, stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
     """Numbered lines as bytes, with their line ends, without a byte-order mark."""
-    number = 0
+    number = blank = 0
     while line := stream.readline(MAX_LINE + 1):
         number += 1
         if len(line) > MAX_LINE:
             raise _too_long(name, number)
+        blank = blank + 1 if len(line) <= BLANK and not line.strip() else 0
+        if blank > MOST_BLANK:
+            raise TooLargeError(f"after line {number - blank:,} more than {MOST_BLANK:,} lines are blank")
         yield number, line.removeprefix(BOM) if number == 1 else line
 
 
@@ -194,7 +184,8 @@ def _array(name: str, stream: io.BufferedReader) -> Iterator[Row]:
 
 def _csv(name: str, stream: io.BufferedReader, delimiter: str = ",") -> Iterator[Row]:
     csv.field_size_limit(MAX_LINE)
-    reader = csv.reader(_text_lines(name, stream), delimiter=delimiter, strict=True)
+    lines = _TextLines(name, stream)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         header = next(filter(None, reader), None)
     except csv.Error as error:
@@ -203,12 +194,14 @@ def _csv(name: str, stream: io.BufferedReader, delimiter: str = ",") -> Iterator
     if header is None:
         return
     _check_header(f"{name}:{reader.line_num}", header, delimiter)
-    while row := _csv_row(reader, header):
+    while row := _csv_row(lines, reader, header):
         if row.value != {}:
             yield row
 
 
 def _check_header(where: str, header: list[str], delimiter: str) -> None:
+    if len(header) > MOST_COLUMNS:
+        raise TooLargeError(f"the header has {len(header):,} columns, more than {MOST_COLUMNS:,}")
     _check_unique(where, list(filter(None, header)))  # spreadsheets write empty columns
     if len(header) == 1 and (other := [mark for mark in OTHER_DELIMITERS[delimiter] if mark in header[0]]):
         raise DataError(
@@ -232,9 +225,10 @@ def _not_csv(error: csv.Error, remedy: str) -> tuple[str, str]:
     return str(error), remedy
 
 
-def _csv_row(reader: Any, header: list[str]) -> Row | None:
+def _csv_row(lines: _TextLines, reader: Any, header: list[str]) -> Row | None:
     """The next record; an empty value for a blank line; None at the end."""
     line = reader.line_num + 1
+    lines.begin_row()
     try:
         cells = next(reader, None)
     except csv.Error as error:
@@ -248,12 +242,31 @@ def _csv_row(reader: Any, header: list[str]) -> Row | None:
     return Row(line=line, value=dict(zip(header, cells, strict=False)))
 
 
-def _text_lines(name: str, stream: io.BufferedReader) -> Iterator[str]:
-    for number, line in _lines(name, stream):
+class _TextLines:
+    """The lines of a file as text; the lines of one row are together no longer than a line may be."""
+
+    def __init__(self, name: str, stream: io.BufferedReader) -> None:
+        self._name, self._lines = name, _lines(name, stream)
+        self._first = self._number = self._size = 0
+
+    def begin_row(self) -> None:
+        """The next line is the first of a row."""
+        self._first, self._size = self._number + 1, 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        self._number, line = next(self._lines)
+        self._size += len(line)
+        if self._size > MAX_LINE:
+            raise _too_long(self._name, self._first)
         try:
-            yield line.decode("utf-8")
+            return line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{name}:{number}: not UTF-8 at byte {error.start + 1}.", remedy=UTF_8) from error
+            raise DataError(
+                f"{self._name}:{self._number}: not UTF-8 at byte {error.start + 1}.", remedy=UTF_8
+            ) from error
 
 
 def _tsv(name: str, stream: io.BufferedReader) -> Iterator[Row]:
@@ -261,26 +274,14 @@ def _tsv(name: str, stream: io.BufferedReader) -> Iterator[Row]:
 
 
 def _parquet(name: str, stream: io.BufferedReader) -> Iterator[Row]:
-    number = 0
-    with _seekable(stream) as file:
-        table = parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        _check_unique(name, names)
-        for value in parquet_rows(table):
-            number += 1
-            yield Row(line=number, value=value)
-
-
-@contextmanager
-def _seekable(stream: io.BufferedReader) -> Iterator[IO[bytes]]:
-    """Parquet is read from its end: a compressed file is decompressed into a temporary file first."""
-    if stream.seekable():
-        yield stream
-        return
-    with tempfile.TemporaryFile() as decompressed:
-        shutil.copyfileobj(stream, decompressed, BUFFER)
-        decompressed.seek(0)
-        yield decompressed
+    with seekable(stream) as file:
+        table = Table.open(file)
+        _check_unique(name, table.names)
+        try:
+            for number, value in enumerate(table.rows(longest=MAX_LINE), 1):
+                yield Row(line=number, value=value)
+        except TooLongError as error:
+            raise _too_long(name, error.row) from None
 
 
 _READERS: dict[str, Callable[[str, io.BufferedReader], Iterator[Row]]] = {

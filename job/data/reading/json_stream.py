@@ -154,7 +154,9 @@ def _value(window: _Window, decoder: Decoder, limit: int) -> Any:
             if window.ended or not _may_be_incomplete(error, window.text):
                 cut_off = " (the file ends here: was it cut off?)" if _ends_inside(error, window) else ""
                 raise _DamagedError(f"not JSON: {error.msg} at {window.where(error.pos)}{cut_off}") from error
-        except (RecursionError, ValueError) as error:
+        except RecursionError as error:
+            raise _DamagedError("not JSON that can be read: nested too deeply") from error
+        except ValueError as error:
             raise _DamagedError(f"not JSON that can be read: {error}") from error
         if len(window.text) - window.position > limit:
             raise _TooLongError

@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 from job.data.examples import Example, InvalidRows, RowError
 from job.data.rendering.labels import SequenceMeta
 from job.data.rendering.renderer import RenderedText, Renderer
+from job.data.tokenized import overtime
+from job.data.tokenized.overtime import OvertimeError
 from job.data.tokenizer.encoding import Encoding
 from job.data.tokenizer.load import Tokenizer
 from job.runtime.errors import DataError
@@ -95,12 +97,20 @@ class Draft:
     def add(self, examples: Iterable[Example], *renderers: Renderer) -> None:
         """Render further rows with each of these renderers, which differ only in weights; the first has all roles.
 
-        Raises the errors of `examples`, and DataError if a format needs a chat template and there is none. Rows that
-        the template refuses, or that are too long under `fail`, are collected for `check`.
+        Raises the errors of `examples`, and DataError if a format needs a chat template and there is none, or if a row
+        takes too long. Rows that the template refuses, or that are too long under `fail`, are collected for `check`.
         """
+        watch = overtime.Watch()
+        try:
+            with watch:
+                self._add(_watched(examples, watch), renderers)
+        except OvertimeError as error:
+            raise _overtime(*error.args or (watch.current,)) from None
+
+    def _add(self, examples: Iterable[Example], renderers: Sequence[Renderer]) -> None:
         numbers = list(dict.fromkeys(map(self._number, renderers)))
         waiting: deque[_Chunk] = deque()
-        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise")
+        thread, wait = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise"), True
         try:
             for texts in self._texts(examples, renderers[0]):
                 waiting.append(_chunk(texts, renderers[0], thread))
@@ -108,8 +118,11 @@ class Draft:
                     self._write(waiting.popleft(), numbers)
             while waiting:
                 self._write(waiting.popleft(), numbers)
+        except OvertimeError:
+            wait = False
+            raise
         finally:
-            thread.shutdown(cancel_futures=True)
+            thread.shutdown(wait=wait, cancel_futures=True)
 
     def check(self) -> None:
         """Raise DataError if a row was invalid: the first ten in words, and the total."""
@@ -180,6 +193,21 @@ class Draft:
                 self._invalid.add(_no_embedding(meta, tokenizer.hf.convert_ids_to_tokens(highest), highest, rows))
 
 
+def _watched(examples: Iterable[Example], watch: overtime.Watch) -> Iterator[Example]:
+    for example in examples:
+        watch.current = example
+        yield example
+
+
+def _overtime(first: Example, last: Example | None = None) -> DataError:
+    rows = f"{first.source}:{first.line}" + (f" to {last.source}:{last.line}" if last else "")
+    return DataError(
+        f"{rows}: the chat template and the tokenizer take more than {overtime.SECONDS:.0f} s of computing for a row.",
+        remedy="Leave out the row, or use a template without a loop and a tokenizer.json without a pattern that takes "
+        "so long.",
+    )
+
+
 def _no_embedding(meta: SequenceMeta, token: str, number: int, rows: int) -> RowError:
     return RowError(
         source=meta.source,
@@ -213,20 +241,40 @@ class _Chunk:
         except BaseException as error:
             if type(error).__name__ != PANIC:
                 raise
-            first, *_, last = (text.example for text in (*self.texts.values(), *self.texts.values()))
+            first, last = self._ends()
             raise DataError(
                 f"The tokenizer fails on a row from {first.source}:{first.line} to {last.source}:{last.line}: {error}.",
                 remedy="Leave out the row, or use a model whose tokenizer.json has no pattern that backtracks so long.",
             ) from None
 
     def encoded(self, renderer: Renderer) -> Iterator[tuple[int, RenderedText, list[Encoding]]]:
-        """Each row with the tokens of its pieces; waits for them."""
-        raw = iter(self.raw.result())
+        """Each row with the tokens of its pieces; waits for them.
+
+        Raises OvertimeError with the row that takes too long, or with the first and the last of the chunk.
+        """
+        try:
+            encodings: list[Any] = overtime.result(self.raw)
+        except OvertimeError:
+            for text in self.texts.values():
+                _encoded_apart(renderer, text)
+            raise OvertimeError(*self._ends()) from None
+        raw = iter(encodings)
         for row, text in self.texts.items():
             if text.escaped:
-                yield row, text, renderer.encode(text)
+                yield row, text, _encoded_apart(renderer, text)
             else:
                 yield row, text, [renderer.tokenizer.with_offsets(piece.text, next(raw)) for piece in text.pieces]
+
+    def _ends(self) -> tuple[Example, Example]:
+        first, *_, last = (text.example for text in (*self.texts.values(), *self.texts.values()))
+        return first, last
+
+
+def _encoded_apart(renderer: Renderer, text: RenderedText) -> list[Encoding]:
+    try:
+        return overtime.apart(lambda: renderer.encode(text))
+    except OvertimeError:
+        raise OvertimeError(text.example) from None
 
 
 def _chunk(texts: dict[int, RenderedText], renderer: Renderer, thread: Executor) -> _Chunk:

@@ -183,12 +183,17 @@ class Encoder:
     def _part(self, backend: Any, text: str, *, inner: bool) -> tuple[list[int], list[Offsets]]:
         """The tokens of a part of a text; an inner part has the tokens that it has after other text."""
         for anchor in self._anchors if inner else ():
-            found = backend.encode(f"{anchor}{text}", add_special_tokens=False)
+            found = _alone(backend, f"{anchor}{text}")
             first = next((n for n, (start, end) in enumerate(found.offsets) if start >= 1 and end > 1), None)
             if first is not None and all(end <= 1 for _, end in found.offsets[:first]):
                 return found.ids[first:], [(start - 1, end - 1) for start, end in found.offsets[first:]]
-        found = backend.encode(text, add_special_tokens=False)
+        found = _alone(backend, text)
         return found.ids, found.offsets
+
+
+def _alone(backend: Any, text: str) -> Any:
+    """The encoding of one text. As a batch of one, since `encode` keeps Python's lock as long as it takes."""
+    return backend.encode_batch([text], add_special_tokens=False)[0]
 
 
 def _one_of(tokens: Sequence[str]) -> re.Pattern[str]:

@@ -24,7 +24,8 @@ from job.data.findings import is_grave
 from job.data.quality.scan import QualityScan, ScanResult, Scope, _percent
 from job.data.reading.dataset import ExampleStream, Source
 from job.data.split import is_held_out, split_by_content
-from job.inputs.pull import File, Inputs
+from job.inputs.files import File
+from job.inputs.pull import Inputs
 from job.observability import masking
 from job.runtime.errors import DataError
 from tests.jobs import ROOT, run
@@ -368,7 +369,7 @@ def config(**settings: Any) -> Config:
 
 def pulled(train: Path, held_out: Path | None = None) -> Inputs:
     def file(path: Path) -> File:
-        return File(name=path.name, path=path, size=path.stat().st_size, etag=None, version=None, named=True)
+        return File(name=path.name, path=path, size=path.stat().st_size, etag=None, version=None)
 
     return Inputs(
         model=Path("/m"),

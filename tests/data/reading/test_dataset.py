@@ -356,15 +356,11 @@ def test_a_json_file_that_is_one_object_is_rejected(tmp_path: Path) -> None:
         list(ExampleStream([store(tmp_path, "a.json", b'{\n  "data": []\n}')]))
 
 
-def test_other_files_under_a_prefix_are_skipped_and_named(tmp_path: Path) -> None:
-    """A README next to the data is skipped and reported; the same file named by the user is an error."""
-    data = store(tmp_path, "a.jsonl", jsonl([{"text": "x"}]))
-    others = [store(tmp_path, name, b"{}") for name in ("README.md", "dataset_infos.json", ".part.jsonl")]
-    stream = ExampleStream([data, *(Source(name=other.name, path=other.path, named=False) for other in others)])
-    assert len(list(stream)) == 1
-    assert stream.skipped == tuple(other.name for other in others)
+def test_a_file_of_an_unknown_type_is_an_error(tmp_path: Path) -> None:
+    """What the user names is read or rejected, never passed over; a hidden name is a name."""
     with pytest.raises(DataError, match=r"README\.md has an unknown file type"):
-        list(ExampleStream([others[0]]))
+        list(ExampleStream([store(tmp_path, "README.md", b"{}")]))
+    assert len(list(ExampleStream([store(tmp_path, "_a.jsonl", jsonl([{"text": "x"}]))]))) == 1
 
 
 def test_a_dataset_without_rows_is_an_error(tmp_path: Path) -> None:
@@ -405,3 +401,45 @@ def test_the_content_key_sees_content_only() -> None:
     there = Example(source="y", line=9, format="sharegpt", turns=turns)
     other = Example(source="x", line=1, format="messages", turns=turns[::-1])
     assert content_key(here) == content_key(there) != content_key(other)
+
+
+SIMPLE = {"question": "a", "answer": "b"}
+
+
+@pytest.mark.parametrize(
+    ("splits", "line"),
+    [
+        pytest.param(["train", "test", "train"], 2, id="test after train"),
+        pytest.param(["validation", "validation", "train"], 3, id="train after validation"),
+        pytest.param(["train_sft", None, "test_sft"], 3, id="with more words"),
+        pytest.param(["Train", "DEV"], 2, id="capitals"),
+    ],
+)
+def test_rows_of_two_sides_in_one_file(tmp_path: Path, splits: list[str | None], line: int) -> None:
+    """A column `split` that says train and test was meant to separate the rows: nothing is learned of both.
+
+    Seen at nprint/nprintml#40 and chemprop/chemprop#645, where tables have such a column.
+    """
+    found = problems(tmp_path, *({**SIMPLE, "split": split} for split in splits))
+    assert f"a.jsonl:{line}: its column `split` is" in found
+    assert "another side" in found
+
+
+@pytest.mark.parametrize(
+    "splits", [["train", "training"], ["test", "validation"], ["a", "test"], [1, "train"], ["", None]]
+)
+def test_a_column_split_that_says_one_side(tmp_path: Path, splits: list[Any]) -> None:
+    """Rows of one side are read, whichever it is, and the column is listed as not read."""
+    rows = [{**SIMPLE, "split": split} for split in splits]
+    stream = ExampleStream([store(tmp_path, "a.jsonl", jsonl(rows))])
+    assert len(list(stream)) == len(rows)
+
+
+def test_two_files_of_two_sides(tmp_path: Path) -> None:
+    """Files whose names say nothing, and whose rows do, are one side as well."""
+    sources = [
+        store(tmp_path, f"{name}.jsonl", jsonl([{**SIMPLE, "split": split}]))
+        for name, split in (("a", "train"), ("b", "val"))
+    ]
+    with pytest.raises(DataError, match=r"b\.jsonl:1: its column `split` is 'val', and that of .*a\.jsonl:1"):
+        list(ExampleStream(sources))

@@ -244,7 +244,7 @@ def test_rows_with_a_token_without_an_embedding(tmp_path: Path) -> None:
     rows = [{"prompt": "What?", "completion": answer} for answer in answers]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stream = ExampleStream([Source(name="rows.jsonl", path=file, named=True)], format="auto", columns={})
+    stream = ExampleStream([Source(name="rows.jsonl", path=file)], format="auto", columns={})
     renderer = Renderer(tokenizer=found, train_on="responses", max_length=512, overlong="truncate")
     with Draft(tmp_path / "draft") as draft:
         draft.add(stream, renderer)
@@ -266,7 +266,7 @@ def test_a_row_on_which_the_tokenizer_fails(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": "What?", "completion": answer} for answer in ("fine", "Q" * 60, "fine")]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stream = ExampleStream([Source(name="rows.jsonl", path=file, named=True)], format="auto", columns={})
+    stream = ExampleStream([Source(name="rows.jsonl", path=file)], format="auto", columns={})
     renderer = Renderer(tokenizer=found, train_on="responses", max_length=512, overlong="truncate")
     with Draft(tmp_path / "draft") as draft, pytest.raises(DataError, match=r"from rows\.jsonl:1 to rows\.jsonl:3"):
         draft.add(stream, renderer)
