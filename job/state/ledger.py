@@ -283,7 +283,7 @@ def _life(entry: Entry) -> int:
 
 def _is_record(body: Any) -> bool:
     """Whether all fields that are read exist and have the right types."""
-    if not isinstance(body, dict) or body.get("kind") not in SHAPES:
+    if not isinstance(body, dict) or not isinstance(body.get("kind"), str) or body["kind"] not in SHAPES:
         return False
     shape = {"layout": int, "attempt": int, "owner": str, "life": int, "nonce": str} | SHAPES[body["kind"]]
     if not all(isinstance(body.get(name), wanted) for name, wanted in shape.items()):
