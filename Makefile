@@ -32,9 +32,10 @@ full: $(STAMP)  ## everything that needs no GPU and no container engine: the sui
 
 coverage: $(STAMP)  ## how much of job/ the suite runs, also in child processes; prints the ten least covered modules
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest -n $(WORKERS) --dist worksteal
-	$(BIN)/coverage combine --quiet
-	@$(BIN)/coverage report --sort=cover | sed -n -e 1,12p -e '$$p'
+	$(BIN)/coverage run -m pytest -n $(WORKERS) --dist worksteal; status=$$?; \
+	$(BIN)/coverage combine --quiet; \
+	$(BIN)/coverage report --sort=cover | sed -n -e 1,12p -e '$$p'; \
+	exit $$status
 
 faults: $(STAMP)  ## the whole fault matrix, also the rows that take long
 	$(PYTEST) -m "not gpu" tests/faults

@@ -19,8 +19,9 @@ ROWS = 8
 
 def main() -> int:
     base, run = sys.argv[1], Path(sys.argv[2])
+    published = run / json.loads((run / "done.json").read_text())["prefix"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(published / "adapter")
     examples = Path(__file__).resolve().parent.parent / "examples/orders/eval.jsonl"
     rows = [json.loads(line)["messages"] for line in examples.read_text().splitlines()[:ROWS]]
     texts = [tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
@@ -32,9 +33,9 @@ def main() -> int:
             return [model(input_ids=one.input_ids).logits[0].float().cpu() for one in encoded]
 
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
-    adapted = logits(PeftModel.from_pretrained(plain, run / "adapter"))
+    adapted = logits(PeftModel.from_pretrained(plain, published / "adapter"))
     del plain
-    merged = logits(AutoModelForCausalLM.from_pretrained(run / "merged_16bit", dtype=torch.float32).to(device))
+    merged = logits(AutoModelForCausalLM.from_pretrained(published / "merged_16bit", dtype=torch.float32).to(device))
     same = torch.cat([(a.argmax(-1) == b.argmax(-1)).float() for a, b in zip(adapted, merged, strict=True)])
     gap = max(float((a - b).abs().max()) for a, b in zip(adapted, merged, strict=True))
     print(json.dumps({"top1_agreement": round(float(same.mean()), 5), "positions": len(same), "largest_gap": gap}))

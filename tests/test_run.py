@@ -318,7 +318,7 @@ def test_files_are_readable_by_others(settings, tmp_path):
 
 def test_the_same_run_gives_the_same_adapter(finished, settings, place, tmp_path):
     """Two runs of one configuration publish the same adapter, bit for bit, whatever else they log or export."""
-    again = run(tmp_path, **settings, run_id="again", eval_fraction=0.2, log_level="warning", eval_steps=1)
+    again = run(tmp_path, **settings, run_id="again", eval_fraction=0.2, warmup=2, log_level="warning", eval_steps=1)
     assert again.code == 0
     assert not again.events("train_progress")
     assert place.get("runs/first/adapter/adapter_model.safetensors") == place.get(
@@ -328,7 +328,7 @@ def test_the_same_run_gives_the_same_adapter(finished, settings, place, tmp_path
 
 def test_accumulation_does_not_change_the_steps(finished, settings, tmp_path):
     """The same batch in other passes has the same losses, to rounding: they are means over the batch's labels."""
-    split = run(tmp_path, **settings, run_id="split", eval_fraction=0.2, micro_batch=1)
+    split = run(tmp_path, **settings, run_id="split", eval_fraction=0.2, warmup=2, micro_batch=1)
     losses = [line["loss"] for line in split.events("train_progress")]
     assert losses == pytest.approx([line["loss"] for line in finished.events("train_progress")], rel=2e-3)
 
@@ -357,7 +357,7 @@ def test_a_finished_run_is_not_run_again(finished, settings, place, tmp_path):
         pytest.param({"max_length": 4096}, 78, "512 tokens", id="longer than the model's positions"),
         pytest.param({"dataset": "s3://run-tests/nothing/"}, 65, "s3://run-tests/nothing/", id="missing key"),
         pytest.param({"dataset": "s3://no-such-bucket/x"}, 65, "no-such-bucket", id="missing bucket"),
-        pytest.param({"model": "s3://run-tests/data"}, 65, "Near it: a.jsonl", id="no model there"),
+        pytest.param({"model": "s3://run-tests/data"}, 65, "it contains: a.jsonl", id="no model there"),
     ],
 )
 def test_what_cannot_work_ends_with_its_code(settings, tmp_path, values, code, part):

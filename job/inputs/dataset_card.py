@@ -76,6 +76,8 @@ def _configs(place: str, readme: bytes) -> list[dict[str, Any]]:
         data = yaml.load(header[1], Loader=yaml.BaseLoader) or {}  # noqa: S506 - it makes texts, lists and dicts only
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _invalid(place, f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+    if data is None:
+        return []  # an empty header
     found = (data.get("configs") or []) if isinstance(data, dict) else None
     if not (isinstance(found, list) and all(isinstance(config, dict) for config in found)):
         raise _invalid(place, "it holds no values by name, or `configs` is not a list of configurations")

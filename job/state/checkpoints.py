@@ -134,9 +134,8 @@ def _restore(ledger: Ledger, entry: Entry, directory: Path, check: Callable[[Pat
     found = hashes([directory / name for name in wanted])
     for name, (_, sha256) in wanted.items():
         if found[directory / name] != sha256:
-            raise DamagedError(
-                f"{ledger.store.uri.rstrip('/')}/{prefix}/{name} does not have the SHA-256 of its record"
-            )
+            uri = f"{ledger.store.uri.rstrip('/')}/{prefix}/{name}"
+            raise DamagedError(f"{uri} does not have the SHA-256 of its record")
     check(directory, body)
     restored = Restored(directory=directory, step=step, number=entry.number, prefix=prefix, body=body)
     _check_history(restored)

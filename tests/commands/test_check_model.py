@@ -42,7 +42,7 @@ def overlapping(model: Path) -> None:
 def new_token(model: Path) -> None:
     content = json.loads((model / "tokenizer.json").read_text())
     token = content["added_tokens"][-1]
-    content["added_tokens"].append({**token, "id": token["id"] + 1, "content": "number"})
+    content["added_tokens"].append({**token, "id": token["id"] + 1, "content": "number", "special": False})
     (model / "tokenizer.json").write_text(json.dumps(content))
 
 

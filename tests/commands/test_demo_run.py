@@ -49,7 +49,7 @@ def demo(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_a_demo_of_two_steps(tmp_path):
     """In two steps the model learns little, and the demo says so. All the rest is as in the whole demo: every line of

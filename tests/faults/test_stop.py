@@ -169,7 +169,7 @@ def test_a_signal_during_c_code(bench):
 
 def test_a_second_signal_ends_at_once(bench):
     """Whoever asks twice does not want to wait for the grace."""
-    job = bench.start(bench.name("twice"), hooks=[["block", "job.tuning.model:load", 20]], grace_seconds=60)
+    job = bench.start(bench.name("twice"), hooks=[["block", "job.tuning.model:load", 60]], grace_seconds=120)
     job.until("library_output", message="the test blocks")
     job.send(signal.SIGTERM)
     time.sleep(2)

@@ -21,9 +21,10 @@ from job.inputs.dataset_card import declared_splits
 from job.inputs.hub import Request, Unreachable, fetch_dataset, fetch_model
 from job.runtime.child import Failed
 from job.runtime.errors import AccessDeniedError, ConfigError, DataError, StorageError
+from tests.certificates import make_certificates
 from tests.hub_server import COMMIT, Hub, serve_hub
 from tests.misbehaving import Answer, serve_answers
-from tests.servers import make_certificates, serve_proxy
+from tests.servers import serve_proxy
 
 pytestmark = pytest.mark.process
 

@@ -26,8 +26,9 @@ SHADOWS = (
 
 @pytest.fixture
 def plain():
-    """This environment without the job's variables and without a way to import it."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("TUNE_", "PYTHON", "HF_"))}
+    """This environment without the job's variables, without a way to import it, and without what `coverage` adds."""
+    others = ("TUNE_", "PYTHON", "HF_", "COVERAGE_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(others)}
 
 
 def killed(command, number, *, environment, fifo):

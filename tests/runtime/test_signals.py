@@ -27,8 +27,13 @@ signals.last_words(lambda: say("last words"))
 """
 
 
-def run(code: str, *, before: str = "") -> tuple[int, list[str]]:
-    """Run code after the prologue; its exit code and what it printed."""
+def run(code: str, *, hang_up: str = "SIG_DFL") -> tuple[int, list[str]]:
+    """Run code after the prologue; its exit code and what it printed.
+
+    Args:
+        hang_up: what a SIGHUP does at the start, whatever it does where the tests run (they may run under nohup).
+    """
+    before = f"import signal\nsignal.signal(signal.SIGHUP, signal.{hang_up})\n"
     program = before + PROLOGUE + textwrap.dedent(code)
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False, timeout=30
@@ -57,7 +62,6 @@ def test_a_signal_is_raised_in_the_main_thread(number):
 
 def test_nohup_is_respected():
     """A SIGHUP that was ignored at the start stays so; any other signal still stops the run."""
-    ignored = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
     _, said = run(
         """
     signals.enable()
@@ -71,7 +75,7 @@ def test_nohup_is_respected():
         signals.acknowledge()
         say(stop.signal_name)
     """,
-        before=ignored,
+        hang_up="SIG_IGN",
     )
     assert said == ["continues", "SIGTERM"]
 

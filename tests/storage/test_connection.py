@@ -10,7 +10,8 @@ import pytest
 
 from job.runtime.errors import ConfigError
 from job.storage.open import open_store
-from tests.servers import Seen, make_certificates, serve_proxy
+from tests.certificates import make_certificates
+from tests.servers import Seen, serve_proxy
 
 
 def test_custom_ca(moto: str, s3_env: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -186,6 +186,24 @@ def test_transfers_survive_an_unreliable_network(through: Any, tmp_path: Path, s
     assert source.read_bytes() == target.read_bytes()
 
 
+def test_a_copy_repeats_what_failed_alone(through: Any) -> None:
+    """The two requests of a copy are retried each by itself: a busy store refuses one of two for long enough."""
+    methods: list[str] = []
+
+    def rule(seen: Seen) -> None:
+        if seen.path.endswith("key") or "copy" in seen.path:
+            methods.append(seen.method)
+            if methods.count(seen.method) <= 3:
+                seen.refuse = (503, "SlowDown")
+
+    store = through(rule)
+    store.write("key", b"data")
+    methods.clear()
+    store.copy("key", "copy")
+    assert methods == ["HEAD"] * 4 + ["PUT"] * 4
+    assert store.read("copy") == b"data"
+
+
 def test_failed_upload_leaves_nothing(through: Any, s3_env: str, moto: str, tmp_path: Path) -> None:
     """A large upload that fails for good is aborted: no object, and no parts that cost money."""
 

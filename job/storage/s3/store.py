@@ -244,9 +244,10 @@ class S3Store:
         """See `Store.copy`. The server copies, in parts where the object is too large for one request."""
         source: Any = {"Bucket": self._bucket.name, "Key": self._key(key)}
         name = self._key(target)
+        entry = self.head(key)
 
         def act(client: S3Client) -> None:
-            if head(client, **source)["ContentLength"] > _COPIED_IN_ONE_REQUEST:
+            if entry and entry.size > _COPIED_IN_ONE_REQUEST:
                 client.copy(source, self._bucket.name, name)  # needs an ETag, which not every store gives
             else:
                 client.copy_object(CopySource=source, Bucket=self._bucket.name, Key=name, **algorithm_argument(client))
