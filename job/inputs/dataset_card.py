@@ -73,7 +73,7 @@ def _configs(place: str, readme: bytes) -> list[dict[str, Any]]:
     import yaml  # type: ignore[import-untyped]  # noqa: PLC0415 - few data sets have such a header
 
     try:  # all values as texts: with aliases and merges, a few hundred bytes can make values of any size
-        data = yaml.load(header[1], Loader=yaml.BaseLoader) or {}  # noqa: S506 - it makes texts, lists and dicts only
+        data = yaml.load(header[1], Loader=yaml.BaseLoader)  # noqa: S506 - it makes texts, lists and dicts only
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _invalid(place, f"{type(error).__name__}: {' '.join(str(error).split())}") from None
     if data is None:
