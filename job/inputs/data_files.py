@@ -7,7 +7,7 @@ Face's `datasets` finds splits (`datasets/data_files.py`), and the names that Ha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
@@ -39,6 +39,7 @@ _NAMES = {
     for split, words in WORDS.items()
 }
 _SHARD = re.compile(r"(?:.*/)?(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
+_NUMBERED = re.compile(r"(?P<before>.*)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<after>[^/]*)")
 _LISTED = 12
 
 HUB = "hf://datasets/"
@@ -143,7 +144,10 @@ def choose(
     return Choice(
         files=tuple(files),
         held_out=tuple(held_out),
-        left_out=() if split else (*_rest(data, splits, {*files, *held_out}), *others),
+        left_out=(
+            *_missing([*files, *held_out]),
+            *(() if split else (*_rest(data, splits, {*files, *held_out}), *others)),
+        ),
     )
 
 
@@ -243,6 +247,19 @@ def _rest(data: list[str], splits: dict[str, list[str]], read: set[str]) -> list
         for name in data
         if name not in read
     ]
+
+
+def _missing(names: list[str]) -> Iterator[LeftOut]:
+    """The first of the shards of each set (`train-00000-of-00003.parquet`) that are not there."""
+    sets: dict[tuple[str, int, str], set[int]] = {}
+    for name in names:
+        if shard := _NUMBERED.fullmatch(name):
+            sets.setdefault((shard["before"], int(shard["count"]), shard["after"]), set()).add(int(shard["number"]))
+    for (before, count, after), numbers in sets.items():
+        if len(numbers) < count:
+            first = next(number for number in range(count in numbers, count + 1) if number not in numbers)
+            name = f"{before}{first:05}-of-{count:05}{after}"
+            yield LeftOut(name=name, reason=f"not there, like {count - len(numbers):,} of its {count:,} parts")
 
 
 def _sorted_out(names: list[str]) -> tuple[list[str], list[LeftOut]]:

@@ -22,6 +22,7 @@ from job.inputs.hub import Downloaded, Request
 from job.runtime.child import Message, Parent, serve
 from job.runtime.errors import StorageError
 from job.storage.disk import require_free
+from job.storage.fetch import resolve
 from job.storage.progress import Progress
 
 POLL_SECONDS = 1.0
@@ -100,9 +101,9 @@ def _from_cache(request: Request) -> Downloaded:
             f"HF_HUB_OFFLINE is set and the local cache does not hold {request.repo}.",
             remedy="Unset it, or give the address of a copy in S3 or on disk.",
         ) from error
-    names = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*")) if path.is_file()]
+    sizes = {entry.key: entry.size for entry in resolve(str(place), patience_seconds=0).entries}
+    names = list(sizes)
     if request.kind == "model":
-        sizes = {name: (place / name).stat().st_size for name in names}
         files = model_files.choose(request.repo, sizes, lambda name: (place / name).read_bytes())
         return _downloaded(place, place.name, Choice(files=tuple(files)))
     return _downloaded(place, place.name, _chosen(request, names, place / README if README in names else None))

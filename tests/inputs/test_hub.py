@@ -134,6 +134,19 @@ def test_offline(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     found = fetch_model("org/model", tmp_path)
     assert COMMIT == found.commit
     assert (found.path / "model.safetensors").read_bytes() == MODEL["model.safetensors"]
+    (found.path / "model.safetensors").resolve().unlink()
+    with pytest.raises(StorageError, match="does not hold org/model"):  # the library sees that the link is broken
+        fetch_model("org/model", tmp_path)
+
+
+def test_offline_with_two_names_of_one_file(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache keeps files of the same content once; each name counts."""
+    hub.repositories["org/data"] = {"train/a.jsonl": b"{}\n", "train/b.jsonl": b"{}\n", "test/a.jsonl": b"{}\n"}
+    program = "import huggingface_hub as h; h.snapshot_download('org/data', repo_type='dataset')"
+    subprocess.run([sys.executable, "-c", program], check=True, env=dict(os.environ), capture_output=True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = fetch_dataset("hf://datasets/org/data", tmp_path, side="training", hold_out=True)
+    assert (found.files, found.held_out) == (("train/a.jsonl", "train/b.jsonl"), ("test/a.jsonl",))
 
 
 def test_child_ends_with_its_parent(hub: Hub, tmp_path: Path) -> None:

@@ -215,6 +215,24 @@ def test_what_is_not_guessed(there: list[str], words: str, remedy: str) -> None:
     assert remedy in caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [
+        pytest.param(["a-00000-of-00003.csv", "a-00002-of-00003.csv"], {"a-00001-of-00003.csv": "1 of its 3"}, id="1"),
+        pytest.param(["d/train-00001-of-99999.csv"], {"d/train-00000-of-99999.csv": "99,998 of its 99,999"}, id="most"),
+        pytest.param(["a-00001-of-00002.csv", "a-00002-of-00002.csv"], {}, id="counted from one"),
+        pytest.param(["a-00000-of-00002.csv", "a-00001-of-00002.csv", "b-00000-of-00001.csv"], {}, id="whole"),
+    ],
+)  # fmt: skip
+def test_shards_that_are_not_there(there: list[str], missing: dict[str, str]) -> None:
+    """A copy that was not finished is seen by its names, and said; a part that was copied on purpose is read."""
+    found = choose("/place", there)
+    assert [*found.files] == there
+    assert {one.name for one in found.left_out} == missing.keys()
+    for one in found.left_out:
+        assert missing[one.name] in one.reason
+
+
 def test_a_table_in_the_bin_is_no_table() -> None:
     """What lies in a folder that is left out decides nothing."""
     assert choose("/place", [".Trash-1000/t/_delta_log/0.json", "_tmp/metadata/v1.metadata.json", "a.csv"]).files == (

@@ -36,6 +36,11 @@ MAX_LINE = 64 * 1024 * 1024
 BLANK, MOST_BLANK = 2, 1_000_000
 """Bytes of a blank line with its end, and how many may follow each other: a few kilobytes can hold any number."""
 BUFFER = 1 << 20
+ARROW_ERRORS = (
+    *(pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowIndexError, pa.ArrowKeyError, pa.ArrowTypeError),
+    *(pa.ArrowSerializationError, pa.ArrowCapacityError),
+)
+"""What Arrow raises for a damaged file."""
 OTHER_DELIMITERS = {",": ";\t", "\t": ",;"}
 """Separators of files that are called CSV or TSV but use another one."""
 DAMAGED = "Upload the file again, or rename it to what it is."
@@ -75,7 +80,7 @@ def read_rows(name: str, path: Path) -> Iterator[Row]:
             yield from _READERS[kind.type](name, stream)
     except TooLargeError as error:
         raise DataError(f"{name} claims more than is read: {printable(str(error))}.", remedy=SMALLER) from error
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, DamagedError) as error:
+    except (*ARROW_ERRORS, DamagedError) as error:
         raise DataError(
             f"{name} cannot be read: {printable(str(error).strip().rstrip('.'))}.", remedy=DAMAGED
         ) from error
