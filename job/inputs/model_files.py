@@ -51,6 +51,8 @@ LARGEST = 256 << 20
 LARGEST_JSON = 16 << 20
 """Bytes of a configuration or an index; an index of 70 billion weights has 60 thousand."""
 COPY_AGAIN = "Copy the model to TUNE_MODEL again."
+LFS, LFS_BYTES = b"version https://git-lfs.github.com/", 64
+"""How a Git LFS pointer begins: what a clone without git-lfs has in the place of large files."""
 LISTED = 10
 
 
@@ -105,6 +107,7 @@ def json_object(data: bytes, what: str) -> dict[str, Any]:
     Raises:
         DataError: it is something else; `what` names it.
     """
+    check_no_pointer(data, what)
     try:
         found = json.loads(data)
     except RecursionError:
@@ -114,6 +117,15 @@ def json_object(data: bytes, what: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DataError(f"{what} is not a JSON object but {type(found).__name__}.", remedy=COPY_AGAIN)
     return found
+
+
+def check_no_pointer(start: bytes, what: str) -> None:
+    """Raise DataError for a file that is only a pointer to what it should hold; `what` names it."""
+    if start.startswith(LFS):
+        raise DataError(
+            f"{what} is a Git LFS pointer, not the file itself.",
+            remedy="Run `git lfs install` and `git lfs pull` where the model was cloned, and copy it again.",
+        )
 
 
 def read_object(path: Path, model: str) -> dict[str, Any]:
@@ -190,9 +202,15 @@ def _shards(model: str, index: bytes) -> list[str]:
 
 def weight_map(index: bytes, what: str) -> dict[str, str]:
     """The file of each tensor by an index. Raises DataError if it does not say that."""
-    found = json_object(index, what).get("weight_map")
+    content = json_object(index, what)
+    found = content.get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
         raise DataError(f"{what} is damaged: its weight_map does not name a file for each tensor.", remedy=COPY_AGAIN)
+    if not isinstance(content.get("metadata"), dict):
+        raise DataError(
+            f"{what} has no object metadata, without which transformers does not read it.",
+            remedy='Write `"metadata": {}` into it, or save the model again with save_pretrained.',
+        )
     return found
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from job.inputs import model_files
-from job.inputs.model_files import CONFIG, COPY_AGAIN, INDEX
+from job.inputs.model_files import CONFIG, COPY_AGAIN, INDEX, LFS_BYTES
 from job.model.config_values import check_values
 from job.model.safetensors_header import Tensor, read_header
 from job.runtime.errors import ConfigError, DataError
@@ -27,6 +27,12 @@ IN_A_LAYER = re.compile(r"\.(?P<layer>\d+)\.(.*\.)?(?P<leaf>\w+)\.weight")
 """The name of a matrix inside the decoder's layers."""
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight$")
 """The name of the matrix with a row for each token."""
+FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
+"""Types of weights that are numbers by themselves; of others they are parts, next to scales."""
+WRAPPED = re.compile(
+    r"^(base_model\.model|module|_orig_mod)\.|\.(_orig_mod|_fsdp_wrapped_module|base_layer|original_module|lora_[AB])\."
+)
+"""Parts of names that only what wraps a model gives its weights: peft, torch.compile, DDP, FSDP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,9 @@ def inspect(path: Path, *, name: str) -> BaseModel:
     """
     sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()}
     files = model_files.choose(name, sizes, lambda file: (path / file).read_bytes())
+    for file in files:
+        with (path / file).open("rb") as stream:
+            model_files.check_no_pointer(stream.read(LFS_BYTES), f"{file} of {name}")
     config = model_files.read_object(path / CONFIG, name)
     _check_trainable(name, config)
     check_values(config, f"{CONFIG} of {name}")
@@ -76,7 +85,10 @@ def inspect(path: Path, *, name: str) -> BaseModel:
         _check_index((path / INDEX).read_bytes(), stored, name)
     tensors = {key: tensor for header in stored.values() for key, tensor in header.items()}
     text = config.get("text_config") or config
-    _check_whole(text, tensors, name)
+    prequantised = _quantisation(name, config)
+    if prequantised is None:
+        _check_types(tensors, name)
+    _check_whole(config, tensors, name)
     return BaseModel(
         path=path,
         name=name,
@@ -84,7 +96,7 @@ def inspect(path: Path, *, name: str) -> BaseModel:
         architecture=config["architectures"][0],
         parameters=sum(_count(key, tensor) for key, tensor in tensors.items()),
         positions=text.get("max_position_embeddings"),
-        prequantised=_quantisation(name, config),
+        prequantised=prequantised,
         config=config,
         shapes={key: tensor.shape for key, tensor in tensors.items()},
     )
@@ -161,6 +173,17 @@ def _quantisation(name: str, config: dict[str, Any]) -> str | None:
     return "4bit" if quantisation.get("load_in_4bit") else "8bit"
 
 
+def _check_types(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise DataError for weights that are quantised without a word in config.json: their scales would be ignored."""
+    for key, tensor in tensors.items():
+        if key.endswith(".weight") and tensor.dtype not in FLOATS:
+            raise DataError(
+                f"{name} has {key!r} in {tensor.dtype}, which is quantised, and config.json has no quantization_config "
+                "that says how.",
+                remedy="Use the 16-bit original. MLX, among others, writes checkpoints that transformers cannot read.",
+            )
+
+
 def _check_index(index: bytes, stored: Mapping[str, Mapping[str, Tensor]], name: str) -> None:
     """Raise DataError if a tensor is not in the file that the index names for it: transformers would train on random
     numbers in its place."""
@@ -169,8 +192,10 @@ def _check_index(index: bytes, stored: Mapping[str, Mapping[str, Tensor]], name:
             raise DataError(f"{INDEX} of {name} is damaged: {key!r} is not in {file}, as it says.", remedy=COPY_AGAIN)
 
 
-def _check_whole(text: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
+def _check_whole(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
     """Raise DataError if the tensors are not those that the configuration describes."""
+    _check_names(tensors, name)
+    text = config.get("text_config") or config
     layers = {int(found["layer"]) for key in tensors if (found := IN_A_LAYER.search(key))}
     wanted = text.get("num_hidden_layers")
     if layers and wanted is not None and len([layer for layer in layers if layer < wanted]) < wanted:
@@ -185,6 +210,30 @@ def _check_whole(text: Mapping[str, Any], tensors: Mapping[str, Tensor], name: s
                 f"{name} has {key!r} of shape {list(tensor.shape)}, and config.json says vocab_size={rows}.",
                 remedy=COPY_AGAIN,
             )
+    tied = (config.get("tie_word_embeddings"), text.get("tie_word_embeddings"))
+    untied = rows is not None and False in tied and True not in tied
+    if untied and sum(_has_rows(key, tensor, rows) for key, tensor in tensors.items()) == 1:
+        raise DataError(
+            f"{name} has one matrix with a row for each of vocab_size={rows} tokens, and config.json says "
+            "tie_word_embeddings=false: its embeddings or its head are missing, and would be random numbers.",
+            remedy="Save the model again with both. If they are the same matrix, correct tie_word_embeddings to true.",
+        )
+
+
+def _has_rows(key: str, tensor: Tensor, rows: Any) -> bool:
+    """Whether this may be embeddings or a head; of one that is packed into bytes the shape does not say it."""
+    return tensor.shape[:1] == (rows,) or (tensor.dtype == "U8" and not IN_A_LAYER.search(key))
+
+
+def _check_names(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise DataError for weights under names that transformers does not look for: it would only warn, and train on
+    random numbers in their place."""
+    if wrapped := next(filter(WRAPPED.search, tensors), None):
+        raise DataError(
+            f"{name} has {wrapped!r}, a name that weights get from what wraps a model (peft, torch.compile, DDP, FSDP)"
+            ": transformers would not find them, and train on random numbers.",
+            remedy="Save the model itself, without what wraps it; of an adapter and its base after merge_and_unload().",
+        )
 
 
 def _count(key: str, tensor: Tensor) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import job.tuning.unsloth_import  # before torch, transformers, trl and peft, which it patches
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import bitsandbytes
 import structlog
 import torch
+from transformers import PreTrainedModel
 from unsloth import FastLanguageModel
 
 from job.config.schema import Config
@@ -24,6 +27,7 @@ QUANTISED = {"4bit": bitsandbytes.nn.Linear4bit, "8bit": bitsandbytes.nn.Linear8
 SPILLED = "dispatched on the CPU or the disk"
 """Transformers' words where weights do not fit on the GPU."""
 QUANTISED_SHARE = 0.9  # of the decoder's linear layers
+LISTED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ def load(base: BaseModel, config: Config, device: Device, *, directory: Path) ->
 
     Raises:
         ConfigError: a target matches nothing, or this machine cannot load the requested precision.
-        DataError: the library does not know the architecture, or the weights are damaged.
+        DataError: the library does not know the architecture, or weights are missing or damaged.
         PermanentError: they do not fit into the GPU's memory.
     """
     model = _load_base(base, config, device, directory)
@@ -71,21 +75,22 @@ def load(base: BaseModel, config: Config, device: Device, *, directory: Path) ->
 
 def _load_base(base: BaseModel, config: Config, device: Device, directory: Path) -> Any:
     try:
-        model, _ = FastLanguageModel.from_pretrained(
-            model_name=str(directory),
-            max_seq_length=config.max_length,
-            dtype=device.dtype,
-            load_in_4bit=config.precision == "4bit",
-            load_in_8bit=config.precision == "8bit",
-            load_in_16bit=config.precision == "16bit",
-            full_finetuning=False,
-            use_exact_model_name=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            random_state=config.seed,
-            # By default, weights that do not fit would be placed on the host, where they cannot be trained.
-            device_map={"": 0} if device.kind == "cuda" else None,
-        )
+        with _noting_missing() as missing:
+            model, _ = FastLanguageModel.from_pretrained(
+                model_name=str(directory),
+                max_seq_length=config.max_length,
+                dtype=device.dtype,
+                load_in_4bit=config.precision == "4bit",
+                load_in_8bit=config.precision == "8bit",
+                load_in_16bit=config.precision == "16bit",
+                full_finetuning=False,
+                use_exact_model_name=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                random_state=config.seed,
+                # By default, weights that do not fit would be placed on the host, where they cannot be trained.
+                device_map={"": 0} if device.kind == "cuda" else None,
+            )
     except Exception as error:  # the model's files are the only thing here that varies
         if out_of_memory(error) or known(error):
             raise
@@ -98,7 +103,34 @@ def _load_base(base: BaseModel, config: Config, device: Device, directory: Path)
             f"{base.name} ({base.architecture}) cannot be loaded: {type(error).__name__}: {error}",
             remedy="Check that the checkpoint is whole and that Unsloth supports its architecture.",
         ) from error
+    if missing:
+        more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        raise DataError(
+            f"{base.name} has no weights for {', '.join(sorted(missing)[:LISTED])}{more}, which a {base.architecture} "
+            "needs: transformers would put random numbers in their place.",
+            remedy="Save the model again with save_pretrained, of the model itself rather than of what wraps it (first "
+            "merge_and_unload() of an adapter), and copy it whole.",
+        )
     return model
+
+
+@contextlib.contextmanager
+def _noting_missing() -> Iterator[set[str]]:
+    """The names of the weights that no file has, once a model is loaded inside. Transformers makes them up and prints a
+    table; with `output_loading_info` it returns them, but Unsloth has no place for that."""
+    missing: set[str] = set()
+    finalize = PreTrainedModel._finalize_model_loading  # noqa: SLF001 - the only place where they are known
+
+    def noting(*arguments: Any, **more: Any) -> Any:
+        found = finalize(*arguments, **more)
+        missing.update(found.missing_keys)
+        return found
+
+    PreTrainedModel._finalize_model_loading = staticmethod(noting)  # noqa: SLF001 - see above
+    try:
+        yield missing
+    finally:
+        PreTrainedModel._finalize_model_loading = staticmethod(finalize)  # noqa: SLF001 - see above
 
 
 def _linears(model: Any) -> dict[str, torch.nn.Module]:

@@ -22,7 +22,9 @@ SHARDED = ("config.json", INDEX, *SHARDS)
 
 
 def indexed(*files: object) -> bytes:
-    return json.dumps({"weight_map": {f"tensor.{number}": file for number, file in enumerate(files)}}).encode()
+    return json.dumps(
+        {"metadata": {}, "weight_map": {f"tensor.{number}": file for number, file in enumerate(files)}}
+    ).encode()
 
 
 def chosen(*names: str, index: bytes = indexed(*SHARDS), **sizes: int) -> list[str]:
@@ -102,6 +104,8 @@ def test_an_index_of_one_file_is_no_contradiction() -> None:
         pytest.param(indexed(["model-1.safetensors"]), id="a list"),
         pytest.param(indexed(), id="empty"),
         pytest.param(b'{"weight_map": ["model-1.safetensors"]}', id="list of files"),
+        pytest.param(b'{"weight_map": {"a": "model-1.safetensors"}}', id="no metadata"),
+        pytest.param(b'{"weight_map": {"a": "model-1.safetensors"}, "metadata": null}', id="null for metadata"),
         pytest.param(b"[]", id="no object"),
         pytest.param(b"{", id="cut"),
         pytest.param(b"\xff\xfe\xff", id="not text"),
@@ -110,7 +114,9 @@ def test_an_index_of_one_file_is_no_contradiction() -> None:
 )
 def test_a_damaged_index_is_named(index: bytes) -> None:
     """An index cannot lead out of the folder, and what is not an index is a data error that names it."""
-    with pytest.raises(DataError, match=r"model\.safetensors\.index\.json of org/m is (damaged|not)"):
+    with pytest.raises(
+        DataError, match=r"model\.safetensors\.index\.json of org/m (is (damaged|not)|has no object metadata)"
+    ):
         chosen(*SHARDED, index=index)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from job.model.base_model import inspect
 from job.model.config_values import check_values
 from job.model.safetensors_header import read_header
 from job.runtime.errors import DataError
+from tests.rewritten import rename_weights
 
 A = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 B = {"dtype": "BF16", "shape": [4], "data_offsets": [16, 24]}
@@ -177,3 +179,65 @@ def test_an_index_that_names_tensors_that_are_not_there(model: Path) -> None:
     file.write_text(json.dumps(index))
     with pytest.raises(DataError, match=r"model\.layers\.7\.mlp\.up_proj\.weight.*is not in model-00001"):
         inspect(model, name="m")
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        pytest.param(lambda name: f"base_model.model.{name}", "'base_model.model.", id="peft's model"),
+        pytest.param(
+            lambda name: name.replace("q_proj", "q_proj.base_layer"), "q_proj.base_layer.weight'", id="peft's layers"
+        ),
+        pytest.param(lambda name: f"_orig_mod.{name}", "'_orig_mod.", id="torch.compile"),
+        pytest.param(lambda name: f"module.{name}", "'module.", id="DDP"),
+        pytest.param(lambda name: name.replace("head", "head.lora_A"), "'lm_head.lora_A.weight'", id="an adapter"),
+        pytest.param(lambda name: None if "head" in name else name, "tie_word_embeddings=false", id="no head"),
+        pytest.param(lambda name: None if "embed" in name else name, "tie_word_embeddings=false", id="no embeddings"),
+    ],
+)
+def test_weights_that_transformers_would_not_find(model: Path, name: Callable[[str], str | None], part: str) -> None:
+    """Seen where a model was saved with what wrapped it (OpenGVLab/InternVL#593, huggingface/peft#1689), or without its
+    head (LLaVA-VL/LLaVA-NeXT#315): transformers only prints a table, and trains on random numbers."""
+    rename_weights(model, name)
+    with pytest.raises(DataError) as caught:
+        inspect(model, name="org/m")
+    assert part in caught.value.message
+    assert "random numbers" in caught.value.message
+
+
+def test_a_head_that_is_the_embeddings(model: Path) -> None:
+    """It is stored once; without a word in config.json the architecture decides."""
+    rename_weights(model, lambda name: None if "head" in name else name)
+    configured(model, tie_word_embeddings=True)
+    inspect(model, name="m")
+    configured(model, tie_word_embeddings=None)
+    inspect(model, name="m")
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors.index.json", "tokenizer.json", "chat_template.jinja", "weights"]
+)
+def test_a_pointer_in_the_place_of_a_file(model: Path, file: str) -> None:
+    """A clone without git-lfs has pointers: copying it again brings the same (codefuse-ai/MFTCoder#20)."""
+    place = min(model.glob("*.safetensors")) if file == "weights" else model / file
+    place.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:46\nsize 9\n")
+    with pytest.raises(DataError, match=f"{place.name} of org/m is a Git LFS pointer") as caught:
+        inspect(model, name="org/m")
+    assert "git lfs pull" in caught.value.remedy
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "U8", "I8"])
+def test_weights_that_are_quantised_without_a_word(model: Path, dtype: str) -> None:
+    """FP8 would be read without its scales, in silence; packed integers (as of MLX) fail only when all is loaded."""
+    shard = min(model.glob("*.safetensors"))
+    data = shard.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    tensor = header["model.layers.0.self_attn.q_proj.weight"]
+    tensor |= {"dtype": dtype, "shape": [tensor["shape"][0], 2 * tensor["shape"][1]]}  # of BF16 before
+    text = json.dumps(header).encode()
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+    with pytest.raises(DataError, match=f"q_proj.weight' in {dtype}, which is quantised"):
+        inspect(model, name="m")
+    configured(model, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    inspect(model, name="m")
