@@ -14,7 +14,7 @@ from tests.servers import _free_port
 
 DOWN, NO_ENTRY = refuse(503, "ServiceUnavailable"), refuse(403, "AccessDenied")
 PATIENCE_SECONDS = 6.0
-MARGIN_SECONDS = 4.0  # less than the patience, so that a patience that is used up twice is noticed
+MARGIN_SECONDS = 5.5  # less than the patience, so that a patience that is used up twice is noticed
 SHORT = {"storage_patience_minutes": PATIENCE_SECONDS / 60}
 SLOW = [["slow_steps", 0.3]]
 

@@ -14,7 +14,7 @@ _CHECKSUMS = re.compile(
     r"x-amz-(sdk-)?checksum|x-amz-trailer|checksum algorithm|aws-chunked|unsigned-payload|x-amz-content-sha256",
     re.IGNORECASE,
 )
-_QUOTA = re.compile(r"quota|storage cap exceeded|insufficient storage|storage (is )?full|disk full", re.IGNORECASE)
+_QUOTA = re.compile(r"quota|\bcap exceeded|insufficient storage|storage (is )?full|disk full", re.IGNORECASE)
 _DENIED = {"AccessDenied", "AccessDeniedException", "Forbidden", "InvalidIdentityToken"}
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
 
@@ -38,8 +38,9 @@ def _of_checksums(it: Failed) -> bool:
     (boto3#4398: the store signs the body although the header says that it is not signed)."""
     if not (it.checksums and it.operation in _WRITES and it.answer):
         return False
-    damaged = it.code in {"BadDigest", "XAmzContentSHA256Mismatch"}
-    named = _CHECKSUMS.search(it.message) is not None and not damaged
+    if it.code == "XAmzContentSHA256Mismatch":  # with checksums no hash is sent in that header: a store that needs one
+        return True
+    named = _CHECKSUMS.search(it.message) is not None and it.code != "BadDigest"
     return named or (it.worked and it.code == "SignatureDoesNotMatch")
 
 
@@ -107,6 +108,13 @@ REPLIES: tuple[Cause, ...] = (
         remedy="Set AWS_DEFAULT_REGION={it.region}, and an endpoint of that region if AWS_ENDPOINT_URL_S3 is set.",
     ),
     Cause(
+        when=_codes("SecondLevelDomainForbidden", "InvalidPathAccess", "VirtualHostDomainRequired"),
+        kind=ConfigError,
+        patience=Patience.NONE,
+        says="{it.what}: the store wants the bucket's name before its own (virtual-hosted style): {it.reason}",
+        remedy="Set addressing_style = virtual below s3 = in the file that AWS_CONFIG_FILE names.",
+    ),
+    Cause(
         when=_codes("InvalidObjectState"),
         kind=DataError,
         patience=Patience.NONE,
@@ -129,7 +137,8 @@ REPLIES: tuple[Cause, ...] = (
         remedy="Enable the key, or restore it if it is to be deleted; it must be in the region of the bucket.",
     ),
     Cause(
-        when=_message("content-md5"),  # asked for by buckets with object lock, so before that
+        when=lambda it: _message("content-md5")(it) and not may_get_better(it),
+        # Buckets with object lock ask for it, so this row is before theirs.
         kind=ConfigError,
         patience=Patience.NONE,
         says="{it.what}: the bucket accepts only uploads with a checksum: {it.reason}",
