@@ -46,7 +46,9 @@ def write(directory: Path, *, template: str, pattern: bool, row: str) -> None:
         pytest.param(
             {"template": (LOOP, False, "explode"), "escaped": (PLAIN, True, "</s>" + "Q" * 20_000)}, id="here"
         ),
-        pytest.param({"tokenizer": (PLAIN, True, "Q" * 20_000)}, id="in the thread that tokenises"),
+        pytest.param(
+            {"tokenizer": (PLAIN, True, "Q" * 20_000)}, marks=pytest.mark.full, id="in the thread that tokenises"
+        ),
     ],
 )
 def test_a_row_that_explodes(cases: dict[str, tuple[str, bool, str]], tmp_path: Path) -> None:
